@@ -1,0 +1,240 @@
+"""Allocated bytes, event by event: what a piece of code holds at a moment, what it peaks at, and which part is whose.
+
+Every allocation between two points is written down, on the CPU by a small library preloaded in front of the C allocator
+(`ledger.c`; it sees oneDNN's and our own native scratch, which PyTorch does not count), on a GPU by the history of
+PyTorch's caching allocator. A replay then gives the live bytes above the start at any moment, and because single
+allocations can be left out of it, parameter gradients, which must exist, are told apart exactly from everything else.
+
+    with record() as events:
+        loss = model(x).sum()
+        events.mark("forward")
+        loss.backward()
+    events.held("forward")                                    # bytes above the start
+    events.peak(without=events.storages(p.grad for p in model.parameters()))
+
+On the CPU the process must have been started by `measure`, which preloads the library. Linux with glibc and a C
+compiler (`cc`, or $CC) are needed for that.
+"""
+
+import contextlib
+import ctypes
+import gc
+import hashlib
+import importlib.util
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ENTRY = np.dtype([("address", np.uint64), ("bytes", np.int64)])
+CAPACITY = 1 << 24          # entries of 16 bytes; only touched pages cost memory
+MAPPED_LIMIT = 1 << 20      # bytes of anonymous mappings above which a measurement would be wrong
+_ROUNDING, _PAGES = 512, 8192       # what an allocation may exceed its request by: PyTorch's on a GPU, glibc's for large ones
+_MAPPED = 1 << 17                   # bytes from which glibc may give an allocation pages of its own
+
+
+class Events:
+    """The allocations of one window, filled when the window closes. Bytes are relative to the window's start."""
+
+    def __init__(self) -> None:
+        self.address = np.empty(0, np.uint64)
+        self.bytes = np.empty(0, np.int64)
+        self._marks: dict[str, int] = {}
+        self._set_mark = lambda name: None
+
+    def mark(self, name: str) -> None:
+        """Remember this moment under a name."""
+        self._set_mark(name)
+
+    def storages(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The allocations behind these tensors, alive at the window's end, as indices of events.
+
+        Call it while the tensors exist. Memory that was allocated before the window began is not among the events.
+        """
+        addresses = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+        return {i for i in self._alive(None) if int(self.address[i]) in addresses}
+
+    def of_size(self, sizes: Iterable[int], at: str | None = None) -> set[int]:
+        """The allocations alive at a mark that hold exactly one of these numbers of bytes, up to the allocator's rounding."""
+        ranges = [(size, size + (_PAGES if size >= _MAPPED else _ROUNDING)) for size in sizes]
+        return {i for i in self._alive(at) if any(low <= self.bytes[i] <= high for low, high in ranges)}
+
+    def size(self, allocations: Iterable[int]) -> int:
+        """Sum of the bytes of some allocations."""
+        return int(sum(self.bytes[i] for i in allocations))
+
+    def held(self, at: str | None = None, without: Iterable[int] = ()) -> int:
+        """Live bytes above the start, at a mark or at the end."""
+        live = self._live(without)
+        stop = len(live) if at is None else self._marks[at]
+        return int(live[stop - 1]) if stop else 0
+
+    def peak(self, after: str | None = None, before: str | None = None, without: Iterable[int] = ()) -> int:
+        """Most live bytes above the start, between two marks or in the whole window."""
+        live = self._live(without)
+        start = 0 if after is None else self._marks[after]
+        stop = len(live) if before is None else self._marks[before]
+        entering = int(live[start - 1]) if start else 0
+        return max(entering, int(live[start:stop].max(initial=entering)))
+
+    def largest(self, at: str | None = None, count: int = 10) -> list[int]:
+        """Sizes of the largest allocations alive at a mark or at the end, for finding out what is held."""
+        return sorted((int(self.bytes[i]) for i in self._alive(at)), reverse=True)[:count]
+
+    def _alive(self, at: str | None) -> list[int]:
+        stop = len(self.bytes) if at is None else self._marks[at]
+        alive: dict[int, int] = {}
+        for i, (address, size) in enumerate(zip(self.address[:stop].tolist(), self.bytes[:stop].tolist())):
+            if size > 0:
+                alive[address] = i
+            else:
+                alive.pop(address, None)
+        return list(alive.values())
+
+    def _live(self, without: Iterable[int]) -> np.ndarray:
+        bytes_ = self.bytes
+        if without := sorted(without):
+            bytes_ = bytes_.copy()
+            for i in without:
+                released = np.flatnonzero((self.address[i + 1:] == self.address[i]) & (self.bytes[i + 1:] < 0))
+                bytes_[i] = 0
+                if len(released):
+                    bytes_[i + 1 + released[0]] = 0
+        return np.cumsum(bytes_)
+
+    def _fill(self, entries: np.ndarray, marks: dict[str, int]) -> None:
+        """Keep entries without marks (bytes 0); `marks` counts the events before each."""
+        self.address, self.bytes, self._marks = entries["address"].copy(), entries["bytes"].copy(), marks
+
+
+@contextlib.contextmanager
+def record(device: torch.device | str = "cpu"):
+    """Write down every allocation on `device` made inside the block. Yields `Events`, complete once the block has ended."""
+    events = Events()
+    gc.collect()
+    recorder = _record_cuda if torch.device(device).type == "cuda" else _record_cpu
+    with recorder(events, torch.device(device)):
+        yield events
+
+
+@contextlib.contextmanager
+def _record_cpu(events: Events, device: torch.device):
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "ledger_start"):
+        raise RuntimeError("allocations on the CPU can be counted only in a process that bench.memory.measure has started")
+    library.ledger_used.restype = library.ledger_mapped.restype = ctypes.c_int64
+    library.ledger_entries.restype = ctypes.c_void_p
+    names: list[str] = []
+
+    def set_mark(name: str) -> None:
+        library.ledger_mark(ctypes.c_int64(len(names)))
+        names.append(name)
+
+    events._set_mark = set_mark
+    if not library.ledger_start(ctypes.c_int64(CAPACITY)):
+        raise RuntimeError(f"no address space for a ledger of {CAPACITY} entries")
+    try:
+        yield
+    finally:
+        library.ledger_stop()
+    used, mapped = library.ledger_used(), library.ledger_mapped()
+    if used > CAPACITY:
+        raise RuntimeError(f"{used} allocations and releases do not fit a ledger of {CAPACITY}; measure fewer steps")
+    if mapped > MAPPED_LIMIT:
+        raise RuntimeError(f"{mapped} bytes were mapped without the C allocator, so the count would be too low")
+    entries = np.frombuffer(ctypes.string_at(library.ledger_entries(), used * ENTRY.itemsize), ENTRY)
+    is_mark = entries["bytes"] == 0
+    before = np.cumsum(~is_mark)
+    marks = {names[int(number)]: int(count) for number, count in zip(entries["address"][is_mark], before[is_mark])}
+    events._fill(entries[~is_mark], marks)
+
+
+@contextlib.contextmanager
+def _record_cuda(events: Events, device: torch.device):
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    marks: dict[str, int] = {}
+
+    def trace() -> np.ndarray:
+        torch.cuda.synchronize(index)
+        return cuda_entries(torch.cuda.memory._snapshot(index)["device_traces"][index])
+
+    events._set_mark = lambda name: marks.__setitem__(name, len(trace()))
+    torch.cuda.synchronize(index)
+    torch.cuda.reset_peak_memory_stats(index)
+    start = torch.cuda.memory_stats(index)["allocated_bytes.all.current"]
+    torch.cuda.memory._record_memory_history(context=None, max_entries=CAPACITY)
+    try:
+        yield
+        events._fill(trace(), marks)
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+    peak = torch.cuda.memory_stats(index)["allocated_bytes.all.peak"] - start
+    if abs(events.peak() - peak) > MAPPED_LIMIT:
+        raise RuntimeError(f"the allocator's history peaks at {events.peak()} bytes and its statistics at {peak}")
+
+
+def cuda_entries(trace: list[dict]) -> np.ndarray:
+    """A trace of PyTorch's caching allocator as ledger entries."""
+    signs = {"alloc": 1, "free_completed": -1}
+    return np.array([(e["addr"], signs[e["action"]] * e["size"]) for e in trace if e["action"] in signs], dtype=ENTRY)
+
+
+def library() -> Path:
+    """The compiled ledger, built on first use into the user's cache folder. Raises RuntimeError when that can't be done."""
+    source = Path(__file__).with_name("ledger.c")
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if sys.platform != "linux":
+        raise RuntimeError(f"counting allocations needs Linux with glibc, this is {sys.platform}")
+    if compiler is None:
+        raise RuntimeError("counting allocations needs a C compiler: install one, or set CC")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowkern"
+    target = cache / f"ledger-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
+    if not target.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            built = Path(folder) / target.name
+            command = [compiler, "-O2", "-shared", "-fPIC", "-o", built, source]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{compiler} could not build {source.name}: {done.stderr.strip()}")
+            built.replace(target)
+    return target
+
+
+def measure(function: Callable, timeout: float = 300, **arguments):
+    """Call a module's function with JSON-able arguments in a process whose allocations are counted; return its JSON-able result.
+
+    The process imports the function from its file. Raises RuntimeError with the end of the process's error output when it fails.
+    """
+    # Python's small objects go through malloc too, so that nothing is served from arenas that hide it.
+    environment = dict(os.environ, LD_PRELOAD=str(library()), PYTHONMALLOC="malloc")
+    root = Path(__file__).resolve().parent.parent
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
+        call = [inspect.getsourcefile(function), function.__qualname__, json.dumps(arguments), result.name]
+        done = subprocess.run([sys.executable, "-m", "bench.memory", *call], check=False, cwd=root, env=environment,
+                              capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            raise RuntimeError(f"measuring {function.__qualname__} failed:\n{done.stderr[-4000:]}")
+        return json.load(result)
+
+
+def _main() -> None:
+    file, name, arguments, result = sys.argv[1:]
+    os.environ.pop("LD_PRELOAD", None)
+    spec = importlib.util.spec_from_file_location(f"measured_{Path(file).stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    Path(result).write_text(json.dumps(getattr(module, name)(**json.loads(arguments))))
+
+
+if __name__ == "__main__":
+    _main()
