@@ -1,0 +1,10 @@
+"""flowkern: Glow normalizing flows that train deep in little memory, and the unfolded denoiser built on them."""
+
+import torch  # noqa: F401  first: the native extension uses the OpenMP runtime that torch has loaded
+
+from flowkern import ops
+from flowkern.backend import backends, use_backend
+from flowkern.glow import Glow
+
+__version__ = "0.1.0"
+__all__ = ["Glow", "backends", "ops", "use_backend"]

@@ -1,0 +1,378 @@
+"""The reversible chain: K steps of flow whose backward pass rebuilds activations by running the steps backwards.
+
+A chain maps x to (z, logdet) or, with `reverse`, z to (x, logdet). Step k is the channel mix y = M_k x + m_k followed
+by the coupling x' = couple(y, net_k(first half of y)). What is kept between forward and backward depends on `memory`:
+
+- "recompute": the chain's output only (and the exact state every `anchor_every` steps). Backward rebuilds each step's
+  input from its output; one evaluation of the coupling network serves both the inversion and its own gradient, because
+  the half that it reads passes through the coupling unchanged.
+- "checkpoint": each step's input. Backward evaluates the network again but inverts nothing.
+- "store": each step's input, (raw_s, t) and the network's hidden activations. Backward evaluates nothing again.
+
+The three give the same gradients, up to the rounding of the inversion, which `flowkern.audit` measures.
+After Gomez et al. 2017 (arXiv:1707.04585) and the contract of InvertibleNetworks.jl.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from flowkern import backend as backends
+from flowkern import network, ops, reference
+
+MEMORY_MODES = ("recompute", "store", "checkpoint")
+
+
+class StandardNets:
+    """Glow's own coupling networks of a level: flat parameters, written-out gradient."""
+
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype):
+        self.parameters = parameters
+        self.dtype = dtype
+
+    def _parameters(self, k: int) -> Sequence[Tensor]:
+        return self.parameters[k * network.PARAMETERS:(k + 1) * network.PARAMETERS]
+
+    def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """h and what `vjp` wants kept."""
+        h, *hidden = network.evaluate(network.fold(self._parameters(k), self.dtype), self._cast(a))
+        return h, hidden
+
+    def forward(self, k: int, a: Tensor) -> Tensor:
+        return self.trace(k, a)[0]
+
+    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
+        parameters = self._parameters(k)
+        return network.vjp(parameters, network.fold(parameters, self.dtype), self._cast(a), kept, dh, need)
+
+    def count(self, k: int) -> int:
+        return network.PARAMETERS
+
+    def _cast(self, a: Tensor) -> Tensor:
+        return a.to(self.dtype, memory_format=torch.channels_last)
+
+
+class LocalNets:
+    """A user's own coupling networks: evaluated as they are, differentiated by local autograd."""
+
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None):
+        self.modules = modules
+        self.dtype = dtype
+        self.parameter_lists = [list(m.parameters()) for m in modules]
+
+    def forward(self, k: int, a: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return ops.channels_last(self.modules[k](a))
+
+    def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            a = a.detach().requires_grad_()
+            h = self.forward(k, a)
+        return h.detach(), [a, h]
+
+    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
+        a, h = kept
+        wanted = [p for p, needed in zip(self.parameter_lists[k], need, strict=True) if needed]
+        # The graph is retained because in store mode the caller may run backward twice; it dies with `kept`.
+        da, *found = torch.autograd.grad(h, [a, *wanted], dh, retain_graph=True, allow_unused=True)
+        found = iter(found)
+        return torch.zeros_like(a) if da is None else da, [next(found) if needed else None for needed in need]
+
+    def count(self, k: int) -> int:
+        return len(self.parameter_lists[k])
+
+
+def _first_half(x: Tensor) -> Tensor:
+    return x[:, : x.shape[1] // 2]
+
+
+def _is_anchor(position: int, anchor_every: int) -> bool:
+    return anchor_every > 0 and position > 0 and position % anchor_every == 0
+
+
+def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory, anchor_every):
+    """Run the chain. Returns the state, logdet (N,) and a list with, per step, what backward wants kept (a list)."""
+    steps = range(len(matrix))
+    logdet = x.new_zeros(x.shape[0])
+    kept: list[list[Tensor]] = []
+    if memory != "recompute":
+        for position, k in enumerate(reversed(steps) if reverse else steps):
+            state = [] if position == 0 else [x]
+            y = x if reverse else table.channel_mix(x, matrix[k], offset[k], False)
+            h, hidden = nets.trace(k, _first_half(y)) if memory == "store" else (nets.forward(k, _first_half(y)), None)
+            kept.append(state + ([h, *hidden] if memory == "store" else []))
+            if reverse:
+                x, d = table.mix_couple(y, h, inverse[k], offset[k], scale, alpha)
+            else:
+                x, d = table.couple(y, h, scale, alpha, False)
+            logdet += d
+        return x, logdet, kept
+    if not reverse:
+        x = table.channel_mix(x, matrix[0], offset[0], False)
+    for position, k in enumerate(reversed(steps) if reverse else steps):
+        kept.append([x] if _is_anchor(position, anchor_every) else [])
+        h = nets.forward(k, _first_half(x))
+        if reverse:
+            x, d = table.mix_couple(x, h, inverse[k], offset[k], scale, alpha)
+        elif k + 1 < len(steps):
+            x, d = table.couple_mix(x, h, matrix[k + 1], offset[k + 1], scale, alpha)
+        else:
+            x, d = table.couple(x, h, scale, alpha, False)
+        del h
+        logdet += d
+    return x, logdet, kept
+
+
+def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, scale, alpha, table, memory):
+    """Reverse-mode derivative of `_run`. x is its input, v its output (the one that `memory` doesn't use is ignored).
+
+    Returns dx, dmatrix, doffset and the list of parameter gradients.
+    """
+    count = len(matrix)
+    steps = range(count)
+    stored = memory != "recompute"
+    dmatrix, doffset = torch.empty_like(matrix), torch.empty_like(offset)
+    dparameters: list[list[Tensor | None]] = [[] for _ in steps]
+    starts = [0]
+    for k in steps:
+        starts.append(starts[-1] + nets.count(k))
+
+    def through_network(k, state, hidden, h, g, v_is_input):
+        rebuilt, dy, dh = table.couple_vjp(state, g, h, glogdet, scale, alpha, reverse, v_is_input)
+        da, dparameters[k] = nets.vjp(k, _first_half(state), hidden, dh, need[starts[k]:starts[k + 1]])
+        _first_half(dy).add_(da)
+        return rebuilt, dy
+
+    for position, k in reversed(list(enumerate(reversed(steps) if reverse else steps))):
+        if stored:
+            state, *rest = kept[position] if position else [x, *kept[position]]
+            y = state if reverse else table.channel_mix(state, matrix[k], offset[k], False)
+            h, *hidden = rest if rest else _flatten(nets.trace(k, _first_half(y)))
+            if reverse:
+                uncoupled, _ = table.couple(y, h, scale, alpha, True)
+                _, g, dmatrix[k], doffset[k] = table.mix_vjp(uncoupled, g, matrix[k], inverse[k], offset[k], True, True)
+                _, g = through_network(k, y, hidden, h, g, True)
+            else:
+                _, g = through_network(k, y, hidden, h, g, True)
+                _, g, dmatrix[k], doffset[k] = table.mix_vjp(state, g, matrix[k], inverse[k], offset[k], False, True)
+        elif reverse:
+            v, g, dmatrix[k], doffset[k] = table.mix_vjp(v, g, matrix[k], inverse[k], offset[k], True, False)
+            h, hidden = nets.trace(k, _first_half(v))
+            v, g = through_network(k, v, hidden, h, g, False)
+            v = kept[position][0] if kept[position] else v
+        else:
+            h, hidden = nets.trace(k, _first_half(v))
+            v, g = through_network(k, v, hidden, h, g, False)
+            v = kept[position][0] if kept[position] else v
+            v, g, dmatrix[k], doffset[k] = table.mix_vjp(v, g, matrix[k], inverse[k], offset[k], False, False)
+        del h, hidden
+    return g, dmatrix, doffset, [d for step in dparameters for d in step]
+
+
+def _flatten(traced: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    return [traced[0], *traced[1]]
+
+
+def _sizes(count: int, memory: str, anchor_every: int) -> list[int]:
+    """How many tensors each position keeps, for the standard network."""
+    if memory == "store":
+        return [3 + (position > 0) for position in range(count)]
+    if memory == "checkpoint":
+        return [int(position > 0) for position in range(count)]
+    return [int(_is_anchor(position, anchor_every)) for position in range(count)]
+
+
+def _unflatten(kept: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    tensors = iter(kept)
+    return [[next(tensors) for _ in range(size)] for size in sizes]
+
+
+def _chain_op(x, matrix, offset, inverse, parameters, reverse, scale, alpha, backend, dtype, memory, anchor_every):
+    x, logdet, kept = _run(x, matrix, offset, inverse, StandardNets(parameters, dtype), reverse, scale, alpha,
+                           backends.table(x.device, backend), memory, anchor_every)
+    return x, logdet, [t for position in kept for t in position]
+
+
+def _chain_fake(x, matrix, offset, inverse, parameters, reverse, scale, alpha, backend, dtype, memory, anchor_every):
+    def like(channels, dtype=x.dtype):
+        return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype).to(memory_format=torch.channels_last)
+
+    channels = x.shape[1]
+    kept = []
+    for position, size in enumerate(_sizes(len(matrix), memory, anchor_every)):
+        k = len(matrix) - 1 - position if reverse else position
+        w1, *_, w3, _, _ = parameters[k * network.PARAMETERS:(k + 1) * network.PARAMETERS]
+        kept += [like(channels)] * (size % 3 == 1)
+        if memory == "store":
+            kept += [like(w3.shape[0], dtype), like(w1.shape[0], dtype), like(w1.shape[0], dtype)]
+    return like(channels), x.new_empty(x.shape[0]), kept
+
+
+def _chain_vjp_op(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, need, reverse, scale, alpha, backend,
+                  dtype, memory, anchor_every):
+    kept = _unflatten(kept, _sizes(len(matrix), memory, anchor_every))
+    dx, dmatrix, doffset, dparameters = _vjp(x, v, g, glogdet, kept, matrix, offset, inverse,
+                                             StandardNets(parameters, dtype), need, reverse, scale, alpha,
+                                             backends.table(g.device, backend), memory)
+    return dx, dmatrix, doffset, [d for d in dparameters if d is not None]
+
+
+def _chain_vjp_fake(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, need, *settings):
+    wanted = [torch.empty_like(p) for p, needed in zip(parameters, need, strict=True) if needed]
+    return torch.empty_like(g), torch.empty_like(matrix), torch.empty_like(offset), wanted
+
+
+_SETTINGS = ("bool reverse, str scale, float alpha, str backend, ScalarType dtype, str memory, int anchor_every")
+ops.define(f"chain(Tensor x, Tensor matrix, Tensor offset, Tensor inverse, Tensor[] parameters, {_SETTINGS}) "
+           "-> (Tensor, Tensor, Tensor[])", _chain_op, _chain_fake)
+ops.define("chain_vjp(Tensor? x, Tensor? v, Tensor g, Tensor glogdet, Tensor[] kept, Tensor matrix, Tensor offset, "
+           f"Tensor inverse, Tensor[] parameters, bool[] need, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+           _chain_vjp_op, _chain_vjp_fake)
+
+
+class _StandardChain(Function):
+    """The chain with Glow's own coupling network; its two halves are opaque operators, whole to torch.compile."""
+
+    @staticmethod
+    def forward(x, matrix, offset, inverse, settings, *parameters):
+        out, logdet, kept = ops.raw.chain(x, matrix, offset, inverse, parameters, *settings)
+        return out, logdet, *kept
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        x, matrix, offset, inverse, ctx.settings, *parameters = inputs
+        out, _, *kept = outputs
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.kept = len(kept)
+        boundary = out if ctx.settings[5] == "recompute" else x
+        ctx.save_for_backward(boundary, matrix, offset, inverse, *kept, *parameters)
+
+    @staticmethod
+    def backward(ctx, g, glogdet, *_):
+        boundary, matrix, offset, inverse, *rest = ctx.saved_tensors
+        kept, parameters = rest[:ctx.kept], rest[ctx.kept:]
+        g, glogdet = _materialize(g, glogdet, boundary)
+        reverse, scale, alpha, _, _, memory, _ = ctx.settings
+        if _wants_graph():
+            nets = [_Differentiable(parameters[i:i + network.PARAMETERS])
+                    for i in range(0, len(parameters), network.PARAMETERS)]
+            return _double(memory, boundary, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha)
+        stored = memory != "recompute"
+        need = list(ctx.needs_input_grad[5:])
+        dx, dmatrix, doffset, found = ops.raw.chain_vjp(
+            boundary if stored else None, None if stored else boundary, g, glogdet, kept, matrix, offset,
+            inverse, parameters, need, *ctx.settings)
+        found = iter(found)
+        return dx, dmatrix, doffset, None, None, *(next(found) if needed else None for needed in need)
+
+
+class _LocalChain(Function):
+    """The chain with a user's own coupling networks, in Python: local autograd can't live inside an opaque operator."""
+
+    @staticmethod
+    def forward(ctx, x, matrix, offset, inverse, nets, settings, *parameters):
+        reverse, scale, alpha, backend, memory, anchor_every = settings
+        out, logdet, kept = _run(x, matrix, offset, inverse, nets, reverse, scale, alpha,
+                                 backends.table(x.device, backend), memory, anchor_every)
+        ctx.set_materialize_grads(False)
+        ctx.nets, ctx.settings, ctx.kept = nets, settings, kept
+        ctx.save_for_backward(out if memory == "recompute" else x, matrix, offset, inverse, *parameters)
+        return out, logdet
+
+    @staticmethod
+    def backward(ctx, g, glogdet):
+        boundary, matrix, offset, inverse, *parameters = ctx.saved_tensors
+        g, glogdet = _materialize(g, glogdet, boundary)
+        reverse, scale, alpha, backend, memory, _ = ctx.settings
+        if _wants_graph():
+            return _double(memory, boundary, matrix, offset, parameters, ctx.nets.modules, g, glogdet,
+                           reverse, scale, alpha, blanks=2)
+        stored = memory != "recompute"
+        dx, dmatrix, doffset, dparameters = _vjp(
+            boundary if stored else None, None if stored else boundary, g, glogdet, ctx.kept, matrix, offset, inverse,
+            ctx.nets, ctx.needs_input_grad[6:], reverse, scale, alpha, backends.table(g.device, backend), memory)
+        return dx, dmatrix, doffset, None, None, None, *dparameters
+
+
+def _materialize(g, glogdet, like: Tensor) -> tuple[Tensor, Tensor]:
+    g = torch.zeros_like(like, memory_format=torch.channels_last) if g is None else ops.channels_last(g)
+    return g, like.new_zeros(like.shape[0]) if glogdet is None else glogdet.contiguous()
+
+
+def _wants_graph() -> bool:
+    """Whether backward runs under create_graph=True."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _Differentiable:
+    """The standard network's parameters under the names that the reference reads."""
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        self.weight1, s1, b1, self.weight2, s2, b2, self.weight3, self.bias3, self.logs = parameters
+        self.norm1 = SimpleNamespace(log_scale=s1, bias=b1)
+        self.norm2 = SimpleNamespace(log_scale=s2, bias=b2)
+
+    def __call__(self, a: Tensor) -> Tensor:
+        return reference.coupling_network(a, self)
+
+
+def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha, blanks=1):
+    """The first derivative as a differentiable function of everything, by the reference's formulas."""
+    if memory != "store":
+        raise RuntimeError(f"a second derivative was asked for (create_graph=True) in memory={memory!r}, which keeps no "
+                           "graph to differentiate; use memory='store'")
+    inputs = [x, matrix, offset, *parameters]
+    wanted = [i for i in inputs if i.requires_grad]
+    out, logdet = reference_chain(x, matrix, offset, nets, reverse, scale, alpha)
+    found = iter(torch.autograd.grad([out, logdet], wanted, [g, glogdet], create_graph=True, allow_unused=True))
+    dx, dmatrix, doffset, *dparameters = (next(found) if i.requires_grad else None for i in inputs)
+    return dx, dmatrix, doffset, None, *[None] * blanks, *dparameters
+
+
+def reference_chain(x: Tensor, matrix: Tensor, offset: Tensor, nets: Sequence, reverse: bool, scale: str,
+                    alpha: float) -> tuple[Tensor, Tensor]:
+    """The chain by the reference's formulas, for ordinary autograd. Same results as `chain`, every activation stored."""
+    logdet = x.new_zeros(x.shape[0])
+    inverse = torch.linalg.inv(matrix) if reverse else None
+    for k in reversed(range(len(matrix))) if reverse else range(len(matrix)):
+        y = x if reverse else reference.channel_mix(x, matrix[k], offset[k])
+        h = nets[k](_first_half(y))
+        if reverse:
+            x, d = reference.mix_couple(y, h, inverse[k], offset[k], scale, alpha)
+        else:
+            x, d = reference.couple(y, h, scale, alpha)
+        logdet = logdet + d
+    return x, logdet
+
+
+def chain(x: Tensor, matrix: Tensor, offset: Tensor, inverse: Tensor, nets: Sequence[nn.Module], *,
+          reverse: bool = False, scale: str = "softclamp", alpha: float = 1.0, memory: str = "recompute",
+          anchor_every: int | None = None, backend: str = "auto",
+          compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Run K steps of flow, differentiably, in memory that does not grow with K (see the module's text for `memory`).
+
+    x (N, C, H, W); matrix, inverse (K, C, C) and offset (K, C): the composed channel mixes, their inverses carrying no
+    gradient of their own; nets: K coupling networks. Returns the state and the couplings' log-determinant (N,) in nats;
+    the mixes' own log-determinants are constants of x that the caller adds. compute_dtype is the networks' precision
+    (default: autocast's, else the state's).
+    """
+    x = ops.channels_last(x)
+    name = backends.resolve(x.device, backend)
+    dtype = compute_dtype or (torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None)
+    anchors = anchor_every or 0
+    standard = all(hasattr(net, "flat_parameters") for net in nets)
+    parameters = [p for net in nets for p in (net.flat_parameters() if standard else net.parameters())]
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, matrix, offset, *parameters))):
+        memory, anchors = "recompute", 0
+    with torch.autocast(x.device.type, enabled=False):
+        if standard:
+            settings = (reverse, scale, alpha, name, dtype or x.dtype, memory, anchors)
+            out, logdet, *_ = _StandardChain.apply(x, matrix, offset, inverse, settings, *parameters)
+        else:
+            settings = (reverse, scale, alpha, name, memory, anchors)
+            out, logdet = _LocalChain.apply(x, matrix, offset, inverse, LocalNets(nets, dtype), settings, *parameters)
+    return out, logdet

@@ -1,0 +1,347 @@
+"""Glow: a multi-scale normalizing flow that trains in memory that does not grow with its depth."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flowkern import backend as backends
+from flowkern.chain import MEMORY_MODES
+from flowkern.layers import Split, StepOfFlow, run_steps, squeeze, unsqueeze
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Level(nn.Module):
+    """Squeeze, K steps of flow and, except on the last level, a split. Holds parameters; `Glow` runs it."""
+
+    def __init__(self, channels: int, depth: int, last: bool, learned_split: bool, **step_options):
+        super().__init__()
+        self.steps = nn.ModuleList(StepOfFlow(channels, **step_options) for _ in range(depth))
+        self.split = None if last else Split(channels, learned_split)
+
+
+class Glow(nn.Module):
+    """Glow (Kingma and Dhariwal 2018, arXiv:1807.03039), a bijection between images and latents of the same size.
+
+    size: (C, H, W) of the images, H and W divisible by 2^levels; other such sizes are accepted at call time.
+    depth: steps of flow per level, an int or one int per level. hidden: width of the coupling networks.
+    coupling: "affine" or "additive". scale: "softclamp", s = exp(alpha tanh(raw/alpha)), bounded both ways, or
+    "sigmoid", Glow's sigmoid(raw + 2). split_prior: "standard" splits plainly, "learned" is Glow's conditional
+    Gaussian, reparametrised so that z stays N(0, I). network: own coupling network, (in_channels, out_channels) ->
+    nn.Module. shift: subtracted from images first, added last. memory: "recompute" rebuilds activations in backward,
+    "store" keeps them, "checkpoint" keeps each step's input. anchor_every: keep an exact state every n steps, which
+    bounds the drift of "recompute". backend: see `flowkern.backends()`. compute_dtype: precision of the coupling
+    networks (default: autocast's, else the parameters'). check_finite: reject NaN and inf in inputs (default: on the
+    CPU only, because on a GPU the check waits for the device).
+
+    Raises ValueError or TypeError, in one sentence, for arguments and inputs that don't fit.
+
+    >>> glow = Glow((3, 16, 16), levels=2, depth=2, hidden=16)
+    >>> x = torch.rand(4, 3, 16, 16)
+    >>> glow.initialize(x)
+    >>> z, logdet = glow(x)
+    >>> z.shape, logdet.shape, torch.allclose(glow.inverse(z), x, atol=1e-4)
+    (torch.Size([4, 768]), torch.Size([4]), True)
+    """
+
+    def __init__(self, size: Sequence[int], levels: int = 3, depth: int | Sequence[int] = 16, hidden: int = 512, *,
+                 coupling: str = "affine", scale: str = "softclamp", alpha: float = 1.0, split_prior: str = "standard",
+                 network: Callable[[int, int], nn.Module] | None = None, shift: float = 0.0,
+                 memory: str = "recompute", anchor_every: int | None = None, backend: str = "auto",
+                 compute_dtype: torch.dtype | None = None, check_finite: bool | None = None):
+        super().__init__()
+        size = _check_size_argument(size)
+        levels = _positive_int(levels, "levels")
+        depth = [depth] * levels if isinstance(depth, int) else list(depth)
+        if len(depth) != levels:
+            raise ValueError(f"depth wants one int, or one per level ({levels}), got {len(depth)}")
+        depth = [_positive_int(d, "depth") for d in depth]
+        hidden = _positive_int(hidden, "hidden")
+        _choice(coupling, "coupling", ("affine", "additive"))
+        _choice(scale, "scale", ("softclamp", "sigmoid"))
+        _choice(split_prior, "split_prior", ("standard", "learned"))
+        self.levels_count = levels
+        self.size = size
+        self._check_divisible(size[1:])
+        self.config = {"size": list(size), "levels": levels, "depth": depth, "hidden": hidden, "coupling": coupling,
+                       "scale": scale, "alpha": float(alpha), "split_prior": split_prior, "shift": float(shift),
+                       "network": "standard" if network is None else "custom"}
+        self.shift = float(shift)
+        self.memory = memory
+        self.anchor_every = anchor_every
+        self.backend = backend
+        self.compute_dtype = compute_dtype
+        self.check_finite = check_finite
+        self.levels = nn.ModuleList()
+        channels = size[0]
+        for i, steps in enumerate(depth):
+            last = i == levels - 1
+            self.levels.append(Level(4 * channels, steps, last, split_prior == "learned", hidden=hidden,
+                                     scale="additive" if coupling == "additive" else scale, alpha=alpha, network=network))
+            channels *= 2
+
+    @property
+    def memory(self) -> str:
+        """What is kept between forward and backward: "recompute", "store" or "checkpoint"."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, mode: str) -> None:
+        self._memory = _choice(mode, "memory", MEMORY_MODES)
+
+    @property
+    def anchor_every(self) -> int | None:
+        """Keep an exact state every so many steps; None keeps none."""
+        return self._anchor_every
+
+    @anchor_every.setter
+    def anchor_every(self, every: int | None) -> None:
+        self._anchor_every = None if every is None else _positive_int(every, "anchor_every")
+
+    @property
+    def backend(self) -> str:
+        """The backend of the pixel ops, or "auto"."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        backends.check(name)
+        self._backend = name
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Precision of the coupling networks; None follows autocast, else the parameters."""
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype | None) -> None:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"compute_dtype wants a floating torch.dtype or None, got {dtype!r}")
+        self._compute_dtype = dtype
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether every ActNorm has been initialised from data (or loaded)."""
+        return all(step.is_initialized for level in self.levels for step in level.steps)
+
+    def _options(self) -> dict:
+        return {"memory": self.memory, "anchor_every": self.anchor_every, "backend": self.backend,
+                "compute_dtype": self.compute_dtype}
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Data-dependent initialisation of every ActNorm: zero mean, unit variance (std floored) on this batch.
+
+        x (N, C, H, W), N >= 1. Non-finite values are refused on every device.
+        """
+        x = self._check_image(x, finite=True)
+        if x.shape[0] == 0:
+            raise ValueError(f"initialize wants at least one image, got a batch of shape {tuple(x.shape)}")
+        x = x - self.shift
+        for level in self.levels:
+            x = squeeze(x)
+            for step in level.steps:
+                x = step.initialize(x)
+            if level.split is not None:
+                x = x.chunk(2, dim=1)[0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Image to latent: x (N, C, H, W) -> z (N, C*H*W) and log|det dz/dx| (N,) in nats.
+
+        The first forward in training mode initialises the ActNorms from x.
+        """
+        x = self._check_image(x)
+        if self.training and not self.is_initialized:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("this Glow is not initialised; call glow.initialize(x) before compiling it")
+            self.initialize(x)
+        x = x - self.shift
+        logdet = x.new_zeros(x.shape[0])
+        emitted = []
+        for level in self.levels:
+            x, d = run_steps(level.steps, squeeze(x), **self._options())
+            logdet = logdet + d
+            if level.split is not None:
+                x, part, d = level.split(x)
+                emitted.append(part)
+                logdet = logdet + d
+        emitted.append(x)
+        # A level's latents are flattened pixel by pixel, as they lie in memory.
+        return torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part in emitted], dim=1), logdet
+
+    def inverse(self, z: Tensor, size: Sequence[int] | None = None, return_logdet: bool = False):
+        """Latent to image: z (N, C*H*W) -> x (N, C, H, W), or (x, log|det dx/dz| (N,)) with `return_logdet`.
+
+        size: (H, W) of the images if they are not the construction's. Differentiable, as lean in memory as `forward`.
+        """
+        self._check_tensor(z, "latent")
+        *emitted, x = self.split_latent(z, size)
+        logdet = x.new_zeros(x.shape[0])
+        for level in reversed(self.levels):
+            if level.split is not None:
+                x, d = level.split.inverse(x, emitted.pop())
+                logdet = logdet + d
+            x, d = run_steps(level.steps, x, reverse=True, **self._options())
+            logdet = logdet + d
+            x = unsqueeze(x)
+        x = x + self.shift
+        return (x, logdet) if return_logdet else x
+
+    def split_latent(self, z: Tensor, size: Sequence[int] | None = None) -> list[Tensor]:
+        """Views of z (N, C*H*W), one (N, c, h, w) per level, in the order in which levels emit them."""
+        c, *own = self.size
+        h, w = self._check_divisible(own if size is None else size)
+        if z.dim() != 2 or z.shape[1] != c * h * w:
+            hint = "" if size is not None else f"; for images that are not {own[0]}x{own[1]} pass size=(H, W)"
+            raise ValueError(f"expected latents of shape (N, {c * h * w}), got {tuple(z.shape)}{hint}")
+        parts = []
+        for i in range(self.levels_count):
+            h, w = h // 2, w // 2
+            channels = c * 2 ** (i + 1) * (2 if i == self.levels_count - 1 else 1)
+            parts.append((channels, h, w))
+        widths = [math.prod(part) for part in parts]
+        return [piece.view(-1, h, w, channels).permute(0, 3, 1, 2) if piece.shape[0] else piece.new_empty(0, channels, h, w)
+                for piece, (channels, h, w) in zip(z.split(widths, dim=1), parts, strict=True)]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) (N,) in nats, with z ~ N(0, I). x (N, C, H, W)."""
+        z, logdet = self(x)
+        return logdet - 0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi))
+
+    def bits_per_dim(self, x: Tensor, bits: int = 8) -> Tensor:
+        """-log_prob(x) / (D ln 2) + bits (N,): bits per dimension of images in [0, 1] that are already dequantised."""
+        return -self.log_prob(x) / (math.prod(x.shape[1:]) * math.log(2)) + bits
+
+    @torch.no_grad()
+    def sample(self, n: int, temperature: float = 0.7, size: Sequence[int] | None = None,
+               generator: torch.Generator | None = None) -> Tensor:
+        """n images (n, C, H, W) from latents drawn from N(0, temperature^2 I)."""
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"n wants an int >= 0, got {n!r}")
+        if not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
+            raise ValueError(f"temperature wants a finite number >= 0, got {temperature!r}")
+        h, w = self._check_divisible(self.size[1:] if size is None else size)
+        like = next(self.parameters())
+        z = torch.randn(n, self.size[0] * h * w, dtype=like.dtype, device=like.device, generator=generator)
+        return self.inverse(temperature * z, size=(h, w))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the weights (safetensors) and the configuration (JSON) into the folder `path`, made if missing."""
+        from safetensors.torch import save_file
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        weights = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
+        # Each file is complete before it takes its name, so that an interruption leaves the previous one whole.
+        save_file(weights, path / f"{WEIGHTS}.partial", metadata={"format": "pt"})
+        (path / f"{CONFIG}.partial").write_text(json.dumps(self.config, indent=2) + "\n")
+        for name in (WEIGHTS, CONFIG):
+            (path / f"{name}.partial").replace(path / name)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, network: Callable[[int, int], nn.Module] | None = None,
+                        **options) -> "Glow":
+        """Load what `save_pretrained` wrote. options: memory, anchor_every, backend, compute_dtype, check_finite.
+
+        Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit the
+        configuration. A Glow with its own coupling network wants the same `network` again.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        path = Path(path)
+        for name in (CONFIG, WEIGHTS):
+            if not (path / name).is_file():
+                raise FileNotFoundError(f"{path} is not a saved Glow: it has no {name}")
+        try:
+            config = json.loads((path / CONFIG).read_text())
+            custom = config.pop("network") == "custom"
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path / CONFIG} is not the configuration of a Glow: {error}") from error
+        if custom != (network is not None):
+            wants = "its own coupling network; pass the same network=" if custom else "the standard network; pass none"
+            raise ValueError(f"the Glow in {path} was made with {wants}")
+        try:
+            weights = load_file(path / WEIGHTS)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path / WEIGHTS} is truncated or not a safetensors file: {error}") from error
+        try:
+            glow = cls(**config, network=network, **options)
+        except TypeError as error:
+            raise ValueError(f"{path / CONFIG} is not the configuration of a Glow: {error}") from error
+        dtype = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
+        glow.to(dtype).load_checked(weights, f"the weights in {path}")
+        return glow
+
+    def load_checked(self, weights: dict[str, Tensor], what: str) -> None:
+        """`load_state_dict`, with one sentence naming the first tensors that are missing, unknown or of another shape."""
+        own = self.state_dict()
+        missing = [f"{name} {tuple(own[name].shape)}" for name in own if name not in weights]
+        unknown = [f"{name} {tuple(weights[name].shape)}" for name in weights if name not in own]
+        changed = [f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+                   for name in own if name in weights and weights[name].shape != own[name].shape]
+        problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                    for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", changed)) if names]
+        if problems:
+            raise ValueError(f"{what} don't fit this Glow: {'; '.join(problems)}")
+        self.load_state_dict(weights)
+
+    def extra_repr(self) -> str:
+        shown = {k: v for k, v in self.config.items() if k != "size"}
+        return ", ".join([str(tuple(self.size)), *(f"{k}={v!r}" for k, v in shown.items()), f"memory={self.memory!r}"])
+
+    def _check_divisible(self, size: Sequence[int]) -> tuple[int, int]:
+        h, w = size
+        unit = 2 ** self.levels_count
+        if h < 1 or w < 1 or h % unit or w % unit:
+            raise ValueError(f"height and width must be divisible by 2^levels = {unit}, got {h}x{w}")
+        return int(h), int(w)
+
+    def _check_tensor(self, x: Tensor, what: str, finite: bool | None = None) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected {what}s as a torch.Tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"expected floating-point {what}s, got {x.dtype}")
+        like = next(self.parameters())
+        if x.device != like.device:
+            raise ValueError(f"the {what}s are on {x.device} and the Glow is on {like.device}; move one of them")
+        if x.dtype == torch.float64 and like.dtype != torch.float64:
+            raise TypeError(f"the {what}s are torch.float64 and the Glow is {like.dtype}; call glow.double() or x.float()")
+        wanted = self.check_finite if finite is None and self.check_finite is not None else finite
+        wanted = x.device.type == "cpu" if wanted is None else wanted
+        if wanted and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+            raise ValueError(f"the {what}s contain NaN or infinite values")
+
+    def _check_image(self, x: Tensor, finite: bool | None = None) -> Tensor:
+        self._check_tensor(x, "image", finite)
+        c, h, w = self.size
+        if x.dim() != 4 or x.shape[1] != c:
+            raise ValueError(f"expected images of shape (N, {c}, H, W), got {tuple(x.shape)}")
+        self._check_divisible(x.shape[2:])
+        return x.to(next(self.parameters()).dtype)
+
+
+def _check_size_argument(size: Sequence[int]) -> tuple[int, int, int]:
+    try:
+        size = tuple(size)
+    except TypeError:
+        raise TypeError(f"size wants (C, H, W), got {size!r}") from None
+    if len(size) != 3:
+        raise ValueError(f"size wants (C, H, W), got {size!r}")
+    return tuple(_positive_int(s, "size") for s in size)
+
+
+def _positive_int(value, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} wants an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} wants an int >= 1, got {value}")
+    return value
+
+
+def _choice(value, name: str, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
+    return value

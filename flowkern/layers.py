@@ -1,0 +1,271 @@
+"""The layers of Glow, each usable alone: forward(x) -> (y, logdet), inverse(y) -> x, or (x, logdet) on request.
+
+Log-determinants are (N,), in nats, of the direction computed. Kingma and Dhariwal 2018 (arXiv:1807.03039).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flowkern import ops, reference
+from flowkern.chain import chain
+from flowkern.mix import compose
+
+MIN_STD = 1e-3  # an (almost) constant channel must not be scaled up without bound at initialisation
+
+
+class ActNorm(nn.Module):
+    """exp(log_scale) (x + bias) per channel, initialised from data to zero mean and unit variance (section 3.1).
+
+    The first training forward initialises; the flag is a buffer, so a loaded layer keeps its values. x (N, C, H, W).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+        self.is_initialized = False  # the buffer's value, known without reading the device
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.is_initialized = bool(self.initialized)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        """Set scale and bias from a batch (std floored) and return the normalised batch. Raises ValueError if it is empty."""
+        _check_channels(x, len(self.bias), "ActNorm")
+        if x.numel() == 0:
+            raise ValueError(f"ActNorm: data-dependent initialisation wants a non-empty batch, got {tuple(x.shape)}")
+        values = x.to(torch.float64).transpose(0, 1).flatten(1)
+        self.bias.copy_(-values.mean(dim=1))
+        self.log_scale.copy_(-values.std(dim=1, correction=0).clamp_min(MIN_STD).log())
+        self.initialized.fill_(True)
+        self.is_initialized = True
+        return reference.actnorm(x, self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _check_channels(x, len(self.bias), "ActNorm")
+        if self.training and not self.is_initialized:
+            self.initialize(x)
+        return reference.actnorm(x, self), self._logdet(x)
+
+    def inverse(self, y: Tensor, return_logdet: bool = False):
+        _check_channels(y, len(self.bias), "ActNorm")
+        x = reference.actnorm(y, self, inverse=True)
+        return (x, -self._logdet(y)) if return_logdet else x
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return (self.log_scale.sum() * _pixels(x)).expand(x.shape[0])
+
+
+class InvertibleConv1x1(nn.Module):
+    """Multiply every pixel by W = P L (U + diag(sign exp(log_s))), started at a random rotation (section 3.2).
+
+    P and the signs stay fixed. x (N, C, H, W).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64))[0]
+        p, lower, upper = torch.linalg.lu(rotation)
+        diagonal = upper.diagonal()
+        dtype = torch.get_default_dtype()
+        self.lower = nn.Parameter(lower.tril(-1).to(dtype))
+        self.upper = nn.Parameter(upper.triu(1).to(dtype))
+        self.log_s = nn.Parameter(diagonal.abs().log().to(dtype))
+        self.register_buffer("sign", diagonal.sign().to(dtype))
+        self.register_buffer("permutation", p.argmax(dim=1))  # row i of W is row permutation[i] of L U
+
+    def weight(self) -> Tensor:
+        """W, (C, C)."""
+        return reference.conv1x1_weight(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _check_channels(x, len(self.log_s), "InvertibleConv1x1")
+        return ops.channel_mix(x, self.weight(), torch.zeros_like(self.log_s)), self._logdet(x)
+
+    def inverse(self, y: Tensor, return_logdet: bool = False):
+        _check_channels(y, len(self.log_s), "InvertibleConv1x1")
+        inverse = torch.linalg.inv(self.weight())
+        x = ops.channel_mix(y, inverse, torch.zeros_like(self.log_s))
+        return (x, -self._logdet(y)) if return_logdet else x
+
+    def _logdet(self, x: Tensor) -> Tensor:
+        return (self.log_s.sum() * _pixels(x)).expand(x.shape[0])
+
+
+class CouplingNet(nn.Module):
+    """Glow's coupling network: 3x3 -> ActNorm -> ReLU -> 1x1 -> ActNorm -> ReLU -> 3x3, zero at first, times exp(3 logs).
+
+    a (N, in_channels, H, W) -> h (N, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden: int):
+        super().__init__()
+        self.weight1 = nn.Parameter(torch.randn(hidden, in_channels, 3, 3) * 0.05)
+        self.norm1 = ActNorm(hidden)
+        self.weight2 = nn.Parameter(torch.randn(hidden, hidden, 1, 1) * 0.05)
+        self.norm2 = ActNorm(hidden)
+        self.weight3 = nn.Parameter(torch.zeros(out_channels, hidden, 3, 3))
+        self.bias3 = nn.Parameter(torch.zeros(out_channels))
+        self.logs = nn.Parameter(torch.zeros(out_channels))
+
+    def flat_parameters(self) -> list[Tensor]:
+        """The nine parameters in the order of `flowkern.network`."""
+        return [self.weight1, self.norm1.log_scale, self.norm1.bias, self.weight2, self.norm2.log_scale, self.norm2.bias,
+                self.weight3, self.bias3, self.logs]
+
+    @torch.no_grad()
+    def initialize(self, a: Tensor) -> None:
+        """Initialise both ActNorms from a batch."""
+        h = F.relu(self.norm1.initialize(F.conv2d(a, self.weight1, padding=1)))
+        self.norm2.initialize(F.conv2d(h, self.weight2))
+
+    def forward(self, a: Tensor) -> Tensor:
+        return reference.coupling_network(a, self)
+
+
+class AffineCoupling(nn.Module):
+    """Transform the second half of the channels, `b <- (b + t) s`, with (raw_s, t) read from the first (section 3.3).
+
+    net: maps (N, C/2, H, W) to (N, C, H, W), or to (N, C/2, H, W) with scale="additive". Scale maps: "softclamp",
+    s = exp(alpha tanh(raw/alpha)), "sigmoid", s = sigmoid(raw + 2), and "additive", s = 1.
+    """
+
+    def __init__(self, net: nn.Module, scale: str = "softclamp", alpha: float = 1.0):
+        super().__init__()
+        if scale not in reference.SCALES:
+            raise ValueError(f"unknown scale {scale!r}; choose one of {', '.join(map(repr, reference.SCALES))}")
+        if scale == "softclamp" and not alpha > 0:
+            raise ValueError(f"the soft clamp wants alpha > 0, got {alpha!r}")
+        self.net = net
+        self.scale = scale
+        self.alpha = float(alpha)
+
+    def initialize(self, x: Tensor) -> Tensor:
+        """Initialise the network if it knows how to (`net.initialize(a)`), and return the transformed batch."""
+        if hasattr(self.net, "initialize"):
+            self.net.initialize(x[:, : x.shape[1] // 2])
+        with torch.no_grad():
+            return self(x)[0]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        _check_even(x)
+        return ops.couple(x, self.net(x[:, : x.shape[1] // 2]), self.scale, self.alpha)
+
+    def inverse(self, y: Tensor, return_logdet: bool = False):
+        _check_even(y)
+        x, logdet = ops.couple(y, self.net(y[:, : y.shape[1] // 2]), self.scale, self.alpha, inverse=True)
+        return (x, logdet) if return_logdet else x
+
+
+class StepOfFlow(nn.Module):
+    """ActNorm, invertible 1x1 convolution, affine coupling (figure 2a). x (N, C, H, W) with C even."""
+
+    def __init__(self, channels: int, hidden: int = 512, scale: str = "softclamp", alpha: float = 1.0,
+                 network: Callable[[int, int], nn.Module] | None = None):
+        super().__init__()
+        if channels < 2 or channels % 2:
+            raise ValueError(f"a step of flow wants an even number of channels, got {channels}")
+        self.actnorm = ActNorm(channels)
+        self.conv = InvertibleConv1x1(channels)
+        sizes = channels // 2, channels // 2 if scale == "additive" else channels
+        net = CouplingNet(*sizes, hidden) if network is None else network(*sizes)
+        self.coupling = AffineCoupling(net, scale, alpha)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.actnorm.is_initialized
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> Tensor:
+        """Data-dependent initialisation of every ActNorm in the step; returns the transformed batch."""
+        return self.coupling.initialize(reference.channel_mix(
+            self.actnorm.initialize(x), self.conv.weight(), torch.zeros_like(self.actnorm.bias)))
+
+    def forward(self, x: Tensor, **chain_options) -> tuple[Tensor, Tensor]:
+        """Options are those of `flowkern.chain.chain`: memory, anchor_every, backend, compute_dtype."""
+        if self.training and not self.is_initialized:
+            self.initialize(x)
+        return run_steps([self], x, **chain_options)
+
+    def inverse(self, y: Tensor, return_logdet: bool = False, **chain_options):
+        x, logdet = run_steps([self], y, reverse=True, **chain_options)
+        return (x, logdet) if return_logdet else x
+
+
+def run_steps(steps, x: Tensor, reverse: bool = False, **chain_options) -> tuple[Tensor, Tensor]:
+    """Run a sequence of `StepOfFlow`s of one level as a reversible chain. Returns the state and logdet (N,)."""
+    _check_channels(x, len(steps[0].actnorm.bias), "a step of flow")
+    matrix, offset, inverse, mixes_logdet = compose(steps)
+    coupling = steps[0].coupling
+    out, logdet = chain(x, matrix, offset, inverse, [step.coupling.net for step in steps], reverse=reverse,
+                        scale=coupling.scale, alpha=coupling.alpha, **chain_options)
+    constant = mixes_logdet * _pixels(x)
+    return out, logdet - constant if reverse else logdet + constant
+
+
+class Split(nn.Module):
+    """Emit half of the channels as latents; the first half goes on (section 3.6 and figure 2b).
+
+    With `learned`, the emitted half is standardised by a Gaussian whose mean and scale a zero-initialised 3x3
+    convolution reads from the half that stays: Glow's conditional prior, reparametrised so that z stays N(0, I).
+    forward: x (N, C, H, W) -> (kept, emitted, logdet), each half (N, C/2, H, W).
+    """
+
+    def __init__(self, channels: int, learned: bool = False):
+        super().__init__()
+        self.learned = learned
+        if learned:
+            half = channels // 2
+            self.weight = nn.Parameter(torch.zeros(2 * half, half, 3, 3))
+            self.bias = nn.Parameter(torch.zeros(2 * half))
+            self.logs = nn.Parameter(torch.zeros(2 * half))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        kept, emitted = x.chunk(2, dim=1)
+        if not self.learned:
+            return kept, emitted, x.new_zeros(x.shape[0])
+        mean, log_std = reference.split_prior(kept, self)
+        return kept, (emitted - mean) * torch.exp(-log_std), -log_std.sum(dim=(1, 2, 3))
+
+    def inverse(self, kept: Tensor, emitted: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the halves together again. Returns x (N, C, H, W) and logdet (N,)."""
+        logdet = kept.new_zeros(kept.shape[0])
+        if self.learned:
+            mean, log_std = reference.split_prior(kept, self)
+            emitted = emitted * torch.exp(log_std) + mean
+            logdet = log_std.sum(dim=(1, 2, 3))
+        return torch.cat([kept, emitted], dim=1), logdet
+
+
+def squeeze(x: Tensor) -> Tensor:
+    """`reference.squeeze` in one copy, into channels-last memory. (N, C, H, W) -> (N, 4C, H/2, W/2)."""
+    n, c, h, w = x.shape
+    blocks = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return blocks.reshape(n, h // 2, w // 2, 4 * c).permute(0, 3, 1, 2)
+
+
+def unsqueeze(x: Tensor) -> Tensor:
+    """The inverse of `squeeze`, into channels-last memory."""
+    n, c, h, w = x.shape
+    blocks = x.permute(0, 2, 3, 1).reshape(n, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3)
+    return blocks.reshape(n, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
+
+
+def _pixels(x: Tensor) -> int:
+    return math.prod(x.shape[2:])
+
+
+def _check_channels(x: Tensor, channels: int, what: str) -> None:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise ValueError(f"{what} of {channels} channels wants (N, {channels}, H, W), got {tuple(x.shape)}")
+
+
+def _check_even(x: Tensor) -> None:
+    if x.dim() != 4 or x.shape[1] % 2:
+        raise ValueError(f"a coupling wants (N, C, H, W) with an even C, got {tuple(x.shape)}")

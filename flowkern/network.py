@@ -1,0 +1,83 @@
+"""Glow's coupling network with folded normalisation and a written-out gradient.
+
+3x3 -> ActNorm -> ReLU -> 1x1 -> ActNorm -> ReLU -> 3x3 times exp(3 logs). The ActNorms and the last scale are folded
+into the convolutions' weights (one step at a time, so that no second copy of all weights exists), in the precision the
+network runs in. Parameters are a flat sequence in the order of `flowkern.layers.CouplingNet.flat_parameters`:
+weight1, norm1.log_scale, norm1.bias, weight2, norm2.log_scale, norm2.bias, weight3, bias3, logs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PARAMETERS = 9
+
+
+def fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Weights and biases (w1, b1, w2, b2, w3, b3) of the three plain convolutions that equal the network, in `dtype`."""
+    w1, s1, b1, w2, s2, b2, w3, b3, logs = parameters
+    e1, e2, e3 = torch.exp(s1), torch.exp(s2), torch.exp(3 * logs)
+    folded = (w1 * _rows(e1), e1 * b1, w2 * _rows(e2), e2 * b2, w3 * _rows(e3), e3 * b3)
+    return tuple(p.to(dtype, memory_format=torch.channels_last) if p.dim() == 4 else p.to(dtype) for p in folded)
+
+
+def evaluate(folded: Sequence[Tensor], a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a (N, C/2, H, W), channels-last, in the network's dtype -> h and the two hidden activations (N, hidden, H, W)."""
+    w1, b1, w2, b2, w3, b3 = folded
+    h1 = F.conv2d(a, w1, b1, padding=1).relu_()
+    h2 = F.conv2d(h1, w2, b2).relu_()
+    return F.conv2d(h2, w3, b3, padding=1), h1, h2
+
+
+def vjp(parameters: Sequence[Tensor], folded: Sequence[Tensor], a: Tensor, hidden: list[Tensor], dh: Tensor,
+        need: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of `evaluate` with respect to a and, where `need` says so, to the nine parameters.
+
+    hidden: [h1, h2], emptied here, so that each is freed as soon as it has served.
+    """
+    w1, _, w2, _, w3, _ = folded
+    need1, need2, need3 = any(need[0:3]), any(need[3:6]), any(need[6:9])
+    h2 = hidden.pop()
+    g, dw3, db3 = _convolution_vjp(dh, h2, w3, 1, need3)
+    g = _relu_vjp_(g, h2)
+    del h2
+    h1 = hidden.pop()
+    g, dw2, db2 = _convolution_vjp(g, h1, w2, 0, need2)
+    g = _relu_vjp_(g, h1)
+    del h1
+    da, dw1, db1 = _convolution_vjp(g, a, w1, 1, need1)
+    gradients: list[Tensor | None] = []
+    for weight, needed, dw, db in ((w1, need1, dw1, db1), (w2, need2, dw2, db2)):
+        gradients += _unfold_norm(parameters[len(gradients):], dw, db) if needed else [None] * 3
+    gradients += _unfold_scale(parameters[6:], dw3, db3) if need3 else [None] * 3
+    return da, [g if needed else None for g, needed in zip(gradients, need, strict=True)]
+
+
+def _unfold_norm(parameters: Sequence[Tensor], dw: Tensor, db: Tensor) -> list[Tensor]:
+    """From the gradient of w exp(s) and exp(s) b to those of w, s and b."""
+    w, s, b = parameters[:3]
+    dw, db, e = dw.to(w.dtype), db.to(w.dtype), torch.exp(s)
+    return [dw * _rows(e), e * ((dw * w).sum(dim=(1, 2, 3)) + db * b), e * db]
+
+
+def _unfold_scale(parameters: Sequence[Tensor], dw: Tensor, db: Tensor) -> list[Tensor]:
+    """From the gradient of w exp(3 logs) and b exp(3 logs) to those of w, b and logs."""
+    w, b, logs = parameters
+    dw, db, e = dw.to(w.dtype), db.to(w.dtype), torch.exp(3 * logs)
+    return [dw * _rows(e), e * db, 3 * e * ((dw * w).sum(dim=(1, 2, 3)) + db * b)]
+
+
+def _convolution_vjp(g: Tensor, x: Tensor, w: Tensor, padding: int, need: bool):
+    return torch.ops.aten.convolution_backward(g, x, w, [w.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0],
+                                               1, [True, need, need])
+
+
+def _relu_vjp_(g: Tensor, activation: Tensor) -> Tensor:
+    """In place, so that no third hidden-sized tensor lives."""
+    return torch.ops.aten.threshold_backward.grad_input(g, activation, 0, grad_input=g)
+
+
+def _rows(scale: Tensor) -> Tensor:
+    return scale[:, None, None, None]

@@ -1,0 +1,285 @@
+"""The pixel ops: torch.library schemas, fake kernels, dispatch by backend name, and their differentiable forms.
+
+`flowkern.ops.couple(...)` and its siblings are the public, differentiable functions. Each runs a raw operator
+(`torch.ops.flowkern.couple`), opaque to torch.compile, which looks up the backend's implementation by name. A raw
+operator has no gradient and says so instead of returning none. Semantics: the functions of the same name in
+`flowkern.reference`.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from flowkern import backend as backends
+
+LIBRARY = torch.library.Library("flowkern", "DEF")
+_RESULTS = {1: "Tensor", 2: "(Tensor, Tensor)", 3: "(Tensor, Tensor, Tensor)", 4: "(Tensor, Tensor, Tensor, Tensor)"}
+
+
+def define(schema: str, run, fake) -> None:
+    """Register one raw operator on every device: its schema, its body and its fake kernel."""
+    name = schema.split("(")[0]
+
+    def body(*args):
+        if torch.is_grad_enabled() and any(_needs_grad(a) for a in args):
+            raise RuntimeError(f"torch.ops.flowkern.{name} is a raw operator without a gradient; "
+                               f"call the differentiable form in flowkern.ops, or detach its inputs")
+        return run(*args)
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flowkern::{name}", fake, lib=LIBRARY)
+
+
+def _needs_grad(value) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (list, tuple)) and any(_needs_grad(v) for v in value)
+
+
+def _define_pixel_op(name: str, arguments: str, results: int, fake) -> None:
+    def run(*args):
+        *operands, backend = args
+        return getattr(backends.table(operands[0].device, backend), name)(*operands)
+
+    define(f"{name}({arguments}, str backend) -> {_RESULTS[results]}", run, lambda *args: fake(*args[:-1]))
+
+
+def _like(x: Tensor) -> Tensor:
+    """What a pixel op returns for a state: same shape and dtype, dense channels-last."""
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _logdet(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0])
+
+
+def _rebuilt(v: Tensor, given_input: bool) -> Tensor:
+    return v.new_empty(0) if given_input else _like(v)
+
+
+_COUPLING = "str scale, float alpha"
+_define_pixel_op("channel_mix", "Tensor x, Tensor matrix, Tensor offset, bool inverse", 1,
+                 lambda x, matrix, offset, inverse: _like(x))
+_define_pixel_op("couple", f"Tensor x, Tensor h, {_COUPLING}, bool inverse", 2,
+                 lambda x, h, scale, alpha, inverse: (_like(x), _logdet(x)))
+for _fused in ("couple_mix", "mix_couple"):
+    _define_pixel_op(_fused, f"Tensor x, Tensor h, Tensor matrix, Tensor offset, {_COUPLING}", 2,
+                     lambda x, h, matrix, offset, scale, alpha: (_like(x), _logdet(x)))
+_define_pixel_op("couple_vjp",
+                 f"Tensor v, Tensor g, Tensor h, Tensor glogdet, {_COUPLING}, bool inverse, bool given_input", 3,
+                 lambda v, g, h, glogdet, scale, alpha, inverse, given_input:
+                 (_rebuilt(v, given_input), _like(v), _like(h)))
+_define_pixel_op("mix_vjp", "Tensor v, Tensor g, Tensor matrix, Tensor inverse_matrix, Tensor offset, "
+                 "bool inverse, bool given_input", 4,
+                 lambda v, g, matrix, inverse_matrix, offset, inverse, given_input:
+                 (_rebuilt(v, given_input), _like(v), torch.empty_like(matrix), torch.empty_like(offset)))
+_define_pixel_op("shrink", "Tensor z, Tensor lam", 1, lambda z, lam: torch.empty_like(z))
+_define_pixel_op("shrink_vjp", "Tensor z, Tensor g, Tensor lam", 2,
+                 lambda z, g, lam: (torch.empty_like(z), torch.empty_like(lam)))
+_define_pixel_op("data_consistency", "Tensor x, Tensor y, Tensor mu", 1, lambda x, y, mu: torch.empty_like(x))
+_define_pixel_op("data_consistency_vjp", "Tensor x, Tensor y, Tensor g, Tensor mu", 3,
+                 lambda x, y, g, mu: (torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)))
+raw = torch.ops.flowkern
+
+
+class _ChannelMix(Function):
+    @staticmethod
+    def forward(x, matrix, offset, backend):
+        return raw.channel_mix(x, matrix, offset, False, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, matrix, offset, ctx.backend = inputs
+        ctx.save_for_backward(x, matrix, offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, matrix, offset = ctx.saved_tensors
+        _, dx, dmatrix, doffset = raw.mix_vjp(x, channels_last(g), matrix, matrix, offset, False, True, ctx.backend)
+        return dx, dmatrix, doffset, None
+
+
+class _Couple(Function):
+    @staticmethod
+    def forward(x, h, scale, alpha, inverse, backend):
+        return raw.couple(x, h, scale, alpha, inverse, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h, *ctx.settings = inputs
+        ctx.save_for_backward(x, h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, glogdet):
+        x, h = ctx.saved_tensors
+        scale, alpha, inverse, backend = ctx.settings
+        _, dx, dh = raw.couple_vjp(x, channels_last(g), h, glogdet.contiguous(), scale, alpha, inverse, True, backend)
+        return dx, dh, None, None, None, None
+
+
+class _CoupleMix(Function):
+    """couple_mix, and with inverse=True mix_couple in the form A (couple^-1(x) + offset / A) used by `mix_couple` below."""
+
+    @staticmethod
+    def forward(x, h, matrix, offset, scale, alpha, inverse, backend):
+        op = raw.mix_couple if inverse else raw.couple_mix
+        return op(x, h, matrix, offset, scale, alpha, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, h, matrix, offset, *ctx.settings = inputs
+        ctx.save_for_backward(x, h, matrix, offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g, glogdet):
+        x, h, matrix, offset = ctx.saved_tensors
+        scale, alpha, inverse, backend = ctx.settings
+        coupled, _ = raw.couple(x, h, scale, alpha, inverse, backend)
+        _, dcoupled, dmatrix, doffset = raw.mix_vjp(coupled, channels_last(g), matrix, matrix, offset, False, True, backend)
+        if inverse:
+            # The op is matrix @ (coupled - offset), so the offset enters through the matrix.
+            dmatrix = dmatrix - torch.outer(doffset, offset)
+            doffset = -(matrix.T @ doffset)
+        _, dx, dh = raw.couple_vjp(x, dcoupled, h, glogdet.contiguous(), scale, alpha, inverse, True, backend)
+        return dx, dh, dmatrix, doffset, None, None, None, None
+
+
+class _Shrink(Function):
+    @staticmethod
+    def forward(z, lam, backend):
+        return raw.shrink(z, lam, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, lam, ctx.backend = inputs
+        ctx.save_for_backward(z, lam)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        z, lam = ctx.saved_tensors
+        return *raw.shrink_vjp(z, _as(g, z), lam, ctx.backend), None
+
+
+class _DataConsistency(Function):
+    @staticmethod
+    def forward(x, y, mu, backend):
+        return raw.data_consistency(x, y, mu, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, mu, ctx.backend = inputs
+        ctx.save_for_backward(x, y, mu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, y, mu = ctx.saved_tensors
+        return *raw.data_consistency_vjp(x, y, _as(g, x), mu, ctx.backend), None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x itself if its channels are dense per pixel (NHWC memory), else a copy that is."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _as(g: Tensor, like: Tensor) -> Tensor:
+    """g in the memory layout of `like`, so that an elementwise op may walk both as flat arrays."""
+    return g if g.stride() == like.stride() else torch.empty_like(like).copy_(g)
+
+
+def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False, backend: str = "auto") -> Tensor:
+    """`matrix @ x + offset` at every pixel; with `inverse`, `matrix @ (x - offset)` (pass the inverse matrix).
+
+    x (N, C, H, W), matrix (C, C), offset (C,) -> (N, C, H, W) in channels-last memory. Differentiable in all three.
+    Raises ValueError for shapes that don't fit.
+    """
+    _check_state(x)
+    _check_mix(x, matrix, offset)
+    offset = -(matrix @ offset) if inverse else offset
+    return _ChannelMix.apply(channels_last(x), matrix.contiguous(), offset.contiguous(), _resolve(x, backend))
+
+
+def couple(x: Tensor, h: Tensor, scale: str = "softclamp", alpha: float = 1.0, inverse: bool = False,
+           backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The affine coupling `b <- (b + t) s(raw)` given h = (raw, t), or its inverse `b <- b / s(raw) - t`.
+
+    x (N, C, H, W) with C even; h (N, C, H, W), or (N, C/2, H, W) for scale="additive". Returns the new state and the
+    log-determinant (N,) in nats of the direction computed. Differentiable in x and h. Raises ValueError for shapes that
+    don't fit or an unknown scale.
+    """
+    _check_state(x)
+    _check_coupling(x, h, scale)
+    return _Couple.apply(channels_last(x), channels_last(h), scale, float(alpha), inverse, _resolve(x, backend))
+
+
+def couple_mix(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str = "softclamp", alpha: float = 1.0,
+               backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """`couple`, then `channel_mix` of the next step, in one pass over memory. Returns state and logdet (N,) of the coupling."""
+    return _couple_mix(x, h, matrix, offset, scale, alpha, False, backend)
+
+
+def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str = "softclamp", alpha: float = 1.0,
+               backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The inverse of a step in one pass: undo the coupling, then `matrix @ (. - offset)` with the inverse matrix."""
+    return _couple_mix(y, h, matrix, offset, scale, alpha, True, backend)
+
+
+def _couple_mix(x, h, matrix, offset, scale, alpha, inverse, backend):
+    _check_state(x)
+    _check_mix(x, matrix, offset)
+    _check_coupling(x, h, scale)
+    return _CoupleMix.apply(channels_last(x), channels_last(h), matrix.contiguous(), offset.contiguous(),
+                            scale, float(alpha), inverse, _resolve(x, backend))
+
+
+def shrink(z: Tensor, lam: Tensor, backend: str = "auto") -> Tensor:
+    """Latent shrinkage z / (1 + lam), the proximal step of Wei et al., equation 9. lam is a scalar tensor. Differentiable."""
+    return _Shrink.apply(_dense(z), lam, _resolve(z, backend))
+
+
+def data_consistency(x: Tensor, y: Tensor, mu: Tensor, backend: str = "auto") -> Tensor:
+    """The gradient step x - mu (x - y) of Wei et al., equation 7, for A = I. mu is a scalar tensor. Differentiable.
+
+    Raises ValueError when x and y differ in shape.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"data_consistency: x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape")
+    x = _dense(x)
+    return _DataConsistency.apply(x, _as(y, x), mu, _resolve(x, backend))
+
+
+def _dense(x: Tensor) -> Tensor:
+    dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+    return x if dense else x.contiguous()
+
+
+def _resolve(x: Tensor, backend: str) -> str:
+    return backends.resolve(x.device, backend)
+
+
+def _check_state(x: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"expected a state of shape (N, C, H, W), got {tuple(x.shape)}")
+
+
+def _check_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> None:
+    channels = x.shape[1]
+    if matrix.shape != (channels, channels) or offset.shape != (channels,):
+        raise ValueError(f"a mix of {channels} channels wants matrix {(channels, channels)} and offset {(channels,)}, "
+                         f"got {tuple(matrix.shape)} and {tuple(offset.shape)}")
+
+
+def _check_coupling(x: Tensor, h: Tensor, scale: str) -> None:
+    if scale not in ("softclamp", "sigmoid", "additive"):
+        raise ValueError(f"unknown scale {scale!r}; choose 'softclamp', 'sigmoid' or 'additive'")
+    n, channels, *size = x.shape
+    wanted = (n, channels // 2 if scale == "additive" else channels, *size)
+    if channels % 2 or tuple(h.shape) != wanted:
+        raise ValueError(f"coupling of a state {tuple(x.shape)} wants an even number of channels and h of shape {wanted}, "
+                         f"got {tuple(h.shape)}")
