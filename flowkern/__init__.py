@@ -5,6 +5,8 @@ import torch  # noqa: F401  first: the native extension uses the OpenMP runtime 
 from flowkern import ops
 from flowkern.backend import backends, use_backend
 from flowkern.glow import Glow
+from flowkern.prox import GlowProx
+from flowkern.unfolded import Unfolded
 
 __version__ = "0.1.0"
-__all__ = ["Glow", "backends", "ops", "use_backend"]
+__all__ = ["Glow", "GlowProx", "Unfolded", "backends", "ops", "use_backend"]

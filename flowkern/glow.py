@@ -1,6 +1,5 @@
 """Glow: a multi-scale normalizing flow that trains in memory that does not grow with its depth."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flowkern import backend as backends
+from flowkern import saving
 from flowkern.chain import MEMORY_MODES
 from flowkern.layers import Split, StepOfFlow, run_steps, squeeze, unsqueeze
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class Level(nn.Module):
@@ -231,15 +229,7 @@ class Glow(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the weights (safetensors) and the configuration (JSON) into the folder `path`, made if missing."""
-        from safetensors.torch import save_file
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        weights = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        # Each file is complete before it takes its name, so that an interruption leaves the previous one whole.
-        save_file(weights, path / f"{WEIGHTS}.partial", metadata={"format": "pt"})
-        (path / f"{CONFIG}.partial").write_text(json.dumps(self.config, indent=2) + "\n")
-        for name in (WEIGHTS, CONFIG):
-            (path / f"{name}.partial").replace(path / name)
+        saving.write(path, self, self.config)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, network: Callable[[int, int], nn.Module] | None = None,
@@ -249,44 +239,18 @@ class Glow(nn.Module):
         Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit the
         configuration. A Glow with its own coupling network wants the same `network` again.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        path = Path(path)
-        for name in (CONFIG, WEIGHTS):
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"{path} is not a saved Glow: it has no {name}")
+        config, weights = saving.read(path, "Glow")
         try:
-            config = json.loads((path / CONFIG).read_text())
             custom = config.pop("network") == "custom"
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path / CONFIG} is not the configuration of a Glow: {error}") from error
-        if custom != (network is not None):
-            wants = "its own coupling network; pass the same network=" if custom else "the standard network; pass none"
-            raise ValueError(f"the Glow in {path} was made with {wants}")
-        try:
-            weights = load_file(path / WEIGHTS)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path / WEIGHTS} is truncated or not a safetensors file: {error}") from error
-        try:
+            if custom != (network is not None):
+                wants = "its own coupling network; pass the same network=" if custom else "the standard network; pass none"
+                raise ValueError(f"the Glow in {path} was made with {wants}")
             glow = cls(**config, network=network, **options)
-        except TypeError as error:
-            raise ValueError(f"{path / CONFIG} is not the configuration of a Glow: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not hold the configuration of a Glow: {error}") from error
         dtype = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
-        glow.to(dtype).load_checked(weights, f"the weights in {path}")
+        saving.fill(glow.to(dtype), weights, f"the weights in {path}")
         return glow
-
-    def load_checked(self, weights: dict[str, Tensor], what: str) -> None:
-        """`load_state_dict`, with one sentence naming the first tensors that are missing, unknown or of another shape."""
-        own = self.state_dict()
-        missing = [f"{name} {tuple(own[name].shape)}" for name in own if name not in weights]
-        unknown = [f"{name} {tuple(weights[name].shape)}" for name in weights if name not in own]
-        changed = [f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-                   for name in own if name in weights and weights[name].shape != own[name].shape]
-        problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                    for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", changed)) if names]
-        if problems:
-            raise ValueError(f"{what} don't fit this Glow: {'; '.join(problems)}")
-        self.load_state_dict(weights)
 
     def extra_repr(self) -> str:
         shown = {k: v for k, v in self.config.items() if k != "size"}
