@@ -1,0 +1,197 @@
+// Matrix products on tiles of pixels: the channel mix, and the outer products of its gradient.
+//
+// A tile is TILE rows of `channels` numbers in scratch memory, contiguous, with room for one vector after the last row.
+// Vectors run along a row of the result, so that rows are padded to whole vectors in the packed matrix only.
+#pragma once
+#include "../params.h"
+#include "vector.h"
+
+namespace flowkern::FLOWKERN_ISA {
+
+constexpr int TILE = 32;  // pixels
+
+// A kernel's element type and number of channels, the latter a constant where it is a usual one (the levels of a Glow on
+// RGB images), else 0. Kernels call `channels` where they use it: a captured variable would no longer be a constant.
+template <class T, int C>
+struct Case {
+    using Element = T;
+    static constexpr int64_t channels(int64_t n) { return C ? C : n; }
+};
+
+template <class F>
+void specialise(Type type, int64_t channels, const F& f) {
+    if (type == Type::f64) return f(Case<double, 0>());
+    switch (channels) {
+        case 12: return f(Case<float, 12>());
+        case 24: return f(Case<float, 24>());
+        case 48: return f(Case<float, 48>());
+        default: return f(Case<float, 0>());
+    }
+}
+
+template <class T>
+constexpr int64_t tile_size(int64_t channels) {
+    return TILE * channels + LANES<T>;
+}
+
+// The first `valid` rows of a tile from or to an image; what a tile lacks is zero.
+template <class T>
+inline void load_tile(const T* image, int64_t valid, int64_t channels, T* tile) {
+    memcpy(tile, image, valid * channels * sizeof(T));
+    if (valid < TILE) memset(tile + valid * channels, 0, (TILE - valid) * channels * sizeof(T));
+}
+
+template <class T>
+inline void store_tile(const T* tile, int64_t valid, int64_t channels, T* image) {
+    memcpy(image, tile, valid * channels * sizeof(T));
+}
+
+template <class T>
+inline void subtract_offset(T* tile, int64_t channels, const T* offset) {
+    for (int p = 0; p < TILE; p++) {
+        for (int64_t c = 0; c < channels; c++) tile[p * channels + c] -= offset[c];
+    }
+}
+
+// The transpose of a matrix, in rows of padded<T>(channels).
+template <class T>
+void pack(const Matrix& matrix, int64_t channels, T* packed) {
+    const T* data = static_cast<const T*>(matrix.data);
+    const int64_t width = padded<T>(channels);
+    for (int64_t i = 0; i < channels; i++) {
+        for (int64_t o = 0; o < width; o++) {
+            packed[i * width + o] = o < channels ? data[o * matrix.row + i * matrix.column] : T(0);
+        }
+    }
+}
+
+inline Matrix transposed(const Matrix& m) { return {m.data, m.column, m.row}; }
+
+// How many vectors of a row are computed together, and for how many pixels, so that the sums stay in registers.
+constexpr int GROUP = ACCUMULATORS >= 12 ? 3 : 2;
+constexpr int pixels_at_once(int vectors) { return 8 * vectors <= ACCUMULATORS ? 8 : 4; }
+constexpr int rows_at_once(int vectors) { return ACCUMULATORS / vectors < 12 ? ACCUMULATORS / vectors : 12; }
+
+template <class T, int V>
+inline void mix_columns(const T* x, int64_t channels, const T* packed, int64_t width, const T* init, T* y) {
+    constexpr int PIXELS = pixels_at_once(V), W = LANES<T>;
+    for (int first = 0; first < TILE; first += PIXELS) {
+        const T* px = x + first * channels;
+        Vector<T> sum[PIXELS][V];
+#pragma GCC unroll 8
+        for (int p = 0; p < PIXELS; p++) {
+#pragma GCC unroll 3
+            for (int v = 0; v < V; v++) sum[p][v] = load(init + v * W);
+        }
+        for (int64_t i = 0; i < channels; i++) {
+            Vector<T> row[V];
+#pragma GCC unroll 3
+            for (int v = 0; v < V; v++) row[v] = load(packed + i * width + v * W);
+#pragma GCC unroll 8
+            for (int p = 0; p < PIXELS; p++) {
+                const T value = px[p * channels + i];
+#pragma GCC unroll 3
+                for (int v = 0; v < V; v++) sum[p][v] += value * row[v];
+            }
+        }
+        T* py = y + first * channels;
+#pragma GCC unroll 8
+        for (int p = 0; p < PIXELS; p++) {
+#pragma GCC unroll 3
+            for (int v = 0; v < V; v++) store(py + p * channels + v * W, sum[p][v]);
+        }
+    }
+}
+
+// y = M x + init at every pixel of a tile, from pack(M). Columns run from last to first and pixels forward, so that what
+// a row's last vector writes past the row's end is overwritten by the next row.
+template <class T>
+inline void mix_tile(const T* x, int64_t channels, const T* packed, const T* init, T* y) {
+    const int64_t width = padded<T>(channels);
+    for (int64_t end = width / LANES<T>; end > 0;) {
+        const int64_t vectors = ceil_div(end, ceil_div(end, GROUP)), first = (end - vectors) * LANES<T>;
+        if (vectors == 1) mix_columns<T, 1>(x, channels, packed + first, width, init + first, y + first);
+        if (vectors == 2) mix_columns<T, 2>(x, channels, packed + first, width, init + first, y + first);
+        if constexpr (GROUP > 2) {
+            if (vectors == 3) mix_columns<T, 3>(x, channels, packed + first, width, init + first, y + first);
+        }
+        end -= vectors;
+    }
+}
+
+// Adds a vector of sums over one tile to sums in double precision over many.
+template <class T>
+inline void flush(Vector<T> sum, double* total) {
+    typedef double Wide __attribute__((vector_size(LANES<T> * sizeof(double))));
+    Wide wide;
+    memcpy(&wide, total, sizeof wide);
+    wide += __builtin_convertvector(sum, Wide);
+    memcpy(total, &wide, sizeof wide);
+}
+
+template <class T, int V, int R>
+inline void outer_rows(const T* g, const T* x, int64_t channels, double* total, int64_t width) {
+    constexpr int W = LANES<T>;
+    Vector<T> sum[R][V] = {};
+    for (int p = 0; p < TILE; p++) {
+        Vector<T> row[V];
+#pragma GCC unroll 3
+        for (int v = 0; v < V; v++) row[v] = load(x + p * channels + v * W);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; r++) {
+            const T value = g[p * channels + r];
+#pragma GCC unroll 3
+            for (int v = 0; v < V; v++) sum[r][v] += value * row[v];
+        }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 3
+        for (int v = 0; v < V; v++) flush<T>(sum[r][v], total + r * width + v * W);
+    }
+}
+
+template <class T, int V>
+inline void outer_columns(const T* g, const T* x, int64_t channels, double* total, int64_t width) {
+    constexpr int R = rows_at_once(V);
+    for (int64_t r = 0; r < channels;) {
+        const int64_t left = channels - r;
+        if (left >= R) {
+            outer_rows<T, V, R>(g + r, x, channels, total + r * width, width);
+            r += R;
+        } else if (R > 4 && left >= 4) {
+            outer_rows<T, V, 4>(g + r, x, channels, total + r * width, width);
+            r += 4;
+        } else {
+            outer_rows<T, V, 1>(g + r, x, channels, total + r * width, width);
+            r += 1;
+        }
+    }
+}
+
+// total[o][i] += sum over the tile's pixels of g[o] x[i], in rows of padded<T>(channels).
+template <class T>
+inline void outer_tile(const T* g, const T* x, int64_t channels, double* total) {
+    const int64_t width = padded<T>(channels);
+    for (int64_t end = width / LANES<T>; end > 0;) {
+        const int64_t vectors = ceil_div(end, ceil_div(end, GROUP)), first = (end - vectors) * LANES<T>;
+        if (vectors == 1) outer_columns<T, 1>(g, x + first, channels, total + first, width);
+        if (vectors == 2) outer_columns<T, 2>(g, x + first, channels, total + first, width);
+        if constexpr (GROUP > 2) {
+            if (vectors == 3) outer_columns<T, 3>(g, x + first, channels, total + first, width);
+        }
+        end -= vectors;
+    }
+}
+
+// total[c] += sum over the tile's pixels of g[c].
+template <class T>
+inline void sum_tile(const T* g, int64_t channels, double* total) {
+    for (int64_t first = 0; first < channels; first += LANES<T>) {
+        Vector<T> sum = {};
+        for (int p = 0; p < TILE; p++) sum += load(g + p * channels + first);
+        flush<T>(sum, total + first);
+    }
+}
+
+}  // namespace flowkern::FLOWKERN_ISA

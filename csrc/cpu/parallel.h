@@ -1,0 +1,43 @@
+// Threads and scratch memory for the CPU's loops. parallel.cpp is the only unit that knows OpenMP, so that the loops
+// themselves are ordinary functions of a range, which compilers optimise better than outlined parallel regions.
+#pragma once
+#include <cstdint>
+#include <new>
+
+#include "vector.h"
+
+namespace flowkern {
+
+bool openmp_built();
+bool openmp_loaded();  // whether the process holds a runtime; torch brings one
+
+// Calls body(context, begin, end) for contiguous ranges that cover [0, items), on up to `threads` threads.
+void parallel_ranges(int threads, int64_t items, void (*body)(const void*, int64_t, int64_t), const void* context);
+
+namespace FLOWKERN_ISA {
+
+template <class F>
+void parallel(int threads, int64_t items, const F& body) {
+    auto call = [](const void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); };
+    parallel_ranges(threads, items, call, &body);
+}
+
+// Memory for one call, aligned to 64 bytes. Raises std::bad_alloc.
+template <class T>
+class Scratch {
+  public:
+    explicit Scratch(int64_t size)
+        : size_(size), data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
+    ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+    T* data() const { return data_; }
+    void clear() const { memset(data_, 0, size_ * sizeof(T)); }
+
+  private:
+    int64_t size_;
+    T* data_;
+};
+
+}  // namespace FLOWKERN_ISA
+}  // namespace flowkern

@@ -1,0 +1,76 @@
+// The arguments of every pixel op, as plain structs: pointers, sizes, strides in elements. No behaviour.
+//
+// Images are channels-last: `samples` x `pixels` rows of `channels` contiguous numbers. Which op, direction and element
+// type is data, so that a backend has one entry point per struct.
+#pragma once
+#include <cstdint>
+
+namespace flowkern {
+
+enum class Type : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+enum class Scale : int { softclamp = 0, sigmoid = 1, additive = 2 };
+
+struct Matrix {
+    const void* data;
+    int64_t row, column;  // strides
+};
+
+struct Mix {
+    const void *x, *offset;
+    Matrix matrix;
+    void* y;
+    int64_t pixels;  // of all samples together
+    int64_t channels;
+    bool inverse;    // y = matrix (x - offset) rather than matrix x + offset
+    Type type;
+};
+
+// The coupling, alone or followed by a channel mix (`matrix.data` not null).
+struct Couple {
+    const void *x, *h;
+    void *y, *logdet;
+    const void* offset;
+    Matrix matrix;
+    int64_t samples, pixels, channels;
+    double alpha;
+    Scale scale;
+    bool inverse;
+    Type type, h_type;  // h_type: that of the network's output h
+};
+
+struct CoupleVjp {
+    const void *v, *g, *h, *glogdet;
+    void *rebuilt, *dv, *dh;  // rebuilt is null with given_input
+    int64_t samples, pixels, channels;
+    double alpha;
+    Scale scale;
+    bool inverse, given_input;
+    Type type, h_type;
+};
+
+struct MixVjp {
+    const void *v, *g, *offset;
+    Matrix matrix, inverse_matrix;
+    void *rebuilt, *dv, *dmatrix, *doffset;  // rebuilt is null with given_input; dmatrix is row-major
+    int64_t pixels, channels;
+    bool inverse, given_input;
+    Type type;
+};
+
+// z / (1 + lambda), and its gradients with g (null: the value alone, into `result`).
+struct Shrink {
+    const void *z, *g, *lambda;
+    void *result, *dlambda;
+    int64_t size;
+    Type type;
+};
+
+// x - mu (x - y), and its gradients with g (null: the value alone, into `result`).
+struct Consistency {
+    const void *x, *y, *g, *mu;
+    void *result, *dy, *dmu;
+    int64_t size;
+    Type type;
+};
+
+}  // namespace flowkern

@@ -1,0 +1,165 @@
+"""The `cpp` backend: the pixel ops of `flowkern.reference` by the native extension, on the CPU.
+
+Functions have the reference's names, arguments and results. They expect what the op layer guarantees: CPU tensors of
+one dtype (fp32 or fp64; beside fp32, h may be bf16 or fp16), states in channels-last memory. Small operands may have
+any strides, and a tensor in another layout than its op needs is copied into it.
+"""
+
+import functools
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from flowkern.backend import OPS, Backend, register
+
+_CHANNELS_LAST = torch.channels_last
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
+
+
+@functools.cache
+def probe() -> str | None:
+    """None where the extension runs, else one sentence that says why it doesn't. Loads it once."""
+    try:
+        from flowkern import _C
+    except ImportError as error:
+        return _why_not_built() or f"the native extension does not load: {error}"
+    if isa := os.environ.get("FLOWKERN_CPU_ISA"):
+        try:
+            _C.select_isa(isa)
+        except ValueError as error:
+            return f"FLOWKERN_CPU_ISA: {error}"
+    return None
+
+
+def build_config() -> dict:
+    """What was compiled: version, compiler, OpenMP, and the instruction sets compiled, supported here, and in use."""
+    if (why := probe()) is not None:
+        raise RuntimeError(why)
+    return _native().build_config()
+
+
+def _why_not_built() -> str | None:
+    folder = os.path.dirname(__file__)
+    if any(name.startswith("_C.") for name in os.listdir(folder)):
+        return None
+    reason = os.path.join(folder, "_build_error.txt")
+    if os.path.exists(reason):
+        with open(reason) as file:
+            return f"the native extension was not built: {file.read().strip()}"
+    return "the native extension was not built: flowkern is not installed (pip install -e .)"
+
+
+@functools.cache
+def _native():
+    from flowkern import _C
+
+    return _C
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.contiguous(memory_format=_CHANNELS_LAST)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=_CHANNELS_LAST)
+
+
+def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False) -> Tensor:
+    n, c, height, width = x.shape
+    x, offset, y = _rows(x), offset.contiguous(), _like(x)
+    _native().mix(torch.get_num_threads(), _TYPES[x.dtype], n * height * width, c, inverse, x.data_ptr(),
+                  matrix.data_ptr(), *matrix.stride(), offset.data_ptr(), y.data_ptr())
+    return y
+
+
+def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    return _couple(x, h, scale, alpha, inverse, (0, 0, 0, 0))
+
+
+def couple_mix(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
+    offset = offset.contiguous()
+    return _couple(x, h, scale, alpha, False, (matrix.data_ptr(), *matrix.stride(), offset.data_ptr()))
+
+
+def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
+    offset = offset.contiguous()
+    return _couple(y, h, scale, alpha, True, (matrix.data_ptr(), *matrix.stride(), offset.data_ptr()))
+
+
+def _couple(x, h, scale, alpha, inverse, mix) -> tuple[Tensor, Tensor]:
+    n, c, height, width = x.shape
+    x, h, y, logdet = _rows(x), _rows(h), _like(x), x.new_empty(n)
+    _native().couple(torch.get_num_threads(), _TYPES[x.dtype], _TYPES[h.dtype], n, height * width, c, _SCALES[scale],
+                     alpha, inverse, x.data_ptr(), h.data_ptr(), *mix, y.data_ptr(), logdet.data_ptr())
+    return y, logdet
+
+
+def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alpha: float,
+               inverse: bool = False, given_input: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, height, width = v.shape
+    v, g, h, glogdet = _rows(v), _rows(g), _rows(h), glogdet.contiguous()
+    rebuilt = v.new_empty(0) if given_input else _like(v)
+    dv, dh = _like(v), _like(h)
+    _native().couple_vjp(torch.get_num_threads(), _TYPES[v.dtype], _TYPES[h.dtype], n, height * width, c,
+                         _SCALES[scale], alpha, inverse, given_input, v.data_ptr(), g.data_ptr(), h.data_ptr(),
+                         glogdet.data_ptr(), rebuilt.data_ptr(), dv.data_ptr(), dh.data_ptr())
+    return rebuilt, dv, dh
+
+
+def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset: Tensor,
+            inverse: bool = False, given_input: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, c, height, width = v.shape
+    v, g, offset = _rows(v), _rows(g), offset.contiguous()
+    rebuilt = v.new_empty(0) if given_input else _like(v)
+    dv, dmatrix, doffset = _like(v), v.new_empty((c, c)), v.new_empty(c)
+    _native().mix_vjp(torch.get_num_threads(), _TYPES[v.dtype], n * height * width, c, inverse, given_input,
+                      v.data_ptr(), g.data_ptr(), matrix.data_ptr(), *matrix.stride(), inverse_matrix.data_ptr(),
+                      *inverse_matrix.stride(), offset.data_ptr(), rebuilt.data_ptr(), dv.data_ptr(),
+                      dmatrix.data_ptr(), doffset.data_ptr())
+    return rebuilt, dv, dmatrix, doffset
+
+
+def _dense(x: Tensor, like: Tensor) -> Tensor:
+    """x in the memory order of `like`, a dense tensor."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def _shrink(z, g, lam, result, dlam) -> None:
+    _native().shrink(torch.get_num_threads(), _TYPES[z.dtype], z.numel(), z.data_ptr(), g, lam.data_ptr(),
+                     result.data_ptr(), dlam)
+
+
+def shrink(z: Tensor, lam: Tensor) -> Tensor:
+    result = torch.empty_like(z)
+    _shrink(_dense(z, result), 0, lam, result, 0)
+    return result
+
+
+def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    dz, dlam = torch.empty_like(z), torch.empty_like(lam)
+    z, g = _dense(z, dz), _dense(g, dz)
+    _shrink(z, g.data_ptr(), lam, dz, dlam.data_ptr())
+    return dz, dlam
+
+
+def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
+    result = torch.empty_like(x)
+    x, y = _dense(x, result), _dense(y, result)
+    _native().consistency(torch.get_num_threads(), _TYPES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(), 0,
+                          mu.data_ptr(), result.data_ptr(), 0, 0)
+    return result
+
+
+def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dy, dmu = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)
+    x, y, g = _dense(x, dx), _dense(y, dx), _dense(g, dx)
+    _native().consistency(torch.get_num_threads(), _TYPES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(),
+                          g.data_ptr(), mu.data_ptr(), dx.data_ptr(), dy.data_ptr(), dmu.data_ptr())
+    return dx, dy, dmu
+
+
+register(Backend("cpp", devices=("cpu",), probe=probe, load=lambda: sys.modules[__name__],
+                 preferred={"cpu": OPS}))
