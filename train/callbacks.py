@@ -1,0 +1,93 @@
+"""What a stage reports while it trains: the progress bar, the rows of metrics.csv, speed and peak memory."""
+
+import csv
+import resource
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from train.budget import Budget
+
+COLUMNS = ("stage", "epoch", "step", "seconds", "loss", "val_loss", "val_psnr", "val_ssim", "images_per_second", "peak_mib")
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Largest memory so far in MiB: allocated on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's bar, with the stage's name and without a version number."""
+
+    def get_metrics(self, trainer: L.Trainer, stage: L.LightningModule) -> dict:
+        metrics = super().get_metrics(trainer, stage)
+        metrics.pop("v_num", None)
+        return metrics
+
+    def on_train_epoch_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, stage)
+        self.train_progress_bar.set_description(f"{stage.name}, epoch {trainer.current_epoch}")
+
+
+class Recorder(L.Callback):
+    """Measures speed (of the steps alone) and peak memory for the bar, and appends one row per epoch to metrics.csv.
+
+    A resumed stage first drops its rows beyond the checkpoint. echo: print each row, for logs that can't show a bar.
+    """
+
+    def __init__(self, path: Path, stage: str, budget: Budget, echo: bool):
+        self.path, self.name, self.budget, self.echo = path, stage, budget, echo
+
+    def on_train_start(self, trainer, stage) -> None:
+        rows = [r for r in read_metrics(self.path) if r["stage"] != self.name or int(r["step"]) <= trainer.global_step]
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def on_train_epoch_start(self, trainer, stage) -> None:
+        self._losses, self._images, self._seconds = [], 0, 0.0
+
+    def on_train_batch_start(self, trainer, stage, batch, batch_idx: int) -> None:
+        self._start = time.monotonic()
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx: int) -> None:
+        seconds, images = time.monotonic() - self._start, len(batch["clean"])
+        self._losses.append(outputs["loss"].detach())
+        self._seconds += seconds
+        self._images += images
+        stage.log("img/s", images / seconds, prog_bar=True)
+        stage.log("MiB", peak_memory_mib(stage.device), prog_bar=True)
+
+    def on_train_epoch_end(self, trainer, stage) -> None:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        row = {"stage": self.name, "epoch": trainer.current_epoch, "step": trainer.global_step,
+               "seconds": round(self.budget.used_seconds, 2), "loss": float(torch.stack(self._losses).mean()),
+               **{k: metrics.get(k, "") for k in ("val_loss", "val_psnr", "val_ssim")},
+               "images_per_second": round(self._images / self._seconds, 2), "peak_mib": round(peak_memory_mib(stage.device), 1)}
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS).writerow(row)
+        if self.echo:
+            print(line(row), flush=True)
+
+
+def line(row: dict) -> str:
+    """A row of metrics.csv for people."""
+    psnr = f"  PSNR {row['val_psnr']:.2f} dB" if row["val_psnr"] != "" else ""
+    return (f"{row['stage']:>8}  epoch {row['epoch']:>3}  step {row['step']:>5}  {row['seconds']:6.0f} s  loss {row['loss']:.4f}  "
+            f"val {row['val_loss']:.4f}{psnr}  {row['images_per_second']:.0f} images/s  {row['peak_mib']:.0f} MiB")
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -1,0 +1,95 @@
+"""The two stages of training as Lightning modules: the flow by likelihood, then the unfolded network end to end."""
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from flowkern import Glow, Unfolded
+from train.budget import Budget
+from train.config import Config
+
+
+class _Stage(L.LightningModule):
+    """A model, its parameter groups and a learning rate that follows the budget."""
+
+    def __init__(self, model: torch.nn.Module, config: Config, budget: Budget):
+        super().__init__()
+        self.model, self.config, self.budget = model, config, budget
+
+    def on_train_batch_start(self, batch, batch_idx: int) -> None:
+        factor = self.budget.factor(self.config.schedule, self.config.warmup)
+        for group in self.optimizers().param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def check_finite(self, loss: Tensor) -> Tensor:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the {self.name} loss became {loss.item()} at step {self.global_step}: lower the "
+                                     f"learning rate, set --clip, or keep --scale softclamp")
+        return loss
+
+
+class PriorStage(_Stage):
+    """Likelihood training of the Glow on dequantised images: minimises bits per dimension."""
+
+    name = "prior"
+    model: Glow
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.check_finite(self.model.bits_per_dim(batch["prior"]).mean())
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.model.bits_per_dim(batch["prior"]).mean(), prog_bar=True, batch_size=len(batch["prior"]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([{"params": self.model.parameters(), "initial_lr": self.config.prior_lr}],
+                                lr=self.config.prior_lr)
+
+
+class UnfoldedStage(_Stage):
+    """End-to-end training of the unfolded network: minimises the mean squared error."""
+
+    name = "unfolded"
+    model: Unfolded
+
+    def __init__(self, model: Unfolded, config: Config, budget: Budget):
+        super().__init__(model, config, budget)
+        self.val_psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
+        self.val_ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
+
+    def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return self.model(batch["clean"] + self.config.sigma * batch["noise"]), batch["clean"]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        estimate, clean = self._estimate(batch)
+        loss = self.check_finite(torch.nn.functional.mse_loss(estimate, clean))
+        self.log("loss", loss, prog_bar=True)
+        self.log("psnr", psnr(estimate.detach(), clean).mean(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        estimate, clean = self._estimate(batch)
+        self.log("val_loss", torch.nn.functional.mse_loss(estimate, clean), batch_size=len(clean))
+        self.val_psnr(estimate.clamp(0, 1), clean)
+        self.val_ssim(estimate.clamp(0, 1), clean)
+        self.log("val_psnr", self.val_psnr, prog_bar=True, batch_size=len(clean))
+        self.log("val_ssim", self.val_ssim, batch_size=len(clean))
+
+    def configure_optimizers(self):
+        steps = [p for name, p in self.model.named_parameters() if is_step_size(name)]
+        weights = [p for name, p in self.model.named_parameters() if not is_step_size(name)]
+        return torch.optim.Adam([{"params": weights, "lr": self.config.lr, "initial_lr": self.config.lr},
+                                 {"params": steps, "lr": self.config.lr_steps, "initial_lr": self.config.lr_steps}])
+
+
+def is_step_size(name: str) -> bool:
+    """Whether a parameter of `Unfolded` is a step size mu or a shrinkage lambda, which learn at their own rate."""
+    return name.split(".")[-1] in ("mu", "raw_lam")
+
+
+def psnr(estimate: Tensor, clean: Tensor) -> Tensor:
+    """PSNR per image (N,) in dB, of the estimate clipped to [0, 1], against a peak of 1."""
+    return peak_signal_noise_ratio(estimate.clamp(0, 1), clean, data_range=1.0, dim=(1, 2, 3), reduction="none")
