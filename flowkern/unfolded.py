@@ -110,7 +110,8 @@ class Unfolded(nn.Module):
             net = cls(made, config["folds"], init=config["init"], final=config["final"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold the configuration of an Unfolded: {error}") from error
-        saving.fill(net, weights, f"the weights in {path}")
+        dtype = weights["mu"].dtype if "mu" in weights else torch.float32
+        saving.fill(net.to(dtype), weights, f"the weights in {path}")
         return net
 
     def _start(self, y: Tensor) -> Tensor:
