@@ -116,7 +116,7 @@ void shrink(int threads, int type, int64_t size, Pointer z, Pointer g, Pointer l
     check_sizes(threads, 1, size, 1);
     check_arrays(size, z, result);
     check_arrays(1, lambda);
-    check_arrays(g ? 1 : 0, dlambda);
+    check_arrays(dlambda ? size : 0, g);
     Shrink m{address(z), address(g), address(lambda), address(result), address(dlambda), size, state_type(type)};
     py::gil_scoped_release release;
     cpu::active().shrink(m, threads);
@@ -127,8 +127,7 @@ void consistency(int threads, int type, int64_t size, Pointer x, Pointer y, Poin
     check_sizes(threads, 1, size, 1);
     check_arrays(size, x, y, result);
     check_arrays(1, mu);
-    check_arrays(g ? 1 : 0, dmu);
-    check_arrays(g ? size : 0, dy);
+    check_arrays(dmu ? size : 0, g, dy);
     Consistency m{address(x), address(y), address(g), address(mu), address(result), address(dy), address(dmu), size,
                   state_type(type)};
     py::gil_scoped_release release;

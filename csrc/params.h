@@ -57,7 +57,7 @@ struct MixVjp {
     Type type;
 };
 
-// z / (1 + lambda), and its gradients with g (null: the value alone, into `result`).
+// z / (1 + lambda), or with `dlambda` not null its gradients: `result` is then that of z.
 struct Shrink {
     const void *z, *g, *lambda;
     void *result, *dlambda;
@@ -65,7 +65,7 @@ struct Shrink {
     Type type;
 };
 
-// x - mu (x - y), and its gradients with g (null: the value alone, into `result`).
+// x - mu (x - y), or with `dmu` not null its gradients: `result` is then that of x.
 struct Consistency {
     const void *x, *y, *g, *mu;
     void *result, *dy, *dmu;

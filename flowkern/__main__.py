@@ -17,10 +17,11 @@ def report() -> str:
         lines.append(f"  {name:<10} {'runs' if state is True else f'does not run: {state}'}")
     if (why := cpp.probe()) is None:
         built = cpp.build_config()
+        threads = "OpenMP, of the runtime that torch loads" if built["openmp"] else "one: built without OpenMP"
         sets = ", ".join(f"{isa} (in use)" if isa == built["isa_active"] else isa for isa in built["isa_compiled"])
         lines += ["native extension",
                   f"  built by   {built['compiler']}, as version {built['version']}",
-                  f"  threads    {'OpenMP, of the runtime that torch loads' if built['openmp'] else 'one: built without OpenMP'}",
+                  f"  threads    {threads}",
                   f"  CPU        {sets}"]
     else:
         lines.append(f"native extension: none ({why})")

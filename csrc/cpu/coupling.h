@@ -121,12 +121,19 @@ inline void couple_vjp_halves(const Halves<T>& a, Scale scale, T alpha, T glogde
     }
 }
 
+// The sum of n numbers, in double precision and in strips, whose rounding errors don't pile up.
 template <class T>
 inline double sum_of(const T* a, int64_t n) {
-    double sum = 0;
+    constexpr int64_t STRIP = 128;
+    double total = 0;
+    for (int64_t first = 0; first < n; first += STRIP) {
+        const int64_t last = min(first + STRIP, n);
+        double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) sum += double(a[j]);
-    return sum;
+        for (int64_t j = first; j < last; j++) sum += double(a[j]);
+        total += sum;
+    }
+    return total;
 }
 
 }  // namespace flowkern::FLOWKERN_ISA

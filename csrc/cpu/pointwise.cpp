@@ -4,7 +4,7 @@
 namespace flowkern::FLOWKERN_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 4096;  // elements per item of work
+constexpr int64_t BLOCK = 4096, STRIP = 128;  // elements per item of work, and per sum
 
 template <class F>
 void with_type(Type type, const F& f) {
@@ -20,14 +20,18 @@ void blockwise(int threads, int64_t size, const F& body) {
     });
 }
 
-// The sum over all elements of term(begin, end), in fixed blocks that are added in order: the thread count changes no bit.
+// The sum over all elements of term(begin, end), itself a sum over at most STRIP elements: strips are added within fixed
+// blocks, and blocks in order, so that rounding stays small and the thread count changes no bit.
 template <class F>
 double sum_blockwise(int threads, int64_t size, const F& term) {
     const int64_t blocks = ceil_div(size, BLOCK);
     Scratch<double> partial(blocks);
     parallel(threads, blocks, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; block++) {
-            partial.data()[block] = term(block * BLOCK, min((block + 1) * BLOCK, size));
+            const int64_t last = min((block + 1) * BLOCK, size);
+            double sum = 0;
+            for (int64_t first = block * BLOCK; first < last; first += STRIP) sum += term(first, min(first + STRIP, last));
+            partial.data()[block] = sum;
         }
     });
     double total = 0;
@@ -43,7 +47,7 @@ void shrink(const Shrink& m, int threads) {
         const T divisor = 1 + *static_cast<const T*>(m.lambda);
         const T *z = static_cast<const T*>(m.z), *g = static_cast<const T*>(m.g);
         T* result = static_cast<T*>(m.result);
-        if (!g) {
+        if (!m.dlambda) {
             return blockwise(threads, m.size, [=](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; i++) result[i] = z[i] / divisor;
             });
@@ -67,7 +71,7 @@ void consistency(const Consistency& m, int threads) {
         const T mu = *static_cast<const T*>(m.mu);
         const T *x = static_cast<const T*>(m.x), *y = static_cast<const T*>(m.y), *g = static_cast<const T*>(m.g);
         T *result = static_cast<T*>(m.result), *dy = static_cast<T*>(m.dy);
-        if (!g) {
+        if (!m.dmu) {
             return blockwise(threads, m.size, [=](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; i++) result[i] = x[i] - mu * (x[i] - y[i]);
             });

@@ -1,0 +1,52 @@
+"""Shared fixtures: every backend that can run here, and memory that is handed out poisoned."""
+
+import pytest
+import torch
+
+import flowkern
+
+RUNNABLE = [name for name, state in flowkern.backends().items() if state is True]
+
+
+def pytest_configure(config):
+    # Most tensors here are tiny: a second thread only waits, and on a busy machine it waits long.
+    torch.set_num_threads(1)
+    config.addinivalue_line("markers", "unpoisoned: leave torch.empty and its relatives as they are in this test")
+
+
+@pytest.fixture(params=RUNNABLE)
+def backend(request):
+    """The name of each backend that can run on this machine, in turn."""
+    return request.param
+
+
+def _poison(tensor):
+    """NaN, or for integers the lowest value, in everything that was promised to no one."""
+    if tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype != torch.bool:
+                tensor.fill_(torch.iinfo(tensor.dtype).min)
+    return tensor
+
+
+def _poisoned(allocate):
+    def wrapper(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor) or "out" in kwargs:
+            return tensor
+        return _poison(tensor)
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request, monkeypatch):
+    """What torch.empty, empty_like, empty_strided, Tensor.new_empty and new_empty_strided return holds NaN, so that a
+    kernel that leaves a number unwritten can't pass by luck."""
+    if request.node.get_closest_marker("unpoisoned"):
+        return
+    for owner, name in [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
+                        (torch.Tensor, "new_empty_strided")]:
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
