@@ -21,8 +21,10 @@ class Budget(L.Callback):
     @property
     def progress(self) -> float:
         """0 at the start, 1 when used up; 0 throughout without limits."""
-        return max(self.used_steps / self.steps if self.steps else 0.0,
-                   self.used_seconds / self.seconds if self.seconds else 0.0)
+        return max(
+            self.used_steps / self.steps if self.steps else 0.0,
+            self.used_seconds / self.seconds if self.seconds else 0.0,
+        )
 
     def factor(self, schedule: str, warmup: int) -> float:
         """What to multiply learning rates by now: `schedule` is "constant" or "cosine"."""

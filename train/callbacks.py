@@ -10,9 +10,18 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from train.budget import Budget
-
-COLUMNS = ("stage", "epoch", "step", "seconds", "loss", "val_loss", "val_psnr", "val_ssim", "images_per_second", "peak_mib")
+COLUMNS = (
+    "stage",
+    "epoch",
+    "step",
+    "seconds",
+    "loss",
+    "val_loss",
+    "val_psnr",
+    "val_ssim",
+    "images_per_second",
+    "peak_mib",
+)
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -42,11 +51,11 @@ class Recorder(L.Callback):
     A resumed stage first drops its rows beyond the checkpoint. echo: print each row, for logs that can't show a bar.
     """
 
-    def __init__(self, path: Path, stage: str, budget: Budget, echo: bool):
-        self.path, self.name, self.budget, self.echo = path, stage, budget, echo
+    def __init__(self, path: Path, echo: bool):
+        self.path, self.echo = path, echo
 
     def on_train_start(self, trainer, stage) -> None:
-        rows = [r for r in read_metrics(self.path) if r["stage"] != self.name or int(r["step"]) <= trainer.global_step]
+        rows = [r for r in read_metrics(self.path) if r["stage"] != stage.name or int(r["step"]) <= trainer.global_step]
         with self.path.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -68,10 +77,16 @@ class Recorder(L.Callback):
 
     def on_train_epoch_end(self, trainer, stage) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        row = {"stage": self.name, "epoch": trainer.current_epoch, "step": trainer.global_step,
-               "seconds": round(self.budget.used_seconds, 2), "loss": float(torch.stack(self._losses).mean()),
-               **{k: metrics.get(k, "") for k in ("val_loss", "val_psnr", "val_ssim")},
-               "images_per_second": round(self._images / self._seconds, 2), "peak_mib": round(peak_memory_mib(stage.device), 1)}
+        row = {
+            "stage": stage.name,
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "seconds": round(stage.budget.used_seconds, 2),
+            "loss": float(torch.stack(self._losses).mean()),
+            **{k: metrics.get(k, "") for k in ("val_loss", "val_psnr", "val_ssim")},
+            "images_per_second": round(self._images / self._seconds, 2),
+            "peak_mib": round(peak_memory_mib(stage.device), 1),
+        }
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
         if self.echo:
@@ -81,8 +96,11 @@ class Recorder(L.Callback):
 def line(row: dict) -> str:
     """A row of metrics.csv for people."""
     psnr = f"  PSNR {row['val_psnr']:.2f} dB" if row["val_psnr"] != "" else ""
-    return (f"{row['stage']:>8}  epoch {row['epoch']:>3}  step {row['step']:>5}  {row['seconds']:6.0f} s  loss {row['loss']:.4f}  "
-            f"val {row['val_loss']:.4f}{psnr}  {row['images_per_second']:.0f} images/s  {row['peak_mib']:.0f} MiB")
+    return (
+        f"{row['stage']:>8}  epoch {row['epoch']:>3}  step {row['step']:>5}  {row['seconds']:6.0f} s  "
+        f"loss {row['loss']:.4f}  val {row['val_loss']:.4f}{psnr}  "
+        f"{row['images_per_second']:.0f} images/s  {row['peak_mib']:.0f} MiB"
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 import jsonargparse
+import torch
 import yaml
 
 PRESETS = Path(__file__).parent / "presets"
+FLOW = ("levels", "depth", "hidden", "coupling", "scale", "split_prior")
 
 
 def _setting(group: str, default, text: str):
@@ -19,12 +21,20 @@ def _setting(group: str, default, text: str):
 class Config:
     """The settings of `python -m train.unfolded`. The defaults are the paper's where it states one."""
 
-    data: str = _setting("data", "photos", "Folder or zip of images; folder or zip with train, val and test inside (or "
-                         "train.zip, val.zip, test.zip); or 'photos', the photographs that scikit-image installs.")
+    data: str = _setting(
+        "data",
+        "photos",
+        "Folder or zip of images; folder or zip with train, val and test inside (or "
+        "train.zip, val.zip, test.zip); or 'photos', the photographs that scikit-image installs.",
+    )
     size: int = _setting("data", 64, "Side of the training images, in pixels; a multiple of 2^levels.")
     eval_size: int | None = _setting("data", None, "Side of the validation and test images (default: as size).")
-    fit: Literal["resize", "crop"] = _setting("data", "resize", "How an image becomes size x size: its centre square "
-                                              "resized, or random crops at its own resolution ('photos' is always cropped).")
+    fit: Literal["resize", "crop"] = _setting(
+        "data",
+        "resize",
+        "How an image becomes size x size: its centre square "
+        "resized, or random crops at its own resolution ('photos' is always cropped).",
+    )
     flip: bool = _setting("data", True, "Mirror half of the training images.")
     epoch_images: int | None = _setting("data", None, "Training images per epoch (default: every image once).")
     val_images: int | None = _setting("data", None, "Validation images at most (default: all; cropped: 64).")
@@ -35,25 +45,38 @@ class Config:
     depth: int | list[int] = _setting("flow", 32, "Steps of flow per level: one number, or one per level.")
     hidden: int = _setting("flow", 512, "Width of the coupling networks.")
     coupling: Literal["affine", "additive"] = _setting("flow", "affine", "Kind of coupling.")
-    scale: Literal["softclamp", "sigmoid"] = _setting("flow", "softclamp", "Scale map of the affine coupling; Glow's sigmoid "
-                                                      "is unstable when trained end to end.")
+    scale: Literal["softclamp", "sigmoid"] = _setting(
+        "flow", "softclamp", "Scale map of the affine coupling; Glow's sigmoid is unstable when trained end to end."
+    )
     split_prior: Literal["standard", "learned"] = _setting("flow", "standard", "Prior of the halves that levels emit.")
-    memory: Literal["recompute", "store", "checkpoint"] = _setting("flow", "recompute", "What backward does about activations.")
-    anchor_every: int | None = _setting("flow", None, "Keep an exact state every so many steps of flow, to bound the drift.")
+    memory: Literal["recompute", "store", "checkpoint"] = _setting(
+        "flow", "recompute", "What backward does about activations."
+    )
+    anchor_every: int | None = _setting(
+        "flow", None, "Keep an exact state every so many steps of flow, to bound the drift."
+    )
     backend: str = _setting("flow", "auto", "Which implementation of the pixel ops runs.")
     compute_dtype: Literal["float32", "bfloat16"] | None = _setting("flow", None, "Precision of the coupling networks.")
 
     folds: int = _setting("unfolded", 4, "Folds K of the unfolded network.")
-    final: Literal["prox", "consistency"] = _setting("unfolded", "prox", "What the last fold ends with; 'consistency' is the "
-                                                     "paper's equation 11 as printed.")
-    init: Literal["mode", "adjoint"] = _setting("unfolded", "mode", "Where the iteration starts: the flow's most likely image, "
-                                                "or the noisy image.")
+    final: Literal["prox", "consistency"] = _setting(
+        "unfolded", "prox", "What the last fold ends with; 'consistency' is the paper's equation 11 as printed."
+    )
+    init: Literal["mode", "adjoint"] = _setting(
+        "unfolded", "mode", "Where the iteration starts: the flow's most likely image, or the noisy image."
+    )
     mu: float = _setting("unfolded", 0.5, "Start value of the step sizes.")
     lam: float = _setting("unfolded", 0.05, "Start value of the shrinkage.")
 
-    prior_checkpoint: str | None = _setting("prior", None, "A Glow saved with save_pretrained, or the prior of an earlier run; "
-                                            "skips pre-training and the flow settings above.")
-    prior_noise: float = _setting("prior", 0.0, "Pre-train on images with Gaussian noise of random sigma up to this added.")
+    prior_checkpoint: str | None = _setting(
+        "prior",
+        None,
+        "A Glow saved with save_pretrained, or the prior of an earlier run; "
+        "skips pre-training and the flow settings above.",
+    )
+    prior_noise: float = _setting(
+        "prior", 0.0, "Pre-train on images with Gaussian noise of random sigma up to this added."
+    )
     prior_lr: float = _setting("prior", 1e-4, "Learning rate of the pre-training (Adam).")
     prior_steps: int | None = _setting("prior", None, "Pre-training stops after so many steps at the latest.")
     prior_seconds: float | None = _setting("prior", None, "Pre-training stops after so many seconds at the latest.")
@@ -61,8 +84,11 @@ class Config:
     sigma: float = _setting("training", 0.2, "Standard deviation of the noise to train for, on pixels in [0, 1].")
     lr: float = _setting("training", 1e-5, "Learning rate of the flow weights (Adam).")
     lr_steps: float = _setting("training", 1e-2, "Learning rate of the step sizes mu and the shrinkage lambda.")
-    schedule: Literal["constant", "cosine"] = _setting("training", "constant", "Learning rates stay, or fall to 0 along a cosine "
-                                                       "over the steps or seconds given, whichever run out first.")
+    schedule: Literal["constant", "cosine"] = _setting(
+        "training",
+        "constant",
+        "Learning rates stay, or fall to 0 along a cosine over the steps or seconds given, whichever run out first.",
+    )
     warmup: int = _setting("training", 0, "Steps over which learning rates rise from 0, in both stages.")
     steps: int | None = _setting("training", None, "End-to-end training stops after so many steps at the latest.")
     seconds: float | None = _setting("training", None, "End-to-end training stops after so many seconds at the latest.")
@@ -85,23 +111,33 @@ class Config:
                 raise ValueError(f"{name} must be a positive multiple of 2^levels = {2**self.levels}, got {value}")
         for name in ("batch", "folds", "levels", "hidden", "patience", "figure_images"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("epoch_images", "val_images", "test_images", "steps", "seconds", "prior_steps", "prior_seconds", "clip"):
+        limits = ("steps", "seconds", "prior_steps", "prior_seconds", "clip")
+        for name in ("epoch_images", "val_images", "test_images", *limits):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "positive")
         for name in ("lr", "lr_steps", "prior_lr", "sigma", "lam"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("prior_noise", "warmup", "workers"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _require("eval_sigmas", self.eval_sigmas, self.eval_sigmas and min(self.eval_sigmas) > 0, "one or more positive numbers")
+        sigmas = self.eval_sigmas
+        _require("eval_sigmas", sigmas, sigmas and min(sigmas) > 0, "one or more positive numbers")
+
+        prior_ends = self.prior_checkpoint or self.prior_steps or self.prior_seconds
+        if self.schedule == "cosine" and not (prior_ends and (self.steps or self.seconds)):
+            raise ValueError("schedule='cosine' needs steps or seconds, and prior_steps or prior_seconds")
 
     def of_run(self) -> dict:
         """The settings that define a run: all but those that say where it is."""
         return {k: v for k, v in asdict(self).items() if k not in ("out", "resume")}
 
     def flow(self) -> dict:
-        """The keyword arguments of `flowkern.Glow`."""
-        names = ("levels", "depth", "hidden", "coupling", "scale", "split_prior", "memory", "anchor_every", "backend")
-        return {name: getattr(self, name) for name in names}
+        """What the flow is, as keyword arguments of `flowkern.Glow`."""
+        return {name: getattr(self, name) for name in FLOW}
+
+    def execution(self) -> dict:
+        """How the flow runs, as keyword arguments of `flowkern.Glow`."""
+        dtype = self.compute_dtype and getattr(torch, self.compute_dtype)
+        return {name: getattr(self, name) for name in ("memory", "anchor_every", "backend")} | {"compute_dtype": dtype}
 
 
 def _require(name: str, value, holds, wanted: str) -> None:
@@ -110,12 +146,16 @@ def _require(name: str, value, holds, wanted: str) -> None:
 
 
 def parser(preset: str) -> jsonargparse.ArgumentParser:
-    """The command line: one option per field of `Config`, defaults from the preset, overridden by --config, then options."""
+    """The command line: an option per field of `Config`, over the settings of --config, over the preset's."""
     result = jsonargparse.ArgumentParser(
-        prog="python -m train.unfolded", default_config_files=[str(PRESETS / f"{preset}.yaml")],
-        description="Train a deep-unfolded denoiser with a Glow prior (Wei et al.), evaluate it beside total variation, "
-                    "and write a run folder with the table, figures, metrics and checkpoints.")
-    result.add_argument("--preset", type=str, default=preset, help=f"Named settings to start from: {', '.join(presets())}.")
+        prog="python -m train.unfolded",
+        default_config_files=[str(PRESETS / f"{preset}.yaml")],
+        description="Train a deep-unfolded denoiser with a Glow prior (Wei et al.), evaluate it beside total "
+        "variation, and write a run folder with the table, figures, metrics and checkpoints.",
+    )
+    result.add_argument(
+        "--preset", type=str, default=preset, help=f"Named settings to start from: {', '.join(presets())}."
+    )
     result.add_argument("--config", action="config", help="YAML file of settings, over the preset's.")
     groups = {}
     for f in fields(Config):
@@ -136,7 +176,7 @@ def presets() -> list[str]:
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """The configuration that a command line asks for. Exits with a message on unknown options and values (argparse)."""
+    """The configuration that a command line asks for. Exits with a message on unknown options and values."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset", default="demo")
     preset = early.parse_known_args(arguments)[0].preset

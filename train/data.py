@@ -60,13 +60,17 @@ class TrainingSamples(Dataset):
         top, left = (int(rng.integers(0, side - self.size + 1)) for side in picture.shape[:2])
         crop = picture[top : top + self.size, left : left + self.size]
         pixels = to_tensor(crop[:, ::-1] if self.flip and rng.random() < 0.5 else crop)
-        return {"clean": pixels / 255, "noise": gaussian(rng, pixels), "prior": dequantise(pixels, self.prior_noise, rng)}
+        return {
+            "clean": pixels / 255,
+            "noise": gaussian(rng, pixels),
+            "prior": dequantise(pixels, self.prior_noise, rng),
+        }
 
 
 class FixedSamples(Dataset):
     """Held-out pictures with noise, dequantisation and all that stay the same in every epoch and run.
 
-    Items as those of `TrainingSamples`. `limit` picks that many, evenly mixed.
+    Items as those of `TrainingSamples`.
     """
 
     def __init__(self, pictures: list[np.ndarray], stream: int, prior_noise: float):
@@ -78,19 +82,27 @@ class FixedSamples(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = random(0, self.stream, 0, index)
         pixels = to_tensor(self.pictures[index])
-        return {"clean": pixels / 255, "noise": gaussian(rng, pixels), "prior": dequantise(pixels, self.prior_noise, rng)}
+        return {
+            "clean": pixels / 255,
+            "noise": gaussian(rng, pixels),
+            "prior": dequantise(pixels, self.prior_noise, rng),
+        }
 
 
 def dequantise(pixels: Tensor, prior_noise: float, rng: np.random.Generator) -> Tensor:
-    """(pixels + u) / 256 with u uniform, plus Gaussian noise with sigma uniform in [0, prior_noise]. pixels in 0..255."""
+    """(pixels + u) / 256, u uniform, plus Gaussian noise of a sigma uniform in [0, prior_noise]. pixels in 0..255."""
     x = (pixels + torch.from_numpy(rng.random(tuple(pixels.shape), dtype=np.float32))) / 256
     return x + float(rng.uniform(0, prior_noise)) * gaussian(rng, pixels) if prior_noise else x
 
 
 def tiles(pictures: list[np.ndarray], size: int, count: int) -> list[np.ndarray]:
     """`count` crops that do not overlap (all there are, if fewer), in an order that mixes the pictures."""
-    found = [p[y : y + size, x : x + size] for p in pictures
-             for y in range(0, p.shape[0] - size + 1, size) for x in range(0, p.shape[1] - size + 1, size)]
+    found = [
+        p[y : y + size, x : x + size]
+        for p in pictures
+        for y in range(0, p.shape[0] - size + 1, size)
+        for x in range(0, p.shape[1] - size + 1, size)
+    ]
     order = np.random.default_rng(0).permutation(len(found))
     return [found[i] for i in order[:count]]
 
@@ -124,8 +136,10 @@ class Data:
 
     def describe(self) -> str:
         size, eval_size = self.train.size, self.test.pictures[0].shape[0]
-        return (f"{len(self.train.pictures)} training pictures, {len(self.train)} samples of {size}x{size} an epoch; "
-                f"{len(self.val)} validation and {len(self.test)} test images of {eval_size}x{eval_size}")
+        return (
+            f"{len(self.train.pictures)} training pictures, {len(self.train)} samples of {size}x{size} an epoch; "
+            f"{len(self.val)} validation and {len(self.test)} test images of {eval_size}x{eval_size}"
+        )
 
 
 def prepare(config: Config) -> Data:
@@ -141,25 +155,43 @@ def prepare(config: Config) -> Data:
         return image if scale == 1 else image.resize([round(s * scale) for s in image.size], Image.Resampling.LANCZOS)
 
     limits = {} if crop else {"val": config.val_images, "test": config.test_images}
-    pictures = images.load(config.data, fit, limits, progress=lambda work, total: track(
-        work, "reading pictures", total=total, transient=True))
+    pictures = images.load(
+        config.data,
+        fit,
+        limits,
+        progress=lambda work, total: track(work, "reading pictures", total=total, transient=True),
+    )
     val, test = pictures.val, pictures.test
     if crop:
-        val, test = (tiles(held_out, eval_size, getattr(config, name) or CROPS[name])
-                     for held_out, name in ((val, "val_images"), (test, "test_images")))
+        val, test = (
+            tiles(held_out, eval_size, getattr(config, name) or CROPS[name])
+            for held_out, name in ((val, "val_images"), (test, "test_images"))
+        )
     length = config.epoch_images or len(pictures.train)
     if length < config.batch:
-        raise ValueError(f"an epoch of {length} training images is smaller than a batch of {config.batch}; "
-                         f"set --batch or --epoch-images")
-    return Data(TrainingSamples(pictures.train, config.size, length, config.flip, config.prior_noise, config.seed),
-                FixedSamples(val, VAL, config.prior_noise), FixedSamples(test, TEST, config.prior_noise), pictures.skipped)
+        raise ValueError(
+            f"an epoch of {length} training images is smaller than a batch of {config.batch}; "
+            f"set --batch or --epoch-images"
+        )
+    return Data(
+        TrainingSamples(pictures.train, config.size, length, config.flip, config.prior_noise, config.seed),
+        FixedSamples(val, VAL, config.prior_noise),
+        FixedSamples(test, TEST, config.prior_noise),
+        pictures.skipped,
+    )
 
 
 def training_loader(data: Data, config: Config, rank: int = 0, processes: int = 1) -> DataLoader:
     """Batches of training samples; the last, incomplete batch of an epoch is left out."""
     sampler = EpochSampler(len(data.train), config.seed, rank, processes)
-    return DataLoader(data.train, config.batch, sampler=sampler, drop_last=True, num_workers=config.workers,
-                      persistent_workers=config.workers > 0)
+    return DataLoader(
+        data.train,
+        config.batch,
+        sampler=sampler,
+        drop_last=True,
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+    )
 
 
 def validation_loader(data: Data, config: Config) -> DataLoader:

@@ -10,7 +10,8 @@ from skimage.restoration import denoise_tv_chambolle
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from train.data import FixedSamples
+from train.config import Config
+from train.data import Data, FixedSamples
 from train.stages import psnr
 
 METHODS = ("noisy", "tv", "unfolded")
@@ -22,8 +23,8 @@ PROTOCOL = {
     "psnr": "dB, peak 1, mean of the PSNR of each image",
     "ssim": "mean of the SSIM of each image, Gaussian window of 11 pixels, sigma 1.5, estimates and 'noisy' clipped",
     "noise": "one fixed pattern per test image (generator seeded by 0, stream, 0, index), scaled by sigma",
-    "tv": "skimage.restoration.denoise_tv_chambolle per channel, defaults but the weight, which maximises the mean PSNR on "
-          f"validation images (at most {TUNING_IMAGES}) at each sigma",
+    "tv": "skimage.restoration.denoise_tv_chambolle per channel, defaults but the weight, which at each sigma "
+    f"maximises the mean PSNR on validation images (at most {TUNING_IMAGES})",
     "gain": "mean over test images of the paired difference unfolded - tv, standard error of that mean",
 }
 
@@ -54,39 +55,40 @@ def total_variation(images: Tensor, weight: float) -> Tensor:
 
 def tune_total_variation(clean: Tensor, noisy: Tensor) -> float:
     """The weight that maximises the mean PSNR on these images (N, 3, H, W)."""
+
     def loss(log_weight: float) -> float:
-        return -psnr(total_variation(noisy, math.exp(log_weight)), clean).mean().item()
+        return -psnr(total_variation(noisy, math.exp(log_weight)).clamp(0, 1), clean).mean().item()
+
     found = minimize_scalar(loss, bounds=(math.log(0.02), math.log(2)), method="bounded", options={"xatol": 0.05})
     return math.exp(found.x)
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, val: FixedSamples, test: FixedSamples, sigmas: list[float], batch: int, shown: int) -> list[Level]:
-    """Score the network and the baselines on every test image at every sigma. The first `shown` images are kept."""
+def evaluate(net: nn.Module, data: Data, config: Config) -> list[Level]:
+    """Score the network and the baselines on every test image at every sigma."""
     device = next(net.parameters()).device
-    tuning_clean, tuning_noise = _stack(val, min(TUNING_IMAGES, len(val)))
-    clean, noise = _stack(test, len(test))
+    tuning_clean, tuning_noise = _stack(data.val, TUNING_IMAGES)
+    clean, noise = _stack(data.test)
     levels = []
-    for sigma in sigmas:
+    for sigma in config.eval_sigmas:
         noisy = clean + sigma * noise
         weight = tune_total_variation(tuning_clean, tuning_clean + sigma * tuning_noise)
-        estimates = {"noisy": noisy, "tv": total_variation(noisy, weight),
-                     "unfolded": torch.cat([net(part.to(device)).cpu() for part in noisy.split(batch)])}
+        estimates = {
+            "noisy": noisy,
+            "tv": total_variation(noisy, weight),
+            "unfolded": torch.cat([net(part.to(device)).cpu() for part in noisy.split(config.batch)]),
+        }
         level = Level(sigma, weight)
         for method, estimate in estimates.items():
             clipped = estimate.clamp(0, 1)
             level.ssim[method] = structural_similarity_index_measure(clipped, clean, data_range=1.0, reduction="none")
-            level.psnr[method] = psnr(clipped, clean) if method != "noisy" else _psnr_unclipped(noisy, clean)
-            level.shown[method] = clipped[:shown]
-        level.shown["clean"] = clean[:shown]
+            level.psnr[method] = psnr(noisy if method == "noisy" else clipped, clean)
+            level.shown[method] = clipped[: config.figure_images]
+        level.shown["clean"] = clean[: config.figure_images]
         levels.append(level)
     return levels
 
 
-def _psnr_unclipped(estimate: Tensor, clean: Tensor) -> Tensor:
-    return -10 * (estimate - clean).square().mean(dim=(1, 2, 3)).log10()
-
-
-def _stack(samples: FixedSamples, count: int) -> tuple[Tensor, Tensor]:
-    chosen = [samples[i] for i in range(count)]
+def _stack(samples: FixedSamples, most: int | None = None) -> tuple[Tensor, Tensor]:
+    chosen = [samples[i] for i in range(len(samples))[:most]]
     return torch.stack([s["clean"] for s in chosen]), torch.stack([s["noise"] for s in chosen])

@@ -2,12 +2,22 @@
 
 from importlib.util import find_spec
 
-PACKAGES = {"lightning": "lightning", "jsonargparse": "jsonargparse", "torchmetrics": "torchmetrics", "yaml": "pyyaml",
-            "skimage": "scikit-image", "PIL": "pillow", "matplotlib": "matplotlib", "rich": "rich"}
+PACKAGES = {
+    "lightning": "lightning",
+    "jsonargparse": "jsonargparse",
+    "torchmetrics": "torchmetrics",
+    "yaml": "pyyaml",
+    "skimage": "scikit-image",
+    "PIL": "pillow",
+    "matplotlib": "matplotlib",
+    "rich": "rich",
+}
 
 
 def require(find=find_spec) -> None:
     """Raise ModuleNotFoundError with one sentence that names the extra, if a package of `[train]` is missing."""
     missing = [package for module, package in PACKAGES.items() if find(module) is None]
     if missing:
-        raise ModuleNotFoundError(f"training needs {', '.join(missing)}: install the extra with `pip install flowkern[train]`")
+        raise ModuleNotFoundError(
+            f"training needs {', '.join(missing)}: install the extra with `pip install flowkern[train]`"
+        )

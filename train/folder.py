@@ -87,6 +87,9 @@ def create(folder: Folder, config: Config) -> None:
 
 def _latest() -> tuple[int, Path | None]:
     """Number and path of the newest numbered run, (0, None) if there is none."""
-    numbered = [(int(p.name.removeprefix("unfolded-")), p) for p in ROOT.glob("unfolded-*")
-                if p.name.removeprefix("unfolded-").isdigit()]
+    numbered = [
+        (int(p.name.removeprefix("unfolded-")), p)
+        for p in ROOT.glob("unfolded-*")
+        if p.name.removeprefix("unfolded-").isdigit()
+    ]
     return max(numbered, default=(0, None))

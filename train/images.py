@@ -16,16 +16,35 @@ import numpy as np
 from PIL import Image, ImageOps
 
 SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+}
 CELEBA_HQ = {"train": 27_000, "val": 1_500, "test": 1_500}
 
-# Which photographs of scikit-image's wheel serve what. Tested on are colour photographs of scenes that are in neither of
-# the others. The validation pictures were chosen such that total variation, its weight tuned on them, stays within
-# 0.03 dB of its best on the test pictures: a very smooth picture there would have handicapped it by over 1 dB.
-PHOTOS = {"train": ("motorcycle_left.png", "motorcycle_right.png", "chelsea.png", "rocket.jpg", "ihc.png", "retina.jpg",
-                    "hubble_deep_field.jpg", "brick.png", "grass.png", "gravel.png"),
-          "val": ("camera.png", "coins.png"),
-          "test": ("astronaut.png", "coffee.png")}
+# Which photographs of scikit-image's wheel serve what. Tested on are colour photographs of scenes that appear nowhere
+# else. The validation pictures were chosen such that total variation, its weight tuned on them, stays within 0.03 dB of
+# its best on the test pictures: a very smooth picture there would have handicapped it by over 1 dB.
+PHOTOS = {
+    "train": (
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "chelsea.png",
+        "rocket.jpg",
+        "ihc.png",
+        "retina.jpg",
+        "hubble_deep_field.jpg",
+        "brick.png",
+        "grass.png",
+        "gravel.png",
+    ),
+    "val": ("camera.png", "coins.png"),
+    "test": ("astronaut.png", "coffee.png"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +65,12 @@ class Pictures:
     skipped: list[str] = field(default_factory=list)
 
 
-def load(data: str, prepare: Callable[[Image.Image, str], Image.Image], limits: dict[str, int | None] | None = None,
-         progress: Callable = lambda items, total: items) -> Pictures:
+def load(
+    data: str,
+    prepare: Callable[[Image.Image, str], Image.Image],
+    limits: dict[str, int | None] | None = None,
+    progress: Callable = lambda items, total: items,
+) -> Pictures:
     """Read every picture that `data` names: 'photos', or a folder or zip as the README describes.
 
     prepare: (RGB image, split) -> the image to keep. limits: at most so many pictures of a split.
@@ -69,21 +92,28 @@ def load(data: str, prepare: Callable[[Image.Image, str], Image.Image], limits: 
                 pictures.setdefault(split, []).append(pixels)
     for split in SPLITS:
         if split not in pictures:
-            raise ValueError(f"none of the {len(splits[split])} {split} files in {data} is an image that Pillow can read")
+            raise ValueError(
+                f"none of the {len(splits[split])} {split} files in {data} is an image that Pillow can read"
+            )
     if skipped:
         named = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-        warnings.warn(f"left out {len(skipped)} of {total} files that could not be read as images: {named}", stacklevel=2)
+        warnings.warn(
+            f"left out {len(skipped)} of {total} files that could not be read as images: {named}", stacklevel=2
+        )
     return Pictures(**pictures, skipped=skipped)
 
 
 def photographs() -> dict[str, list[Entry]]:
     """The photographs that lie in scikit-image's wheel; nothing is downloaded."""
     import skimage
+
     folder = Path(skimage.__file__).parent / "data"
     missing = [name for names in PHOTOS.values() for name in names if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"this scikit-image ({skimage.__version__}) does not install {', '.join(missing)}; "
-                                f"pass --data with a folder of images")
+        raise FileNotFoundError(
+            f"this scikit-image ({skimage.__version__}) does not install {', '.join(missing)}; "
+            f"pass --data with a folder of images"
+        )
     return {split: [_file(folder / name, name) for name in names] for split, names in PHOTOS.items()}
 
 
@@ -111,7 +141,9 @@ def divide(entries: list[Entry], path: Path | str) -> dict[str, list[Entry]]:
     counts = CELEBA_HQ
     if len(entries) != sum(CELEBA_HQ.values()):
         if len(entries) < len(SPLITS):
-            raise ValueError(f"{path} holds {len(entries)} image files; training, validation and test need at least one each")
+            raise ValueError(
+                f"{path} holds {len(entries)} image files; training, validation and test need at least one each"
+            )
         held_out = max(1, len(entries) // 20)
         counts = {"train": len(entries) - 2 * held_out, "val": held_out, "test": held_out}
         entries = [entries[i] for i in np.random.default_rng(0).permutation(len(entries))]
@@ -134,8 +166,10 @@ def _split_entries(entries: list[Entry], path: Path) -> dict[str, list[Entry]]:
 def _complete(parts: dict[str, list[Entry]], path: Path) -> dict[str, list[Entry]]:
     lacking = [split for split in SPLITS if not parts.get(split)]
     if lacking:
-        raise ValueError(f"{path} has {' and '.join(parts)} but no images for {' and '.join(lacking)}; "
-                         f"give all of train, val and test, or one folder without splits")
+        raise ValueError(
+            f"{path} has {' and '.join(parts)} but no images for {' and '.join(lacking)}; "
+            f"give all of train, val and test, or one folder without splits"
+        )
     return parts
 
 

@@ -48,8 +48,10 @@ def markdown(levels: list[Level], config: Config, data: str) -> str:
     lines = [header(), ["---:"] * len(header()), *rows(levels)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     protocol = "\n".join(f"- {name}: {text}" for name, text in PROTOCOL.items())
-    return (f"PSNR in dB (SSIM), {levels[0].gain()['n']} test images; trained at σ = {config.sigma:.2f}; gain: mean ± standard "
-            f"error.\n\n{table}\n\nData: {data}.\n\nProtocol\n\n{protocol}\n")
+    return (
+        f"PSNR in dB (SSIM), {levels[0].gain()['n']} test images; trained at σ = {config.sigma:.2f}; "
+        f"gain: mean ± standard error.\n\n{table}\n\nData: {data}.\n\nProtocol\n\n{protocol}\n"
+    )
 
 
 def training(folder: Folder) -> dict:
@@ -58,20 +60,34 @@ def training(folder: Folder) -> dict:
     for row in read_metrics(folder.metrics):
         stage = found.setdefault(row["stage"], {"images_per_second": []})
         stage["images_per_second"].append(float(row["images_per_second"]))
-        stage |= {"steps": int(row["step"]), "epochs": int(row["epoch"]) + 1, "seconds": float(row["seconds"]),
-                  "val_loss": float(row["val_loss"]), "peak_mib": float(row["peak_mib"])}
+        stage |= {
+            "steps": int(row["step"]),
+            "epochs": int(row["epoch"]) + 1,
+            "seconds": float(row["seconds"]),
+            "val_loss": float(row["val_loss"]),
+            "peak_mib": float(row["peak_mib"]),
+        }
     return {name: stage | {"images_per_second": median(stage["images_per_second"])} for name, stage in found.items()}
 
 
 def results(levels: list[Level], config: Config, data: str, net: Unfolded, training: dict) -> dict:
     """Everything in the table and what it was measured with."""
     return {
-        "levels": [{"sigma": level.sigma, "tv_weight": level.tv_weight, "gain_over_tv": level.gain(),
-                    **{m: {"psnr": level.psnr[m].mean().item(), "ssim": level.ssim[m].mean().item()} for m in METHODS}}
-                   for level in levels],
+        "levels": [
+            {
+                "sigma": level.sigma,
+                "tv_weight": level.tv_weight,
+                "gain_over_tv": level.gain(),
+                **{m: {"psnr": level.psnr[m].mean().item(), "ssim": level.ssim[m].mean().item()} for m in METHODS},
+            }
+            for level in levels
+        ],
         "protocol": PROTOCOL | {"trained_at_sigma": config.sigma, "data": data},
-        "network": {"parameters": sum(p.numel() for p in net.parameters()), "mu": net.mu.tolist(),
-                    "lambda": [prox.lam.item() for prox in net.proxes]},
+        "network": {
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "mu": net.mu.tolist(),
+            "lambda": [prox.lam.item() for prox in net.proxes],
+        },
         "training": training,
         "config": asdict(config),
         "machine": machine(),
@@ -83,22 +99,33 @@ def results(levels: list[Level], config: Config, data: str, net: Unfolded, train
 def machine() -> dict:
     """Processor, threads and accelerator."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpu": gpu}
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
 
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines()
-             if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor()
 
 
 def commit() -> str | None:
     """The git commit of this checkout, marked when files differ from it; None outside a repository."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True,
-                              check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
     try:
         return git("rev-parse", "HEAD") + ("-modified" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

@@ -25,8 +25,10 @@ class _Stage(L.LightningModule):
 
     def check_finite(self, loss: Tensor) -> Tensor:
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the {self.name} loss became {loss.item()} at step {self.global_step}: lower the "
-                                     f"learning rate, set --clip, or keep --scale softclamp")
+            raise FloatingPointError(
+                f"the {self.name} loss became {loss.item()} at step {self.global_step}: lower the "
+                f"learning rate, set --clip, or keep --scale softclamp"
+            )
         return loss
 
 
@@ -42,11 +44,14 @@ class PriorStage(_Stage):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.model.bits_per_dim(batch["prior"]).mean(), prog_bar=True, batch_size=len(batch["prior"]))
+        self.log(
+            "val_loss", self.model.bits_per_dim(batch["prior"]).mean(), prog_bar=True, batch_size=len(batch["prior"])
+        )
 
     def configure_optimizers(self):
-        return torch.optim.Adam([{"params": self.model.parameters(), "initial_lr": self.config.prior_lr}],
-                                lr=self.config.prior_lr)
+        return torch.optim.Adam(
+            [{"params": self.model.parameters(), "initial_lr": self.config.prior_lr}], lr=self.config.prior_lr
+        )
 
 
 class UnfoldedStage(_Stage):
@@ -67,7 +72,7 @@ class UnfoldedStage(_Stage):
         estimate, clean = self._estimate(batch)
         loss = self.check_finite(torch.nn.functional.mse_loss(estimate, clean))
         self.log("loss", loss, prog_bar=True)
-        self.log("psnr", psnr(estimate.detach(), clean).mean(), prog_bar=True)
+        self.log("psnr", psnr(estimate.detach().clamp(0, 1), clean).mean(), prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -81,8 +86,12 @@ class UnfoldedStage(_Stage):
     def configure_optimizers(self):
         steps = [p for name, p in self.model.named_parameters() if is_step_size(name)]
         weights = [p for name, p in self.model.named_parameters() if not is_step_size(name)]
-        return torch.optim.Adam([{"params": weights, "lr": self.config.lr, "initial_lr": self.config.lr},
-                                 {"params": steps, "lr": self.config.lr_steps, "initial_lr": self.config.lr_steps}])
+        return torch.optim.Adam(
+            [
+                {"params": weights, "lr": self.config.lr, "initial_lr": self.config.lr},
+                {"params": steps, "lr": self.config.lr_steps, "initial_lr": self.config.lr_steps},
+            ]
+        )
 
 
 def is_step_size(name: str) -> bool:
@@ -91,5 +100,5 @@ def is_step_size(name: str) -> bool:
 
 
 def psnr(estimate: Tensor, clean: Tensor) -> Tensor:
-    """PSNR per image (N,) in dB, of the estimate clipped to [0, 1], against a peak of 1."""
-    return peak_signal_noise_ratio(estimate.clamp(0, 1), clean, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    """PSNR per image (N,) in dB against a peak of 1."""
+    return peak_signal_noise_ratio(estimate, clean, data_range=1.0, dim=(1, 2, 3), reduction="none")

@@ -13,8 +13,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         extras.require()
         from train import config
+
         settings = config.parse(arguments)
         from train import run  # takes seconds to import, so --help and mistakes in options come first
+
         prepared = run.prepare(settings)
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
