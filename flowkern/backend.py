@@ -15,8 +15,18 @@ import torch
 
 from flowkern import reference
 
-OPS = ("channel_mix", "couple", "couple_mix", "mix_couple", "couple_vjp", "mix_vjp",
-       "shrink", "shrink_vjp", "data_consistency", "data_consistency_vjp")
+OPS = (
+    "channel_mix",
+    "couple",
+    "couple_mix",
+    "mix_couple",
+    "couple_vjp",
+    "mix_vjp",
+    "shrink",
+    "shrink_vjp",
+    "data_consistency",
+    "data_consistency_vjp",
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,9 @@ class Backend:
     """One implementation: `probe()` returns None when it can run, else one sentence that says why not."""
 
     name: str
-    devices: tuple[str, ...]                       # torch device types; empty means any
+    devices: tuple[str, ...]  # torch device types; empty means any
     probe: Callable[[], str | None]
-    load: Callable[[], object]                     # returns an object with one attribute per op
+    load: Callable[[], object]  # returns an object with one attribute per op
     preferred: dict[str, tuple[str, ...]] = field(default_factory=dict)  # device type -> ops for which "auto" picks it
 
 
@@ -71,11 +81,13 @@ def check(name: str) -> None:
         raise RuntimeError(f"backend {name!r} can't run here: {why}")
 
 
+@torch.compiler.assume_constant_result
 def resolve(device: torch.device, requested: str = "auto") -> str:
     """The backend that serves tensors on `device`: argument, then `use_backend`, then FLOWKERN_BACKEND, then "auto".
 
     An explicit choice never falls back: it raises when it can't run, or does not serve that kind of device. Within
-    "auto" a single op may still come from another backend (see `table`).
+    "auto" a single op may still come from another backend (see `table`). A compiled function keeps the backend that was
+    chosen when it was compiled.
     """
     name = requested if requested != "auto" else (_context.get() or os.environ.get("FLOWKERN_BACKEND") or "auto")
     if name == "auto":
@@ -88,7 +100,9 @@ def resolve(device: torch.device, requested: str = "auto") -> str:
 
 
 def table(device: torch.device, name: str) -> SimpleNamespace:
-    """Every pixel op for tensors on `device` under the resolved backend `name`, as attributes. Cached: no work per call."""
+    """Every pixel op for tensors on `device` under the resolved backend `name`, as attributes. Cached: no work per
+    call.
+    """
     key = (device.type, name)
     if key not in _tables:
         _tables[key] = SimpleNamespace(**{op: _implementation(op, device.type, name) for op in OPS})

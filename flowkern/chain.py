@@ -13,6 +13,7 @@ The three give the same gradients, up to the rounding of the inversion, which `f
 After Gomez et al. 2017 (arXiv:1707.04585) and the contract of InvertibleNetworks.jl.
 """
 
+import functools
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -34,7 +35,7 @@ class StandardNets:
         self.dtype = dtype
 
     def _parameters(self, k: int) -> Sequence[Tensor]:
-        return self.parameters[k * network.PARAMETERS:(k + 1) * network.PARAMETERS]
+        return self.parameters[k * network.PARAMETERS : (k + 1) * network.PARAMETERS]
 
     def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
         """h and what `vjp` wants kept."""
@@ -78,7 +79,11 @@ class LocalNets:
         wanted = [p for p, needed in zip(self.parameter_lists[k], need, strict=True) if needed]
         # The graph is retained because in store mode the caller may run backward twice; it dies with `kept`.
         da, *found = torch.autograd.grad(h, [a, *wanted], dh, retain_graph=True, allow_unused=True)
-        found = iter(found)
+        # In the parameter's own layout, step by step: accumulation would copy the others, for a whole level at once.
+        found = iter(
+            g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            for g, p in zip(found, wanted, strict=True)
+        )
         return torch.zeros_like(a) if da is None else da, [next(found) if needed else None for needed in need]
 
     def count(self, k: int) -> int:
@@ -142,7 +147,7 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
 
     def through_network(k, state, hidden, h, g, v_is_input):
         rebuilt, dy, dh = table.couple_vjp(state, g, h, glogdet, scale, alpha, reverse, v_is_input)
-        da, dparameters[k] = nets.vjp(k, _first_half(state), hidden, dh, need[starts[k]:starts[k + 1]])
+        da, dparameters[k] = nets.vjp(k, _first_half(state), hidden, dh, need[starts[k] : starts[k + 1]])
         _first_half(dy).add_(da)
         return rebuilt, dy
 
@@ -191,8 +196,19 @@ def _unflatten(kept: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor
 
 
 def _chain_op(x, matrix, offset, inverse, parameters, reverse, scale, alpha, backend, dtype, memory, anchor_every):
-    x, logdet, kept = _run(x, matrix, offset, inverse, StandardNets(parameters, dtype), reverse, scale, alpha,
-                           backends.table(x.device, backend), memory, anchor_every)
+    x, logdet, kept = _run(
+        x,
+        matrix,
+        offset,
+        inverse,
+        StandardNets(parameters, dtype),
+        reverse,
+        scale,
+        alpha,
+        backends.table(x.device, backend),
+        memory,
+        anchor_every,
+    )
     return x, logdet, [t for position in kept for t in position]
 
 
@@ -204,19 +220,52 @@ def _chain_fake(x, matrix, offset, inverse, parameters, reverse, scale, alpha, b
     kept = []
     for position, size in enumerate(_sizes(len(matrix), memory, anchor_every)):
         k = len(matrix) - 1 - position if reverse else position
-        w1, *_, w3, _, _ = parameters[k * network.PARAMETERS:(k + 1) * network.PARAMETERS]
-        kept += [like(channels)] * (size % 3 == 1)
+        w1, *_, w3, _, _ = parameters[k * network.PARAMETERS : (k + 1) * network.PARAMETERS]
+        if memory == "store":
+            size -= 3
+        kept += [like(channels)] * size
         if memory == "store":
             kept += [like(w3.shape[0], dtype), like(w1.shape[0], dtype), like(w1.shape[0], dtype)]
     return like(channels), x.new_empty(x.shape[0]), kept
 
 
-def _chain_vjp_op(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, need, reverse, scale, alpha, backend,
-                  dtype, memory, anchor_every):
+def _chain_vjp_op(
+    x,
+    v,
+    g,
+    glogdet,
+    kept,
+    matrix,
+    offset,
+    inverse,
+    parameters,
+    need,
+    reverse,
+    scale,
+    alpha,
+    backend,
+    dtype,
+    memory,
+    anchor_every,
+):
     kept = _unflatten(kept, _sizes(len(matrix), memory, anchor_every))
-    dx, dmatrix, doffset, dparameters = _vjp(x, v, g, glogdet, kept, matrix, offset, inverse,
-                                             StandardNets(parameters, dtype), need, reverse, scale, alpha,
-                                             backends.table(g.device, backend), memory)
+    dx, dmatrix, doffset, dparameters = _vjp(
+        x,
+        v,
+        g,
+        glogdet,
+        kept,
+        matrix,
+        offset,
+        inverse,
+        StandardNets(parameters, dtype),
+        need,
+        reverse,
+        scale,
+        alpha,
+        backends.table(g.device, backend),
+        memory,
+    )
     return dx, dmatrix, doffset, [d for d in dparameters if d is not None]
 
 
@@ -225,12 +274,33 @@ def _chain_vjp_fake(x, v, g, glogdet, kept, matrix, offset, inverse, parameters,
     return torch.empty_like(g), torch.empty_like(matrix), torch.empty_like(offset), wanted
 
 
-_SETTINGS = ("bool reverse, str scale, float alpha, str backend, ScalarType dtype, str memory, int anchor_every")
-ops.define(f"chain(Tensor x, Tensor matrix, Tensor offset, Tensor inverse, Tensor[] parameters, {_SETTINGS}) "
-           "-> (Tensor, Tensor, Tensor[])", _chain_op, _chain_fake)
-ops.define("chain_vjp(Tensor? x, Tensor? v, Tensor g, Tensor glogdet, Tensor[] kept, Tensor matrix, Tensor offset, "
-           f"Tensor inverse, Tensor[] parameters, bool[] need, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
-           _chain_vjp_op, _chain_vjp_fake)
+_SETTINGS = "bool reverse, str scale, float alpha, str backend, ScalarType dtype, str memory, int anchor_every"
+ops.define(
+    f"chain(Tensor x, Tensor matrix, Tensor offset, Tensor inverse, Tensor[] parameters, {_SETTINGS}) "
+    "-> (Tensor, Tensor, Tensor[])",
+    _chain_op,
+    _chain_fake,
+)
+ops.define(
+    "chain_vjp(Tensor? x, Tensor? v, Tensor g, Tensor glogdet, Tensor[] kept, Tensor matrix, Tensor offset, "
+    f"Tensor inverse, Tensor[] parameters, bool[] need, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    _chain_vjp_op,
+    _chain_vjp_fake,
+)
+
+
+def without_autocast(backward):
+    """Backward may be called inside an autocast region; the precision was settled in forward."""
+
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        defined = [g for g in gradients if g is not None]
+        if not defined:
+            return (None,) * len(ctx.needs_input_grad)
+        with torch.autocast(defined[0].device.type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return run
 
 
 class _StandardChain(Function):
@@ -252,20 +322,33 @@ class _StandardChain(Function):
         ctx.save_for_backward(boundary, matrix, offset, inverse, *kept, *parameters)
 
     @staticmethod
+    @without_autocast
     def backward(ctx, g, glogdet, *_):
         boundary, matrix, offset, inverse, *rest = ctx.saved_tensors
-        kept, parameters = rest[:ctx.kept], rest[ctx.kept:]
+        kept, parameters = rest[: ctx.kept], rest[ctx.kept :]
         g, glogdet = _materialize(g, glogdet, boundary)
         reverse, scale, alpha, _, _, memory, _ = ctx.settings
         if _wants_graph():
-            nets = [_Differentiable(parameters[i:i + network.PARAMETERS])
-                    for i in range(0, len(parameters), network.PARAMETERS)]
+            nets = [
+                _Differentiable(parameters[i : i + network.PARAMETERS])
+                for i in range(0, len(parameters), network.PARAMETERS)
+            ]
             return _double(memory, boundary, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha)
         stored = memory != "recompute"
         need = list(ctx.needs_input_grad[5:])
         dx, dmatrix, doffset, found = ops.raw.chain_vjp(
-            boundary if stored else None, None if stored else boundary, g, glogdet, kept, matrix, offset,
-            inverse, parameters, need, *ctx.settings)
+            boundary if stored else None,
+            None if stored else boundary,
+            g,
+            glogdet,
+            kept,
+            matrix,
+            offset,
+            inverse,
+            parameters,
+            need,
+            *ctx.settings,
+        )
         found = iter(found)
         return dx, dmatrix, doffset, None, None, *(next(found) if needed else None for needed in need)
 
@@ -276,25 +359,63 @@ class _LocalChain(Function):
     @staticmethod
     def forward(ctx, x, matrix, offset, inverse, nets, settings, *parameters):
         reverse, scale, alpha, backend, memory, anchor_every = settings
-        out, logdet, kept = _run(x, matrix, offset, inverse, nets, reverse, scale, alpha,
-                                 backends.table(x.device, backend), memory, anchor_every)
+        out, logdet, kept = _run(
+            x,
+            matrix,
+            offset,
+            inverse,
+            nets,
+            reverse,
+            scale,
+            alpha,
+            backends.table(x.device, backend),
+            memory,
+            anchor_every,
+        )
         ctx.set_materialize_grads(False)
         ctx.nets, ctx.settings, ctx.kept = nets, settings, kept
         ctx.save_for_backward(out if memory == "recompute" else x, matrix, offset, inverse, *parameters)
         return out, logdet
 
     @staticmethod
+    @without_autocast
     def backward(ctx, g, glogdet):
         boundary, matrix, offset, inverse, *parameters = ctx.saved_tensors
         g, glogdet = _materialize(g, glogdet, boundary)
         reverse, scale, alpha, backend, memory, _ = ctx.settings
         if _wants_graph():
-            return _double(memory, boundary, matrix, offset, parameters, ctx.nets.modules, g, glogdet,
-                           reverse, scale, alpha, blanks=2)
+            return _double(
+                memory,
+                boundary,
+                matrix,
+                offset,
+                parameters,
+                ctx.nets.modules,
+                g,
+                glogdet,
+                reverse,
+                scale,
+                alpha,
+                blanks=2,
+            )
         stored = memory != "recompute"
         dx, dmatrix, doffset, dparameters = _vjp(
-            boundary if stored else None, None if stored else boundary, g, glogdet, ctx.kept, matrix, offset, inverse,
-            ctx.nets, ctx.needs_input_grad[6:], reverse, scale, alpha, backends.table(g.device, backend), memory)
+            boundary if stored else None,
+            None if stored else boundary,
+            g,
+            glogdet,
+            ctx.kept,
+            matrix,
+            offset,
+            inverse,
+            ctx.nets,
+            ctx.needs_input_grad[6:],
+            reverse,
+            scale,
+            alpha,
+            backends.table(g.device, backend),
+            memory,
+        )
         return dx, dmatrix, doffset, None, None, None, *dparameters
 
 
@@ -323,8 +444,10 @@ class _Differentiable:
 def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha, blanks=1):
     """The first derivative as a differentiable function of everything, by the reference's formulas."""
     if memory != "store":
-        raise RuntimeError(f"a second derivative was asked for (create_graph=True) in memory={memory!r}, which keeps no "
-                           "graph to differentiate; use memory='store'")
+        raise RuntimeError(
+            f"a second derivative was asked for (create_graph=True) in memory={memory!r}, which keeps no "
+            "graph to differentiate; use memory='store'"
+        )
     inputs = [x, matrix, offset, *parameters]
     wanted = [i for i in inputs if i.requires_grad]
     out, logdet = reference_chain(x, matrix, offset, nets, reverse, scale, alpha)
@@ -333,9 +456,12 @@ def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, sc
     return dx, dmatrix, doffset, None, *[None] * blanks, *dparameters
 
 
-def reference_chain(x: Tensor, matrix: Tensor, offset: Tensor, nets: Sequence, reverse: bool, scale: str,
-                    alpha: float) -> tuple[Tensor, Tensor]:
-    """The chain by the reference's formulas, for ordinary autograd. Same results as `chain`, every activation stored."""
+def reference_chain(
+    x: Tensor, matrix: Tensor, offset: Tensor, nets: Sequence, reverse: bool, scale: str, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """The chain by the reference's formulas, for ordinary autograd. Same results as `chain`, every activation
+    stored.
+    """
     logdet = x.new_zeros(x.shape[0])
     inverse = torch.linalg.inv(matrix) if reverse else None
     for k in reversed(range(len(matrix))) if reverse else range(len(matrix)):
@@ -349,10 +475,21 @@ def reference_chain(x: Tensor, matrix: Tensor, offset: Tensor, nets: Sequence, r
     return x, logdet
 
 
-def chain(x: Tensor, matrix: Tensor, offset: Tensor, inverse: Tensor, nets: Sequence[nn.Module], *,
-          reverse: bool = False, scale: str = "softclamp", alpha: float = 1.0, memory: str = "recompute",
-          anchor_every: int | None = None, backend: str = "auto",
-          compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def chain(
+    x: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    inverse: Tensor,
+    nets: Sequence[nn.Module],
+    *,
+    reverse: bool = False,
+    scale: str = "softclamp",
+    alpha: float = 1.0,
+    memory: str = "recompute",
+    anchor_every: int | None = None,
+    backend: str = "auto",
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """Run K steps of flow, differentiably, in memory that does not grow with K (see the module's text for `memory`).
 
     x (N, C, H, W); matrix, inverse (K, C, C) and offset (K, C): the composed channel mixes, their inverses carrying no
@@ -362,16 +499,24 @@ def chain(x: Tensor, matrix: Tensor, offset: Tensor, inverse: Tensor, nets: Sequ
     """
     x = ops.channels_last(x)
     name = backends.resolve(x.device, backend)
-    dtype = compute_dtype or (torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None)
+    dtype = compute_dtype or (
+        torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    )
     anchors = anchor_every or 0
     standard = all(hasattr(net, "flat_parameters") for net in nets)
     parameters = [p for net in nets for p in (net.flat_parameters() if standard else net.parameters())]
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, matrix, offset, *parameters))):
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, matrix, offset, *parameters))
+    if not needed:
         memory, anchors = "recompute", 0
     with torch.autocast(x.device.type, enabled=False):
         if standard:
             settings = (reverse, scale, alpha, name, dtype or x.dtype, memory, anchors)
-            out, logdet, *_ = _StandardChain.apply(x, matrix, offset, inverse, settings, *parameters)
+            # Without gradients the Function is left out: torch.compile binds a variadic one's arguments wrongly there.
+            out, logdet, *_ = (
+                _StandardChain.apply(x, matrix, offset, inverse, settings, *parameters)
+                if needed
+                else ops.raw.chain(x, matrix, offset, inverse, parameters, *settings)
+            )
         else:
             settings = (reverse, scale, alpha, name, memory, anchors)
             out, logdet = _LocalChain.apply(x, matrix, offset, inverse, LocalNets(nets, dtype), settings, *parameters)

@@ -46,15 +46,29 @@ class Glow(nn.Module):
     (torch.Size([4, 768]), torch.Size([4]), True)
     """
 
-    def __init__(self, size: Sequence[int], levels: int = 3, depth: int | Sequence[int] = 16, hidden: int = 512, *,
-                 coupling: str = "affine", scale: str = "softclamp", alpha: float = 1.0, split_prior: str = "standard",
-                 network: Callable[[int, int], nn.Module] | None = None, shift: float = 0.0,
-                 memory: str = "recompute", anchor_every: int | None = None, backend: str = "auto",
-                 compute_dtype: torch.dtype | None = None, check_finite: bool | None = None):
+    def __init__(
+        self,
+        size: Sequence[int],
+        levels: int = 3,
+        depth: int | Sequence[int] = 16,
+        hidden: int = 512,
+        *,
+        coupling: str = "affine",
+        scale: str = "softclamp",
+        alpha: float = 1.0,
+        split_prior: str = "standard",
+        network: Callable[[int, int], nn.Module] | None = None,
+        shift: float = 0.0,
+        memory: str = "recompute",
+        anchor_every: int | None = None,
+        backend: str = "auto",
+        compute_dtype: torch.dtype | None = None,
+        check_finite: bool | None = None,
+    ):
         super().__init__()
         size = _check_size_argument(size)
         levels = _positive_int(levels, "levels")
-        depth = [depth] * levels if isinstance(depth, int) else list(depth)
+        depth = list(depth) if isinstance(depth, Sequence) and not isinstance(depth, str) else [depth] * levels
         if len(depth) != levels:
             raise ValueError(f"depth wants one int, or one per level ({levels}), got {len(depth)}")
         depth = [_positive_int(d, "depth") for d in depth]
@@ -65,9 +79,18 @@ class Glow(nn.Module):
         self.levels_count = levels
         self.size = size
         self._check_divisible(size[1:])
-        self.config = {"size": list(size), "levels": levels, "depth": depth, "hidden": hidden, "coupling": coupling,
-                       "scale": scale, "alpha": float(alpha), "split_prior": split_prior, "shift": float(shift),
-                       "network": "standard" if network is None else "custom"}
+        self.config = {
+            "size": list(size),
+            "levels": levels,
+            "depth": depth,
+            "hidden": hidden,
+            "coupling": coupling,
+            "scale": scale,
+            "alpha": float(alpha),
+            "split_prior": split_prior,
+            "shift": float(shift),
+            "network": "standard" if network is None else "custom",
+        }
         self.shift = float(shift)
         self.memory = memory
         self.anchor_every = anchor_every
@@ -78,8 +101,18 @@ class Glow(nn.Module):
         channels = size[0]
         for i, steps in enumerate(depth):
             last = i == levels - 1
-            self.levels.append(Level(4 * channels, steps, last, split_prior == "learned", hidden=hidden,
-                                     scale="additive" if coupling == "additive" else scale, alpha=alpha, network=network))
+            self.levels.append(
+                Level(
+                    4 * channels,
+                    steps,
+                    last,
+                    split_prior == "learned",
+                    hidden=hidden,
+                    scale="additive" if coupling == "additive" else scale,
+                    alpha=alpha,
+                    network=network,
+                )
+            )
             channels *= 2
 
     @property
@@ -127,8 +160,12 @@ class Glow(nn.Module):
         return all(step.is_initialized for level in self.levels for step in level.steps)
 
     def _options(self) -> dict:
-        return {"memory": self.memory, "anchor_every": self.anchor_every, "backend": self.backend,
-                "compute_dtype": self.compute_dtype}
+        return {
+            "memory": self.memory,
+            "anchor_every": self.anchor_every,
+            "backend": self.backend,
+            "compute_dtype": self.compute_dtype,
+        }
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -202,8 +239,11 @@ class Glow(nn.Module):
             channels = c * 2 ** (i + 1) * (2 if i == self.levels_count - 1 else 1)
             parts.append((channels, h, w))
         widths = [math.prod(part) for part in parts]
-        return [piece.view(-1, h, w, channels).permute(0, 3, 1, 2) if piece.shape[0] else piece.new_empty(0, channels, h, w)
-                for piece, (channels, h, w) in zip(z.split(widths, dim=1), parts, strict=True)]
+        starts = [sum(widths[:i]) for i in range(len(widths))]
+        return [
+            z.narrow(1, start, width).view(z.shape[0], h, w, channels).permute(0, 3, 1, 2)
+            for start, width, (channels, h, w) in zip(starts, widths, parts, strict=True)
+        ]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) (N,) in nats, with z ~ N(0, I). x (N, C, H, W)."""
@@ -215,8 +255,13 @@ class Glow(nn.Module):
         return -self.log_prob(x) / (math.prod(x.shape[1:]) * math.log(2)) + bits
 
     @torch.no_grad()
-    def sample(self, n: int, temperature: float = 0.7, size: Sequence[int] | None = None,
-               generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        n: int,
+        temperature: float = 0.7,
+        size: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """n images (n, C, H, W) from latents drawn from N(0, temperature^2 I)."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"n wants an int >= 0, got {n!r}")
@@ -232,8 +277,9 @@ class Glow(nn.Module):
         saving.write(path, self, self.config)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, network: Callable[[int, int], nn.Module] | None = None,
-                        **options) -> "Glow":
+    def from_pretrained(
+        cls, path: str | Path, network: Callable[[int, int], nn.Module] | None = None, **options
+    ) -> "Glow":
         """Load what `save_pretrained` wrote. options: memory, anchor_every, backend, compute_dtype, check_finite.
 
         Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit the
@@ -243,7 +289,9 @@ class Glow(nn.Module):
         try:
             custom = config.pop("network") == "custom"
             if custom != (network is not None):
-                wants = "its own coupling network; pass the same network=" if custom else "the standard network; pass none"
+                wants = (
+                    "its own coupling network; pass the same network=" if custom else "the standard network; pass none"
+                )
                 raise ValueError(f"the Glow in {path} was made with {wants}")
             glow = cls(**config, network=network, **options)
         except (KeyError, TypeError) as error:
@@ -258,7 +306,7 @@ class Glow(nn.Module):
 
     def _check_divisible(self, size: Sequence[int]) -> tuple[int, int]:
         h, w = size
-        unit = 2 ** self.levels_count
+        unit = 2**self.levels_count
         if h < 1 or w < 1 or h % unit or w % unit:
             raise ValueError(f"height and width must be divisible by 2^levels = {unit}, got {h}x{w}")
         return int(h), int(w)
@@ -272,7 +320,9 @@ class Glow(nn.Module):
         if x.device != like.device:
             raise ValueError(f"the {what}s are on {x.device} and the Glow is on {like.device}; move one of them")
         if x.dtype == torch.float64 and like.dtype != torch.float64:
-            raise TypeError(f"the {what}s are torch.float64 and the Glow is {like.dtype}; call glow.double() or x.float()")
+            raise TypeError(
+                f"the {what}s are torch.float64 and the Glow is {like.dtype}; call glow.double() or x.float()"
+            )
         wanted = self.check_finite if finite is None and self.check_finite is not None else finite
         wanted = x.device.type == "cpu" if wanted is None else wanted
         if wanted and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):

@@ -36,7 +36,9 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
-        """Set scale and bias from a batch (std floored) and return the normalised batch. Raises ValueError if it is empty."""
+        """Set scale and bias from a batch (std floored) and return the normalised batch. Raises ValueError if it
+        is empty.
+        """
         _check_channels(x, len(self.bias), "ActNorm")
         if x.numel() == 0:
             raise ValueError(f"ActNorm: data-dependent initialisation wants a non-empty batch, got {tuple(x.shape)}")
@@ -99,7 +101,8 @@ class InvertibleConv1x1(nn.Module):
 
 
 class CouplingNet(nn.Module):
-    """Glow's coupling network: 3x3 -> ActNorm -> ReLU -> 1x1 -> ActNorm -> ReLU -> 3x3, zero at first, times exp(3 logs).
+    """Glow's coupling network: 3x3 -> ActNorm -> ReLU -> 1x1 -> ActNorm -> ReLU -> 3x3, zero at first, times exp(3
+    logs).
 
     a (N, in_channels, H, W) -> h (N, out_channels, H, W).
     """
@@ -116,8 +119,17 @@ class CouplingNet(nn.Module):
 
     def flat_parameters(self) -> list[Tensor]:
         """The nine parameters in the order of `flowkern.network`."""
-        return [self.weight1, self.norm1.log_scale, self.norm1.bias, self.weight2, self.norm2.log_scale, self.norm2.bias,
-                self.weight3, self.bias3, self.logs]
+        return [
+            self.weight1,
+            self.norm1.log_scale,
+            self.norm1.bias,
+            self.weight2,
+            self.norm2.log_scale,
+            self.norm2.bias,
+            self.weight3,
+            self.bias3,
+            self.logs,
+        ]
 
     @torch.no_grad()
     def initialize(self, a: Tensor) -> None:
@@ -166,8 +178,14 @@ class AffineCoupling(nn.Module):
 class StepOfFlow(nn.Module):
     """ActNorm, invertible 1x1 convolution, affine coupling (figure 2a). x (N, C, H, W) with C even."""
 
-    def __init__(self, channels: int, hidden: int = 512, scale: str = "softclamp", alpha: float = 1.0,
-                 network: Callable[[int, int], nn.Module] | None = None):
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 512,
+        scale: str = "softclamp",
+        alpha: float = 1.0,
+        network: Callable[[int, int], nn.Module] | None = None,
+    ):
         super().__init__()
         if channels < 2 or channels % 2:
             raise ValueError(f"a step of flow wants an even number of channels, got {channels}")
@@ -184,8 +202,9 @@ class StepOfFlow(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
         """Data-dependent initialisation of every ActNorm in the step; returns the transformed batch."""
-        return self.coupling.initialize(reference.channel_mix(
-            self.actnorm.initialize(x), self.conv.weight(), torch.zeros_like(self.actnorm.bias)))
+        return self.coupling.initialize(
+            reference.channel_mix(self.actnorm.initialize(x), self.conv.weight(), torch.zeros_like(self.actnorm.bias))
+        )
 
     def forward(self, x: Tensor, **chain_options) -> tuple[Tensor, Tensor]:
         """Options are those of `flowkern.chain.chain`: memory, anchor_every, backend, compute_dtype."""
@@ -203,8 +222,17 @@ def run_steps(steps, x: Tensor, reverse: bool = False, **chain_options) -> tuple
     _check_channels(x, len(steps[0].actnorm.bias), "a step of flow")
     matrix, offset, inverse, mixes_logdet = compose(steps)
     coupling = steps[0].coupling
-    out, logdet = chain(x, matrix, offset, inverse, [step.coupling.net for step in steps], reverse=reverse,
-                        scale=coupling.scale, alpha=coupling.alpha, **chain_options)
+    out, logdet = chain(
+        x,
+        matrix,
+        offset,
+        inverse,
+        [step.coupling.net for step in steps],
+        reverse=reverse,
+        scale=coupling.scale,
+        alpha=coupling.alpha,
+        **chain_options,
+    )
     constant = mixes_logdet * _pixels(x)
     return out, logdet - constant if reverse else logdet + constant
 

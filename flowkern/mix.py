@@ -14,31 +14,25 @@ PER_STEP = 5  # lower, upper, log_s, log_scale, bias
 
 
 def compose(steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The mixes of K `StepOfFlow`s of C channels: M (K, C, C), m (K, C), M^-1 (K, C, C) and sum_k log|det M_k| (scalar).
+    """The mixes of K `StepOfFlow`s of C channels: M (K, C, C), m (K, C), M^-1 (K, C, C) and sum_k log|det M_k|
+    (scalar).
 
     Differentiable, M^-1 excepted: gradients of the inverse direction are expressed through M and m too.
     """
     permutation = torch.stack([s.conv.permutation for s in steps])
     sign = torch.stack([s.conv.sign for s in steps])
-    parameters = [p for s in steps for p in (s.conv.lower, s.conv.upper, s.conv.log_s, s.actnorm.log_scale, s.actnorm.bias)]
-    return _Compose.apply(permutation, sign, *parameters)
+    parameters = [
+        p for s in steps for p in (s.conv.lower, s.conv.upper, s.conv.log_s, s.actnorm.log_scale, s.actnorm.bias)
+    ]
+    # Without gradients the Function is left out: torch.compile binds the arguments of a variadic one wrongly there.
+    needed = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    return (_Compose.apply if needed else _compose)(permutation, sign, *parameters)
 
 
 class _Compose(Function):
     @staticmethod
     def forward(permutation, sign, *parameters):
-        lower, upper, scale, bias, log_s, log_scale = _factors(sign, parameters)
-        rows = permutation[:, :, None].expand_as(lower)
-        matrix = (lower @ (upper * scale[:, None, :])).gather(1, rows)
-        eye = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-        inverse_upper = torch.linalg.solve_triangular(upper, eye, upper=True)
-        inverse_lower = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
-        inverse = ((inverse_upper / scale[:, :, None]) @ inverse_lower).gather(2, permutation[:, None, :].expand_as(lower))
-        offset = (matrix @ bias[:, :, None])[:, :, 0]
-        dtype = parameters[0].dtype
-        # gather over columns leaves dense, row-major results; solve_triangular's own are transposed.
-        return (matrix.to(dtype).contiguous(), offset.to(dtype), inverse.to(dtype).contiguous(),
-                (log_s.sum() + log_scale.sum()).to(dtype))
+        return _compose(permutation, sign, *parameters)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -68,8 +62,28 @@ class _Compose(Function):
         return None, None, *(d for step in per_step for d in step)
 
 
+def _compose(permutation, sign, *parameters):
+    lower, upper, scale, bias, log_s, log_scale = _factors(sign, parameters)
+    rows = permutation[:, :, None].expand_as(lower)
+    matrix = (lower @ (upper * scale[:, None, :])).gather(1, rows)
+    eye = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    inverse_upper = torch.linalg.solve_triangular(upper, eye, upper=True)
+    inverse_lower = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+    inverse = ((inverse_upper / scale[:, :, None]) @ inverse_lower).gather(2, permutation[:, None, :].expand_as(lower))
+    offset = (matrix @ bias[:, :, None])[:, :, 0]
+    dtype = parameters[0].dtype
+    # gather over columns leaves dense, row-major results; solve_triangular's own are transposed.
+    return (
+        matrix.to(dtype).contiguous(),
+        offset.to(dtype),
+        inverse.to(dtype).contiguous(),
+        (log_s.sum() + log_scale.sum()).to(dtype),
+    )
+
+
 def _factors(sign: Tensor, parameters):
-    """L, U with its diagonal, exp(log_scale), bias, log_s, log_scale: stacked over steps, in fp64 where the device has it.
+    """L, U with its diagonal, exp(log_scale), bias, log_s, log_scale: stacked over steps, in fp64 where the device
+    has it.
 
     fp64 because these are tiny, and because the error of M^-1 M - I is the drift of the whole chain.
     """

@@ -16,7 +16,9 @@ PARAMETERS = 9
 
 
 def fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Weights and biases (w1, b1, w2, b2, w3, b3) of the three plain convolutions that equal the network, in `dtype`."""
+    """Weights and biases (w1, b1, w2, b2, w3, b3) of the three plain convolutions that equal the network, in
+    `dtype`.
+    """
     w1, s1, b1, w2, s2, b2, w3, b3, logs = parameters
     e1, e2, e3 = torch.exp(s1), torch.exp(s2), torch.exp(3 * logs)
     folded = (w1 * _rows(e1), e1 * b1, w2 * _rows(e2), e2 * b2, w3 * _rows(e3), e3 * b3)
@@ -28,11 +30,18 @@ def evaluate(folded: Sequence[Tensor], a: Tensor) -> tuple[Tensor, Tensor, Tenso
     w1, b1, w2, b2, w3, b3 = folded
     h1 = F.conv2d(a, w1, b1, padding=1).relu_()
     h2 = F.conv2d(h1, w2, b2).relu_()
-    return F.conv2d(h2, w3, b3, padding=1), h1, h2
+    # Channels-last already, except from PyTorch's double-precision convolution.
+    return F.conv2d(h2, w3, b3, padding=1).contiguous(memory_format=torch.channels_last), h1, h2
 
 
-def vjp(parameters: Sequence[Tensor], folded: Sequence[Tensor], a: Tensor, hidden: list[Tensor], dh: Tensor,
-        need: Sequence[bool]) -> tuple[Tensor, list[Tensor | None]]:
+def vjp(
+    parameters: Sequence[Tensor],
+    folded: Sequence[Tensor],
+    a: Tensor,
+    hidden: list[Tensor],
+    dh: Tensor,
+    need: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
     """Gradients of `evaluate` with respect to a and, where `need` says so, to the nine parameters.
 
     hidden: [h1, h2], emptied here, so that each is freed as soon as it has served.
@@ -49,8 +58,8 @@ def vjp(parameters: Sequence[Tensor], folded: Sequence[Tensor], a: Tensor, hidde
     del h1
     da, dw1, db1 = _convolution_vjp(g, a, w1, 1, need1)
     gradients: list[Tensor | None] = []
-    for weight, needed, dw, db in ((w1, need1, dw1, db1), (w2, need2, dw2, db2)):
-        gradients += _unfold_norm(parameters[len(gradients):], dw, db) if needed else [None] * 3
+    for needed, dw, db in ((need1, dw1, db1), (need2, dw2, db2)):
+        gradients += _unfold_norm(parameters[len(gradients) :], dw, db) if needed else [None] * 3
     gradients += _unfold_scale(parameters[6:], dw3, db3) if need3 else [None] * 3
     return da, [g if needed else None for g, needed in zip(gradients, need, strict=True)]
 
@@ -58,20 +67,26 @@ def vjp(parameters: Sequence[Tensor], folded: Sequence[Tensor], a: Tensor, hidde
 def _unfold_norm(parameters: Sequence[Tensor], dw: Tensor, db: Tensor) -> list[Tensor]:
     """From the gradient of w exp(s) and exp(s) b to those of w, s and b."""
     w, s, b = parameters[:3]
-    dw, db, e = dw.to(w.dtype), db.to(w.dtype), torch.exp(s)
+    dw, db, e = _laid_out(dw, w), db.to(w.dtype), torch.exp(s)
     return [dw * _rows(e), e * ((dw * w).sum(dim=(1, 2, 3)) + db * b), e * db]
 
 
 def _unfold_scale(parameters: Sequence[Tensor], dw: Tensor, db: Tensor) -> list[Tensor]:
     """From the gradient of w exp(3 logs) and b exp(3 logs) to those of w, b and logs."""
     w, b, logs = parameters
-    dw, db, e = dw.to(w.dtype), db.to(w.dtype), torch.exp(3 * logs)
+    dw, db, e = _laid_out(dw, w), db.to(w.dtype), torch.exp(3 * logs)
     return [dw * _rows(e), e * db, 3 * e * ((dw * w).sum(dim=(1, 2, 3)) + db * b)]
 
 
+def _laid_out(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """The gradient in its parameter's precision and memory layout, which is what optimizers and fake kernels expect."""
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 def _convolution_vjp(g: Tensor, x: Tensor, w: Tensor, padding: int, need: bool):
-    return torch.ops.aten.convolution_backward(g, x, w, [w.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0],
-                                               1, [True, need, need])
+    return torch.ops.aten.convolution_backward(
+        g, x, w, [w.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0], 1, [True, need, need]
+    )
 
 
 def _relu_vjp_(g: Tensor, activation: Tensor) -> Tensor:

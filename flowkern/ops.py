@@ -23,8 +23,10 @@ def define(schema: str, run, fake) -> None:
 
     def body(*args):
         if torch.is_grad_enabled() and any(_needs_grad(a) for a in args):
-            raise RuntimeError(f"torch.ops.flowkern.{name} is a raw operator without a gradient; "
-                               f"call the differentiable form in flowkern.ops, or detach its inputs")
+            raise RuntimeError(
+                f"torch.ops.flowkern.{name} is a raw operator without a gradient; "
+                f"call the differentiable form in flowkern.ops, or detach its inputs"
+            )
         return run(*args)
 
     LIBRARY.define(schema)
@@ -60,27 +62,53 @@ def _rebuilt(v: Tensor, given_input: bool) -> Tensor:
 
 
 _COUPLING = "str scale, float alpha"
-_define_pixel_op("channel_mix", "Tensor x, Tensor matrix, Tensor offset, bool inverse", 1,
-                 lambda x, matrix, offset, inverse: _like(x))
-_define_pixel_op("couple", f"Tensor x, Tensor h, {_COUPLING}, bool inverse", 2,
-                 lambda x, h, scale, alpha, inverse: (_like(x), _logdet(x)))
+_define_pixel_op(
+    "channel_mix",
+    "Tensor x, Tensor matrix, Tensor offset, bool inverse",
+    1,
+    lambda x, matrix, offset, inverse: _like(x),
+)
+_define_pixel_op(
+    "couple",
+    f"Tensor x, Tensor h, {_COUPLING}, bool inverse",
+    2,
+    lambda x, h, scale, alpha, inverse: (_like(x), _logdet(x)),
+)
 for _fused in ("couple_mix", "mix_couple"):
-    _define_pixel_op(_fused, f"Tensor x, Tensor h, Tensor matrix, Tensor offset, {_COUPLING}", 2,
-                     lambda x, h, matrix, offset, scale, alpha: (_like(x), _logdet(x)))
-_define_pixel_op("couple_vjp",
-                 f"Tensor v, Tensor g, Tensor h, Tensor glogdet, {_COUPLING}, bool inverse, bool given_input", 3,
-                 lambda v, g, h, glogdet, scale, alpha, inverse, given_input:
-                 (_rebuilt(v, given_input), _like(v), _like(h)))
-_define_pixel_op("mix_vjp", "Tensor v, Tensor g, Tensor matrix, Tensor inverse_matrix, Tensor offset, "
-                 "bool inverse, bool given_input", 4,
-                 lambda v, g, matrix, inverse_matrix, offset, inverse, given_input:
-                 (_rebuilt(v, given_input), _like(v), torch.empty_like(matrix), torch.empty_like(offset)))
+    _define_pixel_op(
+        _fused,
+        f"Tensor x, Tensor h, Tensor matrix, Tensor offset, {_COUPLING}",
+        2,
+        lambda x, h, matrix, offset, scale, alpha: (_like(x), _logdet(x)),
+    )
+_define_pixel_op(
+    "couple_vjp",
+    f"Tensor v, Tensor g, Tensor h, Tensor glogdet, {_COUPLING}, bool inverse, bool given_input",
+    3,
+    lambda v, g, h, glogdet, scale, alpha, inverse, given_input: (_rebuilt(v, given_input), _like(v), _like(h)),
+)
+_define_pixel_op(
+    "mix_vjp",
+    "Tensor v, Tensor g, Tensor matrix, Tensor inverse_matrix, Tensor offset, bool inverse, bool given_input",
+    4,
+    lambda v, g, matrix, inverse_matrix, offset, inverse, given_input: (
+        _rebuilt(v, given_input),
+        _like(v),
+        torch.empty_like(matrix),
+        torch.empty_like(offset),
+    ),
+)
 _define_pixel_op("shrink", "Tensor z, Tensor lam", 1, lambda z, lam: torch.empty_like(z))
-_define_pixel_op("shrink_vjp", "Tensor z, Tensor g, Tensor lam", 2,
-                 lambda z, g, lam: (torch.empty_like(z), torch.empty_like(lam)))
+_define_pixel_op(
+    "shrink_vjp", "Tensor z, Tensor g, Tensor lam", 2, lambda z, g, lam: (torch.empty_like(z), torch.empty_like(lam))
+)
 _define_pixel_op("data_consistency", "Tensor x, Tensor y, Tensor mu", 1, lambda x, y, mu: torch.empty_like(x))
-_define_pixel_op("data_consistency_vjp", "Tensor x, Tensor y, Tensor g, Tensor mu", 3,
-                 lambda x, y, g, mu: (torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)))
+_define_pixel_op(
+    "data_consistency_vjp",
+    "Tensor x, Tensor y, Tensor g, Tensor mu",
+    3,
+    lambda x, y, g, mu: (torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)),
+)
 raw = torch.ops.flowkern
 
 
@@ -122,7 +150,9 @@ class _Couple(Function):
 
 
 class _CoupleMix(Function):
-    """couple_mix, and with inverse=True mix_couple in the form A (couple^-1(x) + offset / A) used by `mix_couple` below."""
+    """couple_mix, and with inverse=True mix_couple in the form A (couple^-1(x) + offset / A) used by `mix_couple`
+    below.
+    """
 
     @staticmethod
     def forward(x, h, matrix, offset, scale, alpha, inverse, backend):
@@ -140,7 +170,9 @@ class _CoupleMix(Function):
         x, h, matrix, offset = ctx.saved_tensors
         scale, alpha, inverse, backend = ctx.settings
         coupled, _ = raw.couple(x, h, scale, alpha, inverse, backend)
-        _, dcoupled, dmatrix, doffset = raw.mix_vjp(coupled, channels_last(g), matrix, matrix, offset, False, True, backend)
+        _, dcoupled, dmatrix, doffset = raw.mix_vjp(
+            coupled, channels_last(g), matrix, matrix, offset, False, True, backend
+        )
         if inverse:
             # The op is matrix @ (coupled - offset), so the offset enters through the matrix.
             dmatrix = dmatrix - torch.outer(doffset, offset)
@@ -205,8 +237,9 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
     return _ChannelMix.apply(channels_last(x), matrix.contiguous(), offset.contiguous(), _resolve(x, backend))
 
 
-def couple(x: Tensor, h: Tensor, scale: str = "softclamp", alpha: float = 1.0, inverse: bool = False,
-           backend: str = "auto") -> tuple[Tensor, Tensor]:
+def couple(
+    x: Tensor, h: Tensor, scale: str = "softclamp", alpha: float = 1.0, inverse: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """The affine coupling `b <- (b + t) s(raw)` given h = (raw, t), or its inverse `b <- b / s(raw) - t`.
 
     x (N, C, H, W) with C even; h (N, C, H, W), or (N, C/2, H, W) for scale="additive". Returns the new state and the
@@ -218,14 +251,30 @@ def couple(x: Tensor, h: Tensor, scale: str = "softclamp", alpha: float = 1.0, i
     return _Couple.apply(channels_last(x), channels_last(h), scale, float(alpha), inverse, _resolve(x, backend))
 
 
-def couple_mix(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str = "softclamp", alpha: float = 1.0,
-               backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """`couple`, then `channel_mix` of the next step, in one pass over memory. Returns state and logdet (N,) of the coupling."""
+def couple_mix(
+    x: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    scale: str = "softclamp",
+    alpha: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`couple`, then `channel_mix` of the next step, in one pass over memory. Returns state and logdet (N,) of the
+    coupling.
+    """
     return _couple_mix(x, h, matrix, offset, scale, alpha, False, backend)
 
 
-def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str = "softclamp", alpha: float = 1.0,
-               backend: str = "auto") -> tuple[Tensor, Tensor]:
+def mix_couple(
+    y: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    offset: Tensor,
+    scale: str = "softclamp",
+    alpha: float = 1.0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """The inverse of a step in one pass: undo the coupling, then `matrix @ (. - offset)` with the inverse matrix."""
     return _couple_mix(y, h, matrix, offset, scale, alpha, True, backend)
 
@@ -234,12 +283,22 @@ def _couple_mix(x, h, matrix, offset, scale, alpha, inverse, backend):
     _check_state(x)
     _check_mix(x, matrix, offset)
     _check_coupling(x, h, scale)
-    return _CoupleMix.apply(channels_last(x), channels_last(h), matrix.contiguous(), offset.contiguous(),
-                            scale, float(alpha), inverse, _resolve(x, backend))
+    return _CoupleMix.apply(
+        channels_last(x),
+        channels_last(h),
+        matrix.contiguous(),
+        offset.contiguous(),
+        scale,
+        float(alpha),
+        inverse,
+        _resolve(x, backend),
+    )
 
 
 def shrink(z: Tensor, lam: Tensor, backend: str = "auto") -> Tensor:
-    """Latent shrinkage z / (1 + lam), the proximal step of Wei et al., equation 9. lam is a scalar tensor. Differentiable."""
+    """Latent shrinkage z / (1 + lam), the proximal step of Wei et al., equation 9. lam is a scalar tensor.
+    Differentiable.
+    """
     return _Shrink.apply(_dense(z), lam, _resolve(z, backend))
 
 
@@ -271,8 +330,10 @@ def _check_state(x: Tensor) -> None:
 def _check_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> None:
     channels = x.shape[1]
     if matrix.shape != (channels, channels) or offset.shape != (channels,):
-        raise ValueError(f"a mix of {channels} channels wants matrix {(channels, channels)} and offset {(channels,)}, "
-                         f"got {tuple(matrix.shape)} and {tuple(offset.shape)}")
+        raise ValueError(
+            f"a mix of {channels} channels wants matrix {(channels, channels)} and offset {(channels,)}, "
+            f"got {tuple(matrix.shape)} and {tuple(offset.shape)}"
+        )
 
 
 def _check_coupling(x: Tensor, h: Tensor, scale: str) -> None:
@@ -281,5 +342,7 @@ def _check_coupling(x: Tensor, h: Tensor, scale: str) -> None:
     n, channels, *size = x.shape
     wanted = (n, channels // 2 if scale == "additive" else channels, *size)
     if channels % 2 or tuple(h.shape) != wanted:
-        raise ValueError(f"coupling of a state {tuple(x.shape)} wants an even number of channels and h of shape {wanted}, "
-                         f"got {tuple(h.shape)}")
+        raise ValueError(
+            f"coupling of a state {tuple(x.shape)} wants an even number of channels and h of shape {wanted}, "
+            f"got {tuple(h.shape)}"
+        )

@@ -21,8 +21,11 @@ SCALES = ("softclamp", "sigmoid", "additive")
 # Pixel ops: the contract of every backend
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def log_scale(raw: Tensor, scale: str, alpha: float) -> Tensor:
-    """log s of the coupling. "softclamp": alpha tanh(raw / alpha), bounded both ways; "sigmoid": Glow's log sigmoid(raw + 2)."""
+    """log s of the coupling. "softclamp": alpha tanh(raw / alpha), bounded both ways; "sigmoid": Glow's log
+    sigmoid(raw + 2).
+    """
     if scale == "softclamp":
         return alpha * torch.tanh(raw / alpha)
     return F.logsigmoid(raw + 2)
@@ -46,7 +49,8 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
 
 
 def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """Affine coupling: with halves a, b of x and raw, t of h, `b <- (b + t) s(raw)`; the inverse is `b <- b / s(raw) - t`.
+    """Affine coupling: with halves a, b of x and raw, t of h, `b <- (b + t) s(raw)`; the inverse is `b <- b /
+    s(raw) - t`.
 
     x (N, C, H, W); h (N, C, H, W), or (N, C/2, H, W) holding t alone with scale="additive"; h may be of lower
     precision. Returns the new state and log|det| per sample (N,), of the direction that was computed.
@@ -66,19 +70,31 @@ def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False
 
 
 def couple_mix(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
-    """The coupling of one step followed by the channel mix of the next. Returns the state and the coupling's logdet (N,)."""
+    """The coupling of one step followed by the channel mix of the next. Returns the state and the coupling's
+    logdet (N,).
+    """
     y, logdet = couple(x, h, scale, alpha)
     return channel_mix(y, matrix, offset), logdet
 
 
 def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
-    """The inverse of one step: undo the coupling, then the channel mix (`matrix` is the inverse mix). Returns state, logdet (N,)."""
+    """The inverse of one step: undo the coupling, then the channel mix (`matrix` is the inverse mix). Returns
+    state, logdet (N,).
+    """
     x, logdet = couple(y, h, scale, alpha, inverse=True)
     return channel_mix(x, matrix, offset, inverse=True), logdet
 
 
-def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alpha: float,
-               inverse: bool = False, given_input: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def couple_vjp(
+    v: Tensor,
+    g: Tensor,
+    h: Tensor,
+    glogdet: Tensor,
+    scale: str,
+    alpha: float,
+    inverse: bool = False,
+    given_input: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Reverse-mode derivative of `couple` in one pass.
 
     v is the op's output, or its input with `given_input`; g (N, C, H, W) and glogdet (N,) are the cotangents of its two
@@ -114,8 +130,15 @@ def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alp
     return rebuilt, _channels_last(torch.cat([ga, dv], dim=1)), _channels_last(dh)
 
 
-def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset: Tensor,
-            inverse: bool = False, given_input: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def mix_vjp(
+    v: Tensor,
+    g: Tensor,
+    matrix: Tensor,
+    inverse_matrix: Tensor,
+    offset: Tensor,
+    inverse: bool = False,
+    given_input: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reverse-mode derivative of the channel mix in one pass, always with respect to the forward mix (M, m).
 
     Forward, y = M x + m: v is y (or x with `given_input`), g the cotangent of y; returns the rebuilt x, M^T g,
@@ -139,7 +162,9 @@ def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset
 
 
 def shrink(z: Tensor, lam: Tensor) -> Tensor:
-    """The proximal step in latent space, z / (1 + lam) (Wei et al., equation 9). z of any shape, lam a scalar tensor."""
+    """The proximal step in latent space, z / (1 + lam) (Wei et al., equation 9). z of any shape, lam a scalar
+    tensor.
+    """
     return z / (1 + lam)
 
 
@@ -150,7 +175,9 @@ def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
-    """A gradient step towards the measurement, x - mu (x - y), for A = I (Wei et al., equation 7, with the gradient's sign)."""
+    """A gradient step towards the measurement, x - mu (x - y), for A = I (Wei et al., equation 7, with the
+    gradient's sign).
+    """
     return x - mu * (x - y)
 
 
@@ -166,6 +193,7 @@ def _channels_last(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # The model, read from the parameters of flowkern's own modules
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def squeeze(x: Tensor) -> Tensor:
     """Trade space for channels: (N, C, H, W) -> (N, 4C, H/2, W/2); channel 4c + 2i + j holds pixel (2y + i, 2x + j)."""
@@ -184,7 +212,9 @@ def actnorm(x: Tensor, norm, inverse: bool = False) -> Tensor:
 
 
 def conv1x1_weight(conv) -> Tensor:
-    """W = P L (U + diag(sign exp(log_s))) of a `flowkern.layers.InvertibleConv1x1`, (C, C); L is unit lower triangular."""
+    """W = P L (U + diag(sign exp(log_s))) of a `flowkern.layers.InvertibleConv1x1`, (C, C); L is unit lower
+    triangular.
+    """
     lower = torch.tril(conv.lower, -1) + torch.eye(len(conv.log_s), dtype=conv.lower.dtype, device=conv.lower.device)
     upper = torch.triu(conv.upper, 1) + torch.diag(conv.sign * torch.exp(conv.log_s))
     return (lower @ upper)[conv.permutation]
@@ -249,7 +279,9 @@ def glow_forward(glow, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def glow_inverse(glow, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent to image: the inverse of `glow_forward`. Returns x (N, C, H, W) and the log|det| of this direction (N,)."""
+    """Latent to image: the inverse of `glow_forward`. Returns x (N, C, H, W) and the log|det| of this direction
+    (N,).
+    """
     *emitted, x = glow.split_latent(z)
     logdet = z.new_zeros(z.shape[0])
     for level in reversed(glow.levels):

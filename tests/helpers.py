@@ -1,0 +1,38 @@
+"""Models and comparisons that several test files share."""
+
+import torch
+
+import flowkern
+
+VARIANTS = {
+    "softclamp": {},
+    "sigmoid": {"scale": "sigmoid"},
+    "additive": {"coupling": "additive"},
+    "learned": {"split_prior": "learned"},
+}
+MODES = [("recompute", None), ("recompute", 2), ("store", None), ("checkpoint", None)]
+
+
+def small_glow(size=(2, 8, 8), levels=2, depth=3, hidden=5, dtype=torch.float64, seed=0, moved=0.05, **options):
+    """A Glow initialised from random images, its parameters moved off their special starting values."""
+    torch.manual_seed(seed)
+    glow = flowkern.Glow(size, levels=levels, depth=depth, hidden=hidden, **options).to(dtype)
+    glow.initialize(torch.rand(8, *size, dtype=dtype))
+    with torch.no_grad():
+        for p in glow.parameters():
+            p.add_(moved * torch.randn_like(p))
+    return glow
+
+
+def relative(a, b):
+    """Norm of the difference over the norm of b."""
+    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
+
+
+def gradients(function, x, parameters, seed=1):
+    """Gradients of a fixed random functional of function(x) -> (out, logdet), with respect to x and the parameters."""
+    generator = torch.Generator().manual_seed(seed)
+    x = x.detach().requires_grad_()
+    out, logdet = function(x)
+    w, v = (torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (out, logdet))
+    return torch.autograd.grad((out * w).sum() + (logdet * v).sum(), [x, *parameters])

@@ -1,0 +1,219 @@
+"""The op layer: opcheck, gradients of the public forms, refusals, and the choice of a backend."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import flowkern
+from flowkern import backend as backends
+from flowkern import ops
+from flowkern.layers import StepOfFlow
+from flowkern.mix import compose
+
+
+def state(*shape, dtype=torch.float32, grad=False):
+    x = torch.randn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_(grad)
+
+
+def mix(channels=4, dtype=torch.float32):
+    return torch.eye(channels, dtype=dtype) + 0.3 * torch.randn(channels, channels, dtype=dtype), torch.randn(
+        channels, dtype=dtype
+    )
+
+
+def raw_calls(backend):
+    torch.manual_seed(0)
+    x, g, h = state(2, 4, 3, 5), state(2, 4, 3, 5), state(2, 4, 3, 5)
+    (matrix, offset), logdet, scalar = mix(), torch.randn(2), torch.tensor(0.3)
+    inverse = torch.linalg.inv(matrix).contiguous()
+    for flag in (False, True):
+        yield "channel_mix", (x, matrix, offset, flag, backend)
+        yield "couple", (x, h, "softclamp", 1.0, flag, backend)
+        for given in (False, True):
+            yield "couple_vjp", (x, g, h, logdet, "sigmoid", 1.0, flag, given, backend)
+            yield "mix_vjp", (x, g, matrix, inverse, offset, flag, given, backend)
+    yield "couple_vjp", (x, g, state(2, 2, 3, 5), logdet, "additive", 1.0, False, False, backend)
+    yield "couple_mix", (x, h, matrix, offset, "softclamp", 1.0, backend)
+    yield "mix_couple", (x, h, matrix, offset, "softclamp", 1.0, backend)
+    yield "shrink", (x, scalar, backend)
+    yield "shrink_vjp", (x, g, scalar, backend)
+    yield "data_consistency", (x, g, scalar, backend)
+    yield "data_consistency_vjp", (x, g, g, scalar, backend)
+
+
+def test_opcheck_of_every_pixel_op(backend):
+    seen = set()
+    for name, arguments in raw_calls(backend):
+        torch.library.opcheck(getattr(torch.ops.flowkern, name).default, arguments)
+        seen.add(name)
+    assert seen == set(backends.OPS)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_opcheck_of_the_chain(memory, reverse):
+    torch.manual_seed(0)
+    steps = [StepOfFlow(4, hidden=6) for _ in range(3)]
+    with torch.no_grad():
+        matrix, offset, inverse, _ = compose(steps)
+    parameters = [p.detach() for s in steps for p in s.coupling.net.flat_parameters()]
+    x, g, logdet = state(2, 4, 3, 5), state(2, 4, 3, 5), torch.randn(2)
+    settings = (reverse, "softclamp", 1.0, "auto", torch.float32, memory, 2)
+    torch.library.opcheck(torch.ops.flowkern.chain.default, (x, matrix, offset, inverse, parameters, *settings))
+    out, _, kept = torch.ops.flowkern.chain(x, matrix, offset, inverse, parameters, *settings)
+    need = [i % 9 != 4 for i in range(len(parameters))]
+    stored = memory != "recompute"
+    torch.library.opcheck(
+        torch.ops.flowkern.chain_vjp.default,
+        (
+            x if stored else None,
+            None if stored else out,
+            g,
+            logdet,
+            kept,
+            matrix,
+            offset,
+            inverse,
+            parameters,
+            need,
+            *settings,
+        ),
+    )
+
+
+def test_gradients_of_the_public_forms(backend):
+    torch.manual_seed(0)
+    x, h = (state(2, 4, 2, 3, dtype=torch.float64, grad=True) for _ in range(2))
+    t = state(2, 2, 2, 3, dtype=torch.float64, grad=True)
+    matrix, offset = (p.requires_grad_() for p in mix(dtype=torch.float64))
+    scalar = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    check = torch.autograd.gradcheck
+    for inverse in (False, True):
+        assert check(partial(ops.channel_mix, inverse=inverse, backend=backend), (x, matrix, offset))
+        for scale, given in (("softclamp", h), ("sigmoid", h), ("additive", t)):
+            assert check(partial(ops.couple, scale=scale, inverse=inverse, backend=backend), (x, given))
+    for op in (ops.couple_mix, ops.mix_couple):
+        assert check(partial(op, backend=backend), (x, h, matrix, offset))
+    assert check(partial(ops.shrink, backend=backend), (x, scalar))
+    assert check(
+        partial(ops.shrink, backend=backend), (torch.randn(3, 7, dtype=torch.float64, requires_grad=True), scalar)
+    )
+    assert check(partial(ops.data_consistency, backend=backend), (x, h, scalar))
+
+
+def test_public_forms_take_any_layout(backend):
+    x, y = torch.randn(2, 6, 4, 5), torch.randn(2, 6, 4, 5).contiguous(memory_format=torch.channels_last)
+    matrix, offset = mix(6)
+    scalar = torch.tensor(0.4)
+    for given in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(2, 12, 4, 10)[:, ::2, :, ::2]):
+        wanted = torch.einsum("ij,njhw->nihw", matrix.T.contiguous(), given) + offset[:, None, None]
+        torch.testing.assert_close(
+            ops.channel_mix(given, matrix.T, offset, backend=backend), wanted, rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(ops.data_consistency(given, y, scalar, backend=backend), given - 0.4 * (given - y))
+        torch.testing.assert_close(ops.shrink(given, scalar, backend=backend), given / 1.4)
+
+
+def test_raw_op_refuses_a_tensor_that_needs_gradients():
+    x = state(1, 4, 2, 2, grad=True)
+    with pytest.raises(RuntimeError, match="couple is a raw operator without a gradient; call the differentiable form"):
+        torch.ops.flowkern.couple(x, x.detach(), "softclamp", 1.0, False, "reference")
+    with torch.no_grad():
+        torch.ops.flowkern.couple(x, x.detach(), "softclamp", 1.0, False, "reference")
+
+
+def test_second_derivative_of_a_public_form_is_a_clear_error():
+    x, h = state(1, 4, 2, 2, grad=True), state(1, 4, 2, 2)
+    y, _ = ops.couple(x, h)
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda x: ops.couple(x, x[:, :2]), r"h of shape \(2, 4, 3, 3\), got \(2, 2, 3, 3\)"),
+        (lambda x: ops.couple(x, x, "additive"), r"h of shape \(2, 2, 3, 3\)"),
+        (lambda x: ops.couple(x, x, "exp"), "unknown scale 'exp'"),
+        (lambda x: ops.couple(x[:, :3], x[:, :3]), "an even number of channels"),
+        (
+            lambda x: ops.channel_mix(x, torch.eye(3), torch.zeros(3)),
+            r"wants matrix \(4, 4\) and offset \(4,\), got \(3, 3\)",
+        ),
+        (lambda x: ops.channel_mix(x[0], torch.eye(4), torch.zeros(4)), r"shape \(N, C, H, W\), got \(4, 3, 3\)"),
+        (lambda x: ops.data_consistency(x, x[:1], torch.tensor(0.1)), "must have the same shape"),
+        (lambda x: ops.couple(x, x, backend="nonsense"), "unknown backend 'nonsense'"),
+    ],
+)
+def test_shapes_that_do_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(state(2, 4, 3, 3))
+
+
+class TestBackendChoice:
+    @pytest.fixture(autouse=True)
+    def registry(self, monkeypatch):
+        monkeypatch.setattr(backends, "_registry", dict(backends._registry))
+        monkeypatch.setattr(backends, "_tables", {})
+        self.calls = []
+
+        class Spy:
+            def __getattr__(_, op):
+                def run(*arguments):
+                    self.calls.append(op)
+                    return getattr(flowkern.reference, op)(*arguments)
+
+                return run
+
+        backends.register(backends.Backend("spy", ("cpu",), lambda: None, Spy))
+        backends.register(
+            backends.Backend("absent", ("cpu",), lambda: "it was left at home", Spy, preferred={"cpu": backends.OPS})
+        )
+        backends.register(backends.Backend("elsewhere", ("cuda",), lambda: None, Spy))
+
+    def run(self, **options):
+        self.calls.clear()
+        ops.channel_mix(state(1, 2, 2, 2), *mix(2), **options)
+        return self.calls == ["channel_mix"]
+
+    def test_argument_context_and_environment(self, monkeypatch):
+        assert not self.run()
+        assert self.run(backend="spy")
+        with flowkern.use_backend("spy"):
+            assert self.run()
+            assert not self.run(backend="reference")
+            with flowkern.use_backend("auto"):
+                assert not self.run()
+        assert not self.run()
+        monkeypatch.setenv("FLOWKERN_BACKEND", "spy")
+        assert self.run()
+        with flowkern.use_backend("reference"):
+            assert not self.run()
+
+    def test_glow_takes_a_backend(self):
+        glow = flowkern.Glow((1, 4, 4), levels=1, depth=1, hidden=2, backend="spy")
+        glow.eval()(torch.rand(1, 1, 4, 4))
+        assert self.calls == ["channel_mix", "couple"]
+
+    def test_an_explicit_choice_never_falls_back(self):
+        with pytest.raises(RuntimeError, match="backend 'absent' can't run here: it was left at home"):
+            self.run(backend="absent")
+        with pytest.raises(RuntimeError, match="'absent' can't run here"), flowkern.use_backend("absent"):
+            pass
+        with pytest.raises(RuntimeError, match="backend 'elsewhere' runs on cuda tensors, got one on cpu"):
+            self.run(backend="elsewhere")
+        assert flowkern.backends()["absent"] == "it was left at home"
+
+    def test_auto_takes_the_latest_backend_that_prefers_the_op(self):
+        backends.register(
+            backends.Backend(
+                "picky", ("cpu",), lambda: None, backends._registry["spy"].load, preferred={"cpu": ("channel_mix",)}
+            )
+        )
+        assert self.run()
+        self.calls.clear()
+        ops.shrink(torch.rand(2), torch.tensor(0.1))
+        assert self.calls == []
