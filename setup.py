@@ -32,10 +32,13 @@ FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-
 class NativeBuild(build_ext):
     """Compiles with ninja, which rebuilds only what changed, and keeps the reason where that fails."""
 
+    def run(self):
+        self.used_in_place = bool(self.inplace)   # setuptools clears `inplace` while it builds, and copies afterwards
+        super().run()
+
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        installed = ROOT / "flowkern"
-        folders = {output.parent, installed if self.editable_mode else output.parent}
+        folders = {output.parent} | ({ROOT / "flowkern"} if self.used_in_place else set())
         # A failed build must not leave an older extension behind.
         for stale in (p for f in folders for p in (*f.glob("_C.*"), f / "_build_error.txt")):
             stale.unlink(missing_ok=True)

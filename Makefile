@@ -1,0 +1,34 @@
+# Each target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
+INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
+
+.PHONY: run test lint unit bench
+
+# The main job: a trained denoiser, its table and pictures.
+run: .venv/ready
+	$(BIN)/python -m train.unfolded
+
+test: lint unit
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+unit: .venv/ready
+	$(BIN)/python -m pytest tests -q --durations=15
+
+bench: .venv/ready-bench
+	$(BIN)/python -m pytest bench --benchmark-only
+
+.venv/ready: $(INSTALLED_FROM)
+	@echo "Setting up .venv (the first time this downloads PyTorch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) -e ".[train,test]"
+	@touch $@
+
+# The rival is measured beside us; its dependencies would replace the installed PyTorch.
+.venv/ready-bench: .venv/ready
+	@$(PIP) -e ".[bench]"
+	@$(PIP) --no-deps normflows
+	@touch $@
