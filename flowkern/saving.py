@@ -47,10 +47,16 @@ def fill(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     own = module.state_dict()
     missing = [f"{name} {tuple(own[name].shape)}" for name in own if name not in weights]
     unknown = [f"{name} {tuple(weights[name].shape)}" for name in weights if name not in own]
-    changed = [f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-               for name in own if name in weights and weights[name].shape != own[name].shape]
-    problems = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", changed)) if names]
+    changed = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in (("missing", missing), ("unknown", unknown), ("of another shape", changed))
+        if names
+    ]
     if problems:
         raise ValueError(f"{what} don't fit this configuration: {'; '.join(problems)}")
     module.load_state_dict(weights)

@@ -37,8 +37,16 @@ class Unfolded(nn.Module):
     Raises TypeError for a prox, operator or init of the wrong kind, ValueError for wrong values.
     """
 
-    def __init__(self, prox: nn.Module | Sequence[nn.Module], folds: int = 4, operator=None, *,
-                 init: str | Callable[[Tensor], Tensor] | None = None, final: str = "prox", mu: float = 0.5):
+    def __init__(
+        self,
+        prox: nn.Module | Sequence[nn.Module],
+        folds: int = 4,
+        operator=None,
+        *,
+        init: str | Callable[[Tensor], Tensor] | None = None,
+        final: str = "prox",
+        mu: float = 0.5,
+    ):
         super().__init__()
         if not isinstance(folds, int) or isinstance(folds, bool) or folds < 1:
             raise ValueError(f"folds must be a positive integer, got {folds!r}")
@@ -55,7 +63,9 @@ class Unfolded(nn.Module):
         if self.init not in INITS and not callable(self.init):
             raise ValueError(f"init must be 'mode', 'adjoint' or a function of y, got {init!r}")
         if self.init == "mode" and not has_mode:
-            raise ValueError(f"init='mode' needs a prox with a most likely image; {type(self.proxes[0]).__name__} has none")
+            raise ValueError(
+                f"init='mode' needs a prox with a most likely image; {type(self.proxes[0]).__name__} has none"
+            )
         self.final = final
 
     @property
@@ -90,12 +100,23 @@ class Unfolded(nn.Module):
         `init`, or proxes that differ between folds or don't describe themselves with `config`.
         """
         configs = [getattr(prox, "config", None) for prox in self.proxes]
-        if not isinstance(self.operator, Identity) or self.init not in INITS or None in configs \
-                or any(config != configs[0] for config in configs):
-            raise ValueError("only an Unfolded of alike, library-made proxes, with the identity as operator and a named "
-                             "init, can be saved with its configuration; save the state_dict of this one")
-        config = {"folds": len(configs), "init": self.init, "final": self.final,
-                  "kind": type(self.proxes[0]).__name__, "prox": configs[0]}
+        if (
+            not isinstance(self.operator, Identity)
+            or self.init not in INITS
+            or None in configs
+            or any(config != configs[0] for config in configs)
+        ):
+            raise ValueError(
+                "only an Unfolded of alike, library-made proxes, with the identity as operator and a named "
+                "init, can be saved with its configuration; save the state_dict of this one"
+            )
+        config = {
+            "folds": len(configs),
+            "init": self.init,
+            "final": self.final,
+            "kind": type(self.proxes[0]).__name__,
+            "prox": configs[0],
+        }
         saving.write(path, self, config)
 
     @classmethod

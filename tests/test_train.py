@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields, replace
@@ -181,6 +182,30 @@ def test_resuming_a_finished_run_only_reports_again(finished, monkeypatch):
 def test_resuming_with_other_settings_names_them(finished, pictures):
     with pytest.raises(ValueError, match="was started with other settings: folds was 2 and is now 3"):
         run.prepare(tiny(pictures, finished, folds=3, resume=True))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 cut off"])
+def test_resuming_from_a_truncated_state_is_one_sentence(content, pictures, tmp_path):
+    settings = tiny(pictures, tmp_path / "run")
+    path = run.prepare(settings).folder.last("prior")
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match="prior-last.ckpt is truncated or not a checkpoint; remove it to start"
+    ) as caught:
+        run.prepare(replace(settings, resume=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_says_how_to_continue(pictures, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(callbacks.Recorder, "on_train_batch_end", interrupt)
+    with pytest.raises(SystemExit):
+        run.prepare(tiny(pictures, tmp_path / "run")).train()
+    signal.signal(signal.SIGINT, handler)  # Lightning switches it off while it shuts down
+    assert f"--resume --out {tmp_path / 'run'} continues" in capsys.readouterr().err
 
 
 def test_new_runs_are_numbered_and_the_latest_is_resumed(pictures, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The data of training: what `--data` accepts and refuses, how files become pixels, and samples as pure functions."""
 
 import io
+import itertools
 import warnings
 import zipfile
 from pathlib import Path
@@ -52,9 +53,9 @@ def config(**settings):
     return Config(**({"size": 8, "levels": 1, "depth": 1, "hidden": 4, "batch": 2, "fit": "crop"} | settings))
 
 
-def training(seed=0, prior_noise=0.2, flip=True):
+def training(seed=0, prior_noise=0.2, augment="mirror"):
     pictures = [np.asarray(picture(i, (24, 17))) for i in range(3)]
-    return data.TrainingSamples(pictures, 8, 6, flip, prior_noise, seed)
+    return data.TrainingSamples(pictures, 8, 6, augment, prior_noise, seed)
 
 
 # What --data may be
@@ -351,7 +352,7 @@ def test_processes_share_an_epoch_without_overlap():
 
 
 def test_crops_and_flips_come_from_the_picture():
-    samples = training(flip=True)
+    samples = training()
     flipped = 0
     for index in range(6):
         for epoch in range(5):
@@ -363,7 +364,23 @@ def test_crops_and_flips_come_from_the_picture():
             assert straight != mirrored
             flipped += int(mirrored)
     assert 5 < flipped < 25
-    assert training(flip=False)[0, 0]["clean"].shape == (3, 8, 8)
+
+
+def test_augmentation_is_what_its_name_says():
+    crop = np.arange(4 * 4 * 3).reshape(4, 4, 3)
+    made = {
+        how: {data.augmented(crop, how, np.random.default_rng(i)).tobytes() for i in range(600)}
+        for how in ("none", "mirror", "all")
+    }
+    assert made["none"] == {crop.tobytes()}
+    assert made["mirror"] == {crop.tobytes(), crop[:, ::-1].tobytes()}
+    everything = {
+        np.rot90(m, turn)[..., list(order)].tobytes()
+        for m in (crop, crop[:, ::-1])
+        for turn in range(4)
+        for order in itertools.permutations(range(3))
+    }
+    assert len(everything) == 48 and made["all"] == everything
 
 
 def test_dequantisation_stays_within_its_bin_and_noise_has_its_spread():

@@ -41,12 +41,12 @@ def literal(net, y, final="prox", operator=None):
     x = reference.glow_inverse(net.proxes[0].glow, y.new_zeros(shape[0], math.prod(shape[1:])))[0]
     for k, prox in enumerate(net.proxes):
         minus_mu = -net.mu[k]
-        x_tilde = x - minus_mu * operator.adjoint(y - operator.forward(x))          # (7)
-        z_tilde, _ = reference.glow_forward(prox.glow, x_tilde)                     # (8)
+        x_tilde = x - minus_mu * operator.adjoint(y - operator.forward(x))  # (7)
+        z_tilde, _ = reference.glow_forward(prox.glow, x_tilde)  # (8)
         if final == "consistency" and k == len(net.proxes) - 1:
-            return reference.glow_inverse(prox.glow, z_tilde)[0]                    # (11)
-        z = z_tilde / (1 + torch.log1p(torch.exp(prox.raw_lam)))                    # (9)
-        x = reference.glow_inverse(prox.glow, z)[0]                                 # (10)
+            return reference.glow_inverse(prox.glow, z_tilde)[0]  # (11)
+        z = z_tilde / (1 + torch.log1p(torch.exp(prox.raw_lam)))  # (9)
+        x = reference.glow_inverse(prox.glow, z)[0]  # (10)
     return x
 
 
@@ -128,7 +128,9 @@ def test_starts_at_the_latent_mode_computed_once_per_batch(monkeypatch):
     net = make_net(folds=2)
     sizes = []
     inverse = flowkern.Glow.inverse
-    monkeypatch.setattr(flowkern.Glow, "inverse", lambda self, z, *a, **k: sizes.append(len(z)) or inverse(self, z, *a, **k))
+    monkeypatch.setattr(
+        flowkern.Glow, "inverse", lambda self, z, *a, **k: sizes.append(len(z)) or inverse(self, z, *a, **k)
+    )
     net(torch.rand(5, 3, 8, 8, dtype=torch.float64))
     assert sizes == [1, 5, 5]
 
@@ -140,6 +142,7 @@ def test_init_overrides():
     def halved(measured):
         seen.append(measured)
         return measured / 2
+
     net = make_net(folds=1, final="consistency", mu=0.25, init=halved)
     with torch.no_grad():
         net.mu.fill_(0.25)
@@ -184,6 +187,7 @@ def kept_bytes(net, y):
         if tensor.numel() and tensor.untyped_storage().nbytes() % (len(y) * tensor.element_size()) == 0:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(y)
     return sum(storage.nbytes() for storage in storages.values())
@@ -191,32 +195,55 @@ def kept_bytes(net, y):
 
 def test_memory_does_not_grow_with_depth():
     y = torch.rand(37, 3, 8, 8)  # 37 divides no other size here
-    kept = {(memory, depth): kept_bytes(flowkern.Unfolded(
-        flowkern.GlowProx(make_glow(depth=depth, dtype=torch.float32, memory=memory)), folds=2), y)
-        for memory in ("recompute", "store") for depth in (2, 8)}
+    kept = {
+        (memory, depth): kept_bytes(
+            flowkern.Unfolded(flowkern.GlowProx(make_glow(depth=depth, dtype=torch.float32, memory=memory)), folds=2), y
+        )
+        for memory in ("recompute", "store")
+        for depth in (2, 8)
+    }
     assert kept["recompute", 2] == kept["recompute", 8]
     # Fold boundaries, latents and the levels' outputs in both directions: a dozen images a fold at most.
     assert 0 < kept["recompute", 8] <= 2 * 12 * y.nbytes
     assert kept["store", 8] > 3 * kept["store", 2] > kept["recompute", 2]
 
 
-@pytest.mark.parametrize(("make", "error", "message"), [
-    (lambda p: flowkern.Unfolded([p, p], 3), ValueError, "got 2 prox modules for 3 folds"),
-    (lambda p: flowkern.Unfolded("glow"), TypeError, "prox must be a module, or a sequence of one module a fold, got str"),
-    (lambda p: flowkern.Unfolded([p, 1], 2), TypeError, "prox must be a module, or a sequence"),
-    (lambda p: flowkern.Unfolded(p, 0), ValueError, "folds must be a positive integer, got 0"),
-    (lambda p: flowkern.Unfolded(p, True), ValueError, "folds must be a positive integer, got True"),
-    (lambda p: flowkern.Unfolded(p, operator=3), TypeError, "operator must have the methods forward and adjoint, got int"),
-    (lambda p: flowkern.Unfolded(p, init="zero"), ValueError, "init must be 'mode', 'adjoint' or a function of y, got 'zero'"),
-    (lambda p: flowkern.Unfolded(p, final="z"), ValueError, "final must be 'prox' or 'consistency', got 'z'"),
-    (lambda p: flowkern.Unfolded(p, mu=math.nan), ValueError, "mu must be a finite number, got nan"),
-    (lambda p: flowkern.Unfolded(p)(torch.zeros(3, 8, 8)), ValueError, r"y must be .* \(N, C, H, W\), got \(3, 8, 8\)"),
-    (lambda p: flowkern.Unfolded(p)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), ValueError, "of torch.uint8"),
-    (lambda p: flowkern.Unfolded(p)([1]), ValueError, "got list"),
-    (lambda p: flowkern.GlowProx(nn.Identity()), TypeError, "glow must be a flowkern.Glow, got Identity"),
-    (lambda p: flowkern.GlowProx(p.glow, lam=0), ValueError, "lam must be a positive number, got 0"),
-    (lambda p: flowkern.GlowProx(p.glow, lam="x"), ValueError, "lam must be a positive number, got 'x'"),
-])
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda p: flowkern.Unfolded([p, p], 3), ValueError, "got 2 prox modules for 3 folds"),
+        (
+            lambda p: flowkern.Unfolded("glow"),
+            TypeError,
+            "prox must be a module, or a sequence of one module a fold, got str",
+        ),
+        (lambda p: flowkern.Unfolded([p, 1], 2), TypeError, "prox must be a module, or a sequence"),
+        (lambda p: flowkern.Unfolded(p, 0), ValueError, "folds must be a positive integer, got 0"),
+        (lambda p: flowkern.Unfolded(p, True), ValueError, "folds must be a positive integer, got True"),
+        (
+            lambda p: flowkern.Unfolded(p, operator=3),
+            TypeError,
+            "operator must have the methods forward and adjoint, got int",
+        ),
+        (
+            lambda p: flowkern.Unfolded(p, init="zero"),
+            ValueError,
+            "init must be 'mode', 'adjoint' or a function of y, got 'zero'",
+        ),
+        (lambda p: flowkern.Unfolded(p, final="z"), ValueError, "final must be 'prox' or 'consistency', got 'z'"),
+        (lambda p: flowkern.Unfolded(p, mu=math.nan), ValueError, "mu must be a finite number, got nan"),
+        (
+            lambda p: flowkern.Unfolded(p)(torch.zeros(3, 8, 8)),
+            ValueError,
+            r"y must be .* \(N, C, H, W\), got \(3, 8, 8\)",
+        ),
+        (lambda p: flowkern.Unfolded(p)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), ValueError, "of torch.uint8"),
+        (lambda p: flowkern.Unfolded(p)([1]), ValueError, "got list"),
+        (lambda p: flowkern.GlowProx(nn.Identity()), TypeError, "glow must be a flowkern.Glow, got Identity"),
+        (lambda p: flowkern.GlowProx(p.glow, lam=0), ValueError, "lam must be a positive number, got 0"),
+        (lambda p: flowkern.GlowProx(p.glow, lam="x"), ValueError, "lam must be a positive number, got 'x'"),
+    ],
+)
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message) as caught:
         make(flowkern.GlowProx(make_glow(dtype=torch.float32)))
@@ -247,7 +274,9 @@ def test_broken_checkpoints(tmp_path):
         flowkern.Unfolded.from_pretrained(tmp_path)
     weights.write_bytes(content)
     config.write_text(json.dumps(saved | {"folds": 3}))
-    with pytest.raises(ValueError, match="don't fit this configuration: .* missing .* 1 of another shape .mu .2,. instead"):
+    with pytest.raises(
+        ValueError, match="don't fit this configuration: .* missing .* 1 of another shape .mu .2,. instead"
+    ):
         flowkern.Unfolded.from_pretrained(tmp_path)
     net.proxes[0].glow.save_pretrained(tmp_path / "glow")
     with pytest.raises(ValueError, match="does not hold the configuration of an Unfolded"):

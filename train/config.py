@@ -35,7 +35,12 @@ class Config:
         "How an image becomes size x size: its centre square "
         "resized, or random crops at its own resolution ('photos' is always cropped).",
     )
-    flip: bool = _setting("data", True, "Mirror half of the training images.")
+    augment: Literal["none", "mirror", "all"] = _setting(
+        "data",
+        "mirror",
+        "Random changes of training images: left-right mirroring; 'all' also turns them by quarters and permutes the "
+        "colour channels, for sets of few pictures without an upright.",
+    )
     epoch_images: int | None = _setting("data", None, "Training images per epoch (default: every image once).")
     val_images: int | None = _setting("data", None, "Validation images at most (default: all; cropped: 64).")
     test_images: int | None = _setting("data", None, "Test images at most (default: all; cropped: 96).")

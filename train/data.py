@@ -46,8 +46,8 @@ class TrainingSamples(Dataset):
     noise whose sigma is drawn from [0, prior_noise]: what the flow is pre-trained on.
     """
 
-    def __init__(self, pictures: list[np.ndarray], size: int, length: int, flip: bool, prior_noise: float, seed: int):
-        self.pictures, self.size, self.length, self.flip = pictures, size, length, flip
+    def __init__(self, pictures: list[np.ndarray], size: int, length: int, augment: str, prior_noise: float, seed: int):
+        self.pictures, self.size, self.length, self.augment = pictures, size, length, augment
         self.prior_noise, self.seed = prior_noise, seed
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class TrainingSamples(Dataset):
         picture = self.pictures[index % len(self.pictures)]
         top, left = (int(rng.integers(0, side - self.size + 1)) for side in picture.shape[:2])
         crop = picture[top : top + self.size, left : left + self.size]
-        pixels = to_tensor(crop[:, ::-1] if self.flip and rng.random() < 0.5 else crop)
+        pixels = to_tensor(augmented(crop, self.augment, rng))
         return {
             "clean": pixels / 255,
             "noise": gaussian(rng, pixels),
@@ -87,6 +87,13 @@ class FixedSamples(Dataset):
             "noise": gaussian(rng, pixels),
             "prior": dequantise(pixels, self.prior_noise, rng),
         }
+
+
+def augmented(crop: np.ndarray, how: str, rng: np.random.Generator) -> np.ndarray:
+    """A crop (H, W, 3) mirrored ("mirror"), or also turned by quarters and its colours permuted ("all"), at random."""
+    if how != "none" and rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    return np.rot90(crop, rng.integers(4))[..., rng.permutation(3)] if how == "all" else crop
 
 
 def dequantise(pixels: Tensor, prior_noise: float, rng: np.random.Generator) -> Tensor:
@@ -174,7 +181,7 @@ def prepare(config: Config) -> Data:
             f"set --batch or --epoch-images"
         )
     return Data(
-        TrainingSamples(pictures.train, config.size, length, config.flip, config.prior_noise, config.seed),
+        TrainingSamples(pictures.train, config.size, length, config.augment, config.prior_noise, config.seed),
         FixedSamples(val, VAL, config.prior_noise),
         FixedSamples(test, TEST, config.prior_noise),
         pictures.skipped,

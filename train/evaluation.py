@@ -66,7 +66,8 @@ def tune_total_variation(clean: Tensor, noisy: Tensor) -> float:
 @torch.no_grad()
 def evaluate(net: nn.Module, data: Data, config: Config) -> list[Level]:
     """Score the network and the baselines on every test image at every sigma."""
-    device = next(net.parameters()).device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net = net.to(device).eval()
     tuning_clean, tuning_noise = _stack(data.val, TUNING_IMAGES)
     clean, noise = _stack(data.test)
     levels = []

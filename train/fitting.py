@@ -37,7 +37,7 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
     bar = sys.stderr.isatty()
     recorder = Recorder(folder.metrics, echo=not bar)
     trainer = L.Trainer(
-        accelerator="auto",
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         max_epochs=-1,
         gradient_clip_val=config.clip,
@@ -50,13 +50,17 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
         default_root_dir=folder.path,
     )
     state = folder.last(name)
-    trainer.fit(
-        stage,
-        training_loader(data, config),
-        validation_loader(data, config),
-        ckpt_path=state if state.exists() else None,
-        weights_only=True,
-    )
+    try:
+        trainer.fit(
+            stage,
+            training_loader(data, config),
+            validation_loader(data, config),
+            ckpt_path=state if state.exists() else None,
+            weights_only=True,
+        )
+    except SystemExit:  # how Lightning ends on Ctrl-C
+        print(f"interrupted: the same command with --resume --out {folder.path} continues", file=sys.stderr)
+        raise
     stage.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
 
 

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
+import torch
 import yaml
 
 from train import config as configuration
@@ -76,6 +78,11 @@ def choose(config: Config) -> Folder:
     differing = [f"{k} was {before.get(k)!r} and is now {v!r}" for k, v in now.items() if before.get(k) != v]
     if differing:
         raise ValueError(f"{path} was started with other settings: {'; '.join(differing)}")
+    for state in sorted(folder.checkpoints.glob("*.ckpt")):
+        try:
+            torch.load(state, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+            raise ValueError(f"{state} is truncated or not a checkpoint; remove it to start its stage again") from error
     return folder
 
 

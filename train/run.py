@@ -52,7 +52,7 @@ class Run:
         start = time.monotonic()
         print(f"{self.data.describe()}\nrun folder: {self.folder.path}", flush=True)
         net = self._unfolded(self._prior())
-        levels = evaluation.evaluate(net.eval(), self.data, self.config)
+        levels = evaluation.evaluate(net, self.data, self.config)
         report.write(self.folder, levels, self.config, self.data.describe(), net)
         figures.denoised(self.folder.denoised, levels)
         figures.curves(self.folder.curves, self.folder.metrics)
