@@ -2,14 +2,14 @@
 
 Every allocation between two points is written down, on the CPU by a small library preloaded in front of the C allocator
 (`ledger.c`; it sees oneDNN's and our own native scratch, which PyTorch does not count), on a GPU by the history of
-PyTorch's caching allocator. A replay then gives the live bytes above the start at any moment, and because single
-allocations can be left out of it, parameter gradients, which must exist, are told apart exactly from everything else.
+PyTorch's caching allocator. A replay then gives the bytes that are live at any moment, and because single allocations
+can be left out of it, parameter gradients, which must exist, are told apart exactly from everything else.
 
     with record() as events:
         loss = model(x).sum()
         events.mark("forward")
         loss.backward()
-    events.held("forward")                                    # bytes above the start
+    events.held("forward")
     events.peak(without=events.storages(p.grad for p in model.parameters()))
 
 On the CPU the process must have been started by `measure`, which preloads the library. Linux with glibc and a C
@@ -38,16 +38,20 @@ from torch import Tensor
 ENTRY = np.dtype([("address", np.uint64), ("bytes", np.int64)])
 CAPACITY = 1 << 24          # entries of 16 bytes; only touched pages cost memory
 MAPPED_LIMIT = 1 << 20      # bytes of anonymous mappings above which a measurement would be wrong
-_ROUNDING, _PAGES = 512, 8192       # what an allocation may exceed its request by: PyTorch's on a GPU, glibc's for large ones
-_MAPPED = 1 << 17                   # bytes from which glibc may give an allocation pages of its own
+_ROUNDING, _PAGES = 512, 8192   # by how much an allocation exceeds its request: PyTorch's on a GPU, glibc's if large
+_MAPPED = 1 << 17               # bytes from which glibc may give an allocation pages of its own
 
 
 class Events:
-    """The allocations of one window, filled when the window closes. Bytes are relative to the window's start."""
+    """The allocations of one window, filled when the window closes.
+
+    Bytes are of what was allocated since the window's start and is still alive; releasing older memory earns nothing.
+    """
 
     def __init__(self) -> None:
+        self.bytes = np.empty(0, np.int64)          # > 0 allocated, < 0 released, 0 a release of older memory
         self.address = np.empty(0, np.uint64)
-        self.bytes = np.empty(0, np.int64)
+        self._released = np.empty(0, np.int64)      # for an allocation, the index of its release, else past the end
         self._marks: dict[str, int] = {}
         self._set_mark = lambda name: None
 
@@ -55,70 +59,68 @@ class Events:
         """Remember this moment under a name."""
         self._set_mark(name)
 
+    def held(self, at: str | None = None, without: Iterable[int] = ()) -> int:
+        """Live bytes at a mark, or at the end."""
+        return int(self._live(without)[self._moment(at)])
+
+    def peak(self, after: str | None = None, before: str | None = None, without: Iterable[int] = ()) -> int:
+        """Most live bytes between two marks, or in the whole window."""
+        start = 0 if after is None else self._moment(after)
+        return int(self._live(without)[start:self._moment(before) + 1].max())
+
     def storages(self, tensors: Iterable[Tensor]) -> set[int]:
         """The allocations behind these tensors, alive at the window's end, as indices of events.
 
         Call it while the tensors exist. Memory that was allocated before the window began is not among the events.
         """
         addresses = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
-        return {i for i in self._alive(None) if int(self.address[i]) in addresses}
+        return {i for i in self.alive() if int(self.address[i]) in addresses}
 
     def of_size(self, sizes: Iterable[int], at: str | None = None) -> set[int]:
-        """The allocations alive at a mark that hold exactly one of these numbers of bytes, up to the allocator's rounding."""
+        """The allocations alive at a mark that hold one of these numbers of bytes, up to the allocator's rounding."""
         ranges = [(size, size + (_PAGES if size >= _MAPPED else _ROUNDING)) for size in sizes]
-        return {i for i in self._alive(at) if any(low <= self.bytes[i] <= high for low, high in ranges)}
+        return {i for i in self.alive(at) if any(low <= self.bytes[i] <= high for low, high in ranges)}
+
+    def alive(self, at: str | None = None) -> set[int]:
+        """The allocations alive at a mark, or at the end."""
+        moment = self._moment(at)
+        return set(np.flatnonzero((self.bytes[:moment] > 0) & (self._released[:moment] >= moment)).tolist())
 
     def size(self, allocations: Iterable[int]) -> int:
         """Sum of the bytes of some allocations."""
-        return int(sum(self.bytes[i] for i in allocations))
-
-    def held(self, at: str | None = None, without: Iterable[int] = ()) -> int:
-        """Live bytes above the start, at a mark or at the end."""
-        live = self._live(without)
-        stop = len(live) if at is None else self._marks[at]
-        return int(live[stop - 1]) if stop else 0
-
-    def peak(self, after: str | None = None, before: str | None = None, without: Iterable[int] = ()) -> int:
-        """Most live bytes above the start, between two marks or in the whole window."""
-        live = self._live(without)
-        start = 0 if after is None else self._marks[after]
-        stop = len(live) if before is None else self._marks[before]
-        entering = int(live[start - 1]) if start else 0
-        return max(entering, int(live[start:stop].max(initial=entering)))
+        return int(self.bytes[list(allocations)].sum())
 
     def largest(self, at: str | None = None, count: int = 10) -> list[int]:
         """Sizes of the largest allocations alive at a mark or at the end, for finding out what is held."""
-        return sorted((int(self.bytes[i]) for i in self._alive(at)), reverse=True)[:count]
+        return sorted((int(self.bytes[i]) for i in self.alive(at)), reverse=True)[:count]
 
-    def _alive(self, at: str | None) -> list[int]:
-        stop = len(self.bytes) if at is None else self._marks[at]
-        alive: dict[int, int] = {}
-        for i, (address, size) in enumerate(zip(self.address[:stop].tolist(), self.bytes[:stop].tolist())):
-            if size > 0:
-                alive[address] = i
-            else:
-                alive.pop(address, None)
-        return list(alive.values())
+    def _moment(self, mark: str | None) -> int:
+        return len(self.bytes) if mark is None else self._marks[mark]
 
     def _live(self, without: Iterable[int]) -> np.ndarray:
-        bytes_ = self.bytes
-        if without := sorted(without):
-            bytes_ = bytes_.copy()
-            for i in without:
-                released = np.flatnonzero((self.address[i + 1:] == self.address[i]) & (self.bytes[i + 1:] < 0))
-                bytes_[i] = 0
-                if len(released):
-                    bytes_[i + 1 + released[0]] = 0
-        return np.cumsum(bytes_)
+        """Live bytes before the first event, and after each."""
+        bytes_ = np.append(self.bytes, 0)
+        hidden = np.fromiter(without, np.int64)
+        bytes_[hidden] = bytes_[self._released[hidden]] = 0
+        return np.concatenate([[0], np.cumsum(bytes_[:-1])])
 
     def _fill(self, entries: np.ndarray, marks: dict[str, int]) -> None:
-        """Keep entries without marks (bytes 0); `marks` counts the events before each."""
+        """Keep entries without marks; `marks` counts the events before each."""
         self.address, self.bytes, self._marks = entries["address"].copy(), entries["bytes"].copy(), marks
+        count = len(entries)
+        order = np.argsort(self.address, kind="stable")     # by address, then by time: an allocation, then its release
+        first, second = order[:-1], order[1:]
+        pairs = (self.address[first] == self.address[second]) & (self.bytes[first] > 0) & (self.bytes[second] < 0)
+        self._released = np.full(count, count)
+        self._released[first[pairs]] = second[pairs]
+        older = self.bytes < 0
+        older[second[pairs]] = False
+        self.bytes[older] = 0
 
 
 @contextlib.contextmanager
 def record(device: torch.device | str = "cpu"):
-    """Write down every allocation on `device` made inside the block. Yields `Events`, complete once the block has ended."""
+    """Write down every allocation on `device` made inside the block. Yields `Events`, complete once the block ended."""
     events = Events()
     gc.collect()
     recorder = _record_cuda if torch.device(device).type == "cuda" else _record_cpu
@@ -130,7 +132,7 @@ def record(device: torch.device | str = "cpu"):
 def _record_cpu(events: Events, device: torch.device):
     library = ctypes.CDLL(None)
     if not hasattr(library, "ledger_start"):
-        raise RuntimeError("allocations on the CPU can be counted only in a process that bench.memory.measure has started")
+        raise RuntimeError("allocations on the CPU are counted only in a process that bench.memory.measure has started")
     library.ledger_used.restype = library.ledger_mapped.restype = ctypes.c_int64
     library.ledger_entries.restype = ctypes.c_void_p
     names: list[str] = []
@@ -154,7 +156,8 @@ def _record_cpu(events: Events, device: torch.device):
     entries = np.frombuffer(ctypes.string_at(library.ledger_entries(), used * ENTRY.itemsize), ENTRY)
     is_mark = entries["bytes"] == 0
     before = np.cumsum(~is_mark)
-    marks = {names[int(number)]: int(count) for number, count in zip(entries["address"][is_mark], before[is_mark])}
+    marks = {names[int(number)]: int(count)
+             for number, count in zip(entries["address"][is_mark], before[is_mark], strict=True)}
     events._fill(entries[~is_mark], marks)
 
 
@@ -189,7 +192,7 @@ def cuda_entries(trace: list[dict]) -> np.ndarray:
 
 
 def library() -> Path:
-    """The compiled ledger, built on first use into the user's cache folder. Raises RuntimeError when that can't be done."""
+    """The compiled ledger, built on first use into the user's cache folder. Raises RuntimeError if it can't be."""
     source = Path(__file__).with_name("ledger.c")
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if sys.platform != "linux":
@@ -211,12 +214,13 @@ def library() -> Path:
 
 
 def measure(function: Callable, timeout: float = 300, **arguments):
-    """Call a module's function with JSON-able arguments in a process whose allocations are counted; return its JSON-able result.
+    """Call a module's function in a process whose allocations are counted. Arguments and result must be JSON-able.
 
-    The process imports the function from its file. Raises RuntimeError with the end of the process's error output when it fails.
+    The process imports the function from its file. Raises RuntimeError with the end of its error output when it fails.
     """
-    # Python's small objects go through malloc too, so that nothing is served from arenas that hide it.
-    environment = dict(os.environ, LD_PRELOAD=str(library()), PYTHONMALLOC="malloc")
+    # Python's small objects go through malloc too, so that nothing is served from arenas that hide it. Threads that
+    # wait sleep: bytes don't depend on it, and on a busy machine spinning threads crawl.
+    environment = dict(os.environ, LD_PRELOAD=str(library()), PYTHONMALLOC="malloc", OMP_WAIT_POLICY="PASSIVE")
     root = Path(__file__).resolve().parent.parent
     with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
         call = [inspect.getsourcefile(function), function.__qualname__, json.dumps(arguments), result.name]

@@ -68,7 +68,7 @@ def _posix_memalign(libc, bytes_: int) -> int:
 
 
 def convolution(native: bool) -> dict:
-    """Peak of one convolution beyond its result, which is oneDNN's scratch (with `native`) or PyTorch's own column buffer."""
+    """Peak of one convolution: beyond its result, oneDNN's scratch (with `native`) or PyTorch's own column buffer."""
     x, w = torch.randn(4, 48, 40, 40), torch.randn(40, 48, 3, 3)
     with torch.backends.mkldnn.flags(enabled=native), torch.no_grad():
         F.conv2d(x, w, padding=1)

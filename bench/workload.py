@@ -1,0 +1,113 @@
+"""One training step on one model: the set-up that speed, memory and error are all measured on.
+
+The model is a Glow whose weights were moved away from their initialisation, at which couplings are the identity and
+nothing could go wrong; the images are smooth random fields in [0, 1]. Everything follows from the seed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flowkern
+from bench.memory import record
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A Glow and its batch; the default is the configuration of the project's first speed and memory figures."""
+
+    levels: int = 3
+    depth: int = 8
+    hidden: int = 128
+    size: int = 64
+    batch: int = 8
+    scale: str = "softclamp"
+    seed: int = 0
+
+    def images(self) -> Tensor:
+        """(batch, 3, size, size) in [0, 1]."""
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.zeros(self.batch, 3, self.size, self.size)
+        for cells in (4, 16, self.size):
+            noise = torch.rand(self.batch, 3, cells, cells, generator=generator)
+            x += F.interpolate(noise, self.size, mode="bilinear", align_corners=False) * 4 / cells
+        return (x / x.amax()).contiguous()
+
+    def glow(self, **options) -> flowkern.Glow:
+        """An initialised Glow with couplings that do something. options: those of `flowkern.Glow`."""
+        torch.manual_seed(self.seed)
+        glow = flowkern.Glow((3, self.size, self.size), levels=self.levels, depth=self.depth, hidden=self.hidden,
+                             scale=self.scale, shift=0.5, **options)
+        glow.initialize(self.images()[:2])
+        with torch.no_grad():
+            for name, p in glow.named_parameters():
+                if name.endswith("weight3"):
+                    p.normal_(std=0.3 / (9 * self.hidden) ** 0.5)
+                elif name.endswith(("bias3", "logs", "lower", "upper", "log_scale", ".bias")):
+                    p.add_(torch.randn_like(p), alpha=0.02)
+        return glow
+
+    def channels(self) -> list[int]:
+        """Channels of the state at each level."""
+        return [12 * 2 ** i for i in range(self.levels)]
+
+    def stored_bytes(self, itemsize: int = 4) -> int:
+        """What `memory="store"` has to keep: per step x, (raw_s, t) and two hidden activations."""
+        pixels = [self.batch * (self.size >> i + 1) ** 2 for i in range(self.levels)]
+        return sum(self.depth * p * (2 * c + 2 * self.hidden) * itemsize
+                   for p, c in zip(pixels, self.channels(), strict=True))
+
+
+def loss(glow: flowkern.Glow, x: Tensor, reverse: bool = False) -> Tensor:
+    """The training loss: mean negative log-likelihood in nats; in reverse a squared error plus the log-determinant."""
+    if not reverse:
+        return -glow.log_prob(x).mean()
+    image, logdet = glow.inverse(x.flatten(1), size=x.shape[2:], return_logdet=True)
+    return image.square().sum(dim=(1, 2, 3)).mul(0.5).sub(logdet).mean()
+
+
+def own_network(in_channels: int, out_channels: int) -> nn.Module:
+    """A coupling network that is not flowkern's."""
+    return nn.Sequential(nn.Conv2d(in_channels, 64, 3, padding=1), nn.GELU(), nn.Conv2d(64, out_channels, 3, padding=1))
+
+
+def footprint(depth: int = 8, reverse: bool = False, own: bool = False, compute_dtype: str | None = None,
+              **options) -> dict:
+    """Allocated bytes of one training step above what exists before it (images, parameters, buffers).
+
+    "held": between forward and backward; "peak": over the step. Both without the parameters' gradients (their data and
+    their tensor objects) and the composed channel mixes (M and its inverse), which stand beside them.
+    Runs in a process started by `bench.memory.measure`.
+    own: with a user's own coupling network. options: those of `flowkern.Glow`.
+    """
+    setup = Setup(depth=depth)
+    options["network"] = own_network if own else None
+    options["compute_dtype"] = getattr(torch, compute_dtype) if compute_dtype else None
+    x = setup.images()
+    # oneDNN creates and keeps its primitives on first use (their shapes do not depend on the depth), autograd a node
+    # and Python an object per parameter; a small image is enough for those.
+    loss(Setup(depth=2).glow(**options), x, reverse).backward()
+    glow = setup.glow(**options)
+    loss(glow, x[:1, :, :16, :16], reverse).backward()
+    glow.zero_grad(set_to_none=True)
+    with record() as events:
+        value = loss(glow, x, reverse)
+        events.mark("forward")
+        value.backward()
+        del value       # and with it the graph
+    gradients = events.storages(p.grad for p in glow.parameters())
+    # What outlives the step is the gradients, their tensor objects included: each is listed, none is hidden.
+    survivors = events.alive()
+    mixes = events.of_size([depth * c * c * x.element_size() for c in setup.channels()], at="forward")
+    return {"held": events.held("forward", without=mixes), "peak": events.peak(without=survivors | mixes),
+            "mixes": events.size(mixes), "gradients": events.size(gradients),
+            "gradient objects": events.size(survivors - gradients), "everything": events.peak(),
+            "parameters": sum(p.numel() * p.element_size() for p in glow.parameters()),
+            "parameter count": sum(1 for _ in glow.parameters())}
+
+
+def footprints(cases: list[dict]) -> list[dict]:
+    """`footprint` of several cases in one process."""
+    return [footprint(**case) for case in cases]
