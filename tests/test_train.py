@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 import flowkern
-from train import budget, callbacks, config, evaluation, extras, figures, folder, report, run, stages, unfolded
+from train import budget, callbacks, config, drift, evaluation, extras, figures, folder, report, run, stages, unfolded
 from train.config import Config
 
 FILES = {"config.yaml", "metrics.csv", "table.md", "results.json", "denoised.png", "curves.png", "checkpoints"}
@@ -429,6 +429,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(pictures, tmp_path, 
     assert unfolded.main(["--config", str(path), "--data", str(pictures), "--out", str(tmp_path / "run")]) == 3
     error = capsys.readouterr().err
     assert "error: the prior loss became nan at step 0: lower the learning rate" in error
+
+
+def test_training_warns_when_a_level_drifts_and_names_it(pictures, tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(drift, "DRIFT_LIMIT", 0.0)
+    run.prepare(tiny(pictures, tmp_path, levels=2, depth=1, final="consistency")).train()
+    told = [str(w.message).split(" drifts")[0] for w in recwarn.list if "drifts: inverse(forward(x))" in str(w.message)]
+    # The last fold's flow does not run, so it has nothing to drift.
+    assert sorted(told) == ["fold 1, level 1", "fold 1, level 2", "level 1", "level 2"]
+
+
+def test_drift_is_measured_on_what_each_fold_gets(pictures, tmp_path):
+    prepared = run.prepare(tiny(pictures, tmp_path))
+    y = torch.stack([prepared.data.val[i]["clean"] for i in range(3)])
+    prepared.prior.initialize(y)
+    net = flowkern.Unfolded(flowkern.GlowProx(prepared.prior), folds=2)
+    (first, x1), (second, x2) = drift.fold_inputs(net, y)
+    assert (first, second) == tuple(net.proxes)
+    torch.testing.assert_close(x1, 0.5 * net.proxes[0].mode(y) + 0.5 * y)
+    torch.testing.assert_close(x2, 0.5 * first(x1) + 0.5 * y)
+    assert not any(prox._forward_pre_hooks for prox in net.proxes)
 
 
 def test_evaluation_scores_what_it_says(pictures, tmp_path):

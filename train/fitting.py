@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from train.callbacks import ProgressBar, Recorder
 from train.data import Data, training_loader, validation_loader
+from train.drift import DriftWatch
 from train.folder import Folder
 from train.stages import PriorStage, UnfoldedStage
 
@@ -35,13 +36,13 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
     )
     stop = EarlyStopping("val_loss", patience=config.patience, check_on_train_epoch_end=False)
     bar = sys.stderr.isatty()
-    recorder = Recorder(folder.metrics, echo=not bar)
+    watch = [Recorder(folder.metrics, echo=not bar), DriftWatch(data.val), *([ProgressBar()] if bar else [])]
     trainer = L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         max_epochs=-1,
         gradient_clip_val=config.clip,
-        callbacks=[stage.budget, recorder, *([ProgressBar()] if bar else []), stop, best, last],
+        callbacks=[stage.budget, *watch, stop, best, last],
         enable_progress_bar=bar,
         enable_model_summary=False,
         logger=False,
