@@ -7,11 +7,11 @@ nothing could go wrong; the images are smooth random fields in [0, 1]. Everythin
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flowkern
 from bench.memory import record
+from flowkern.audit import smooth_fields
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,21 @@ class Setup:
 
     def images(self) -> Tensor:
         """(batch, 3, size, size) in [0, 1]."""
-        generator = torch.Generator().manual_seed(self.seed)
-        x = torch.zeros(self.batch, 3, self.size, self.size)
-        for cells in (4, 16, self.size):
-            noise = torch.rand(self.batch, 3, cells, cells, generator=generator)
-            x += F.interpolate(noise, self.size, mode="bilinear", align_corners=False) * 4 / cells
-        return (x / x.amax()).contiguous()
+        return smooth_fields(self.batch, (3, self.size, self.size), self.seed)
 
     def glow(self, **options) -> flowkern.Glow:
         """An initialised Glow with couplings that do something. options: those of `flowkern.Glow`."""
         torch.manual_seed(self.seed)
         glow = flowkern.Glow((3, self.size, self.size), levels=self.levels, depth=self.depth, hidden=self.hidden,
                              scale=self.scale, shift=0.5, **options)
-        glow.initialize(self.images()[:2])
         with torch.no_grad():
             for name, p in glow.named_parameters():
                 if name.endswith("weight3"):
-                    p.normal_(std=0.3 / (9 * self.hidden) ** 0.5)
-                elif name.endswith(("bias3", "logs", "lower", "upper", "log_scale", ".bias")):
+                    p.normal_(std=0.1 / (9 * self.hidden) ** 0.5)
+                elif name.endswith(("bias3", "logs", "lower", "upper")):
                     p.add_(torch.randn_like(p), alpha=0.02)
+        # After that, so that the states stay of the order of 1, as training keeps them.
+        glow.initialize(self.images())
         return glow
 
     def channels(self) -> list[int]:
