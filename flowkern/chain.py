@@ -33,21 +33,28 @@ class StandardNets:
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype):
         self.parameters = parameters
         self.dtype = dtype
+        self._last: tuple[int, tuple[Tensor, ...]] | None = None
 
     def _parameters(self, k: int) -> Sequence[Tensor]:
         return self.parameters[k * network.PARAMETERS : (k + 1) * network.PARAMETERS]
 
+    def _folded(self, k: int) -> tuple[Tensor, ...]:
+        """The folded weights of step k, kept until another step's are wanted: backward uses them twice in a row."""
+        if self._last is None or self._last[0] != k:
+            self._last = None
+            self._last = k, network.fold(self._parameters(k), self.dtype)
+        return self._last[1]
+
     def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
         """h and what `vjp` wants kept."""
-        h, *hidden = network.evaluate(network.fold(self._parameters(k), self.dtype), self._cast(a))
+        h, *hidden = network.evaluate(self._folded(k), self._cast(a))
         return h, hidden
 
     def forward(self, k: int, a: Tensor) -> Tensor:
         return self.trace(k, a)[0]
 
     def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
-        parameters = self._parameters(k)
-        return network.vjp(parameters, network.fold(parameters, self.dtype), self._cast(a), kept, dh, need)
+        return network.vjp(self._parameters(k), self._folded(k), self._cast(a), kept, dh, need)
 
     def count(self, k: int) -> int:
         return network.PARAMETERS

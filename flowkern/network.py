@@ -22,7 +22,7 @@ def fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]
     w1, s1, b1, w2, s2, b2, w3, b3, logs = parameters
     e1, e2, e3 = torch.exp(s1), torch.exp(s2), torch.exp(3 * logs)
     folded = (w1 * _rows(e1), e1 * b1, w2 * _rows(e2), e2 * b2, w3 * _rows(e3), e3 * b3)
-    return tuple(p.to(dtype, memory_format=torch.channels_last) if p.dim() == 4 else p.to(dtype) for p in folded)
+    return tuple(p.to(dtype) for p in folded)
 
 
 def evaluate(folded: Sequence[Tensor], a: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,7 +50,9 @@ class PriorStage(_Stage):
 
     def configure_optimizers(self):
         return torch.optim.Adam(
-            [{"params": self.model.parameters(), "initial_lr": self.config.prior_lr}], lr=self.config.prior_lr
+            [{"params": self.model.parameters(), "initial_lr": self.config.prior_lr}],
+            lr=self.config.prior_lr,
+            fused=True,
         )
 
 
@@ -90,7 +92,8 @@ class UnfoldedStage(_Stage):
             [
                 {"params": weights, "lr": self.config.lr, "initial_lr": self.config.lr},
                 {"params": steps, "lr": self.config.lr_steps, "initial_lr": self.config.lr_steps},
-            ]
+            ],
+            fused=True,
         )
 
 
