@@ -27,31 +27,68 @@ FLOWKERN_HD inline float power_of_two(int32_t n) {
     return value;
 }
 
+// x = n ln 2 + r with |r| <= ln 2 / 2. Returns e^r - 1.
+FLOWKERN_HD inline float reduced_expm1(float x, int32_t& n) {
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const float magic = 12582912.0f;
+    float shifted = x * 1.44269504f + magic;
+    float whole = shifted - magic;
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    n = bits - 0x4B400000;
+    // ln 2 in two parts, the first with few bits so that its multiples are exact.
+    float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float p = 1.392618359e-3f;
+    p = p * r + 8.363179053e-3f;
+    p = p * r + 4.166655462e-2f;
+    p = p * r + 1.666657699e-1f;
+    p = p * r + 0.5f;
+    return p * (r * r) + r;
+}
+
 // e^x to about one ulp over the whole range: gradual underflow, infinity on overflow, NaN through.
 FLOWKERN_HD inline float exponential(float x) {
     x = x < -104.0f ? -104.0f : x;
     x = x > 89.0f ? 89.0f : x;
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-    const float magic = 12582912.0f;
-    float shifted = x * 1.44269504f + magic;
-    float n = shifted - magic;
-    // ln 2 in two parts, the first with few bits so that n times it is exact.
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.989099082e-4f;
-    p = p * r + 1.393365e-3f;
-    p = p * r + 8.333310925e-3f;
-    p = p * r + 4.166646493e-2f;
-    p = p * r + 1.666666668e-1f;
-    p = p * r + 5.000000013e-1f;
-    p = 1.0f + (p * (r * r) + r);
-    int32_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
+    int32_t n;
+    float p = 1.0f + reduced_expm1(x, n);
     // 2^n in two factors: n runs from -150 to 128, beyond the exponents of normal numbers.
-    int32_t exponent = bits - 0x4B400000, half = exponent >> 1;
-    return p * power_of_two(half) * power_of_two(exponent - half);
+    int32_t half = n >> 1;
+    return p * power_of_two(half) * power_of_two(n - half);
 }
 
 FLOWKERN_HD inline double exponential(double x) { return std::exp(x); }
+
+// The same where results at the very ends of the range don't matter: 0 below e^-87.7, infinity above e^88.3.
+FLOWKERN_HD inline float bounded_exponential(float x) {
+    x = x < -88.0f ? -88.0f : x;
+    x = x > 88.7f ? 88.7f : x;
+    int32_t n;
+    float p = reduced_expm1(x, n), scale = power_of_two(n);
+    return scale * p + scale;
+}
+
+FLOWKERN_HD inline double bounded_exponential(double x) { return std::exp(x); }
+
+// tanh(u) = -d / (2 + d) and its slope 4 (1 + d) / (2 + d)^2 with d = exp(-2 |u|) - 1, both to relative precision.
+template <class T>
+struct Tangent {
+    T value, slope;
+};
+
+FLOWKERN_HD inline Tangent<float> hyperbolic_tangent(float u) {
+    float x = -2.0f * std::fabs(u);
+    x = x < -87.0f ? -87.0f : x;
+    int32_t n;
+    float p = reduced_expm1(x, n), scale = power_of_two(n);
+    float d = scale * p + (scale - 1.0f), sum = 2.0f + d;
+    return {std::copysign(d / sum, u), 4.0f * (scale * p + scale) / (sum * sum)};
+}
+
+FLOWKERN_HD inline Tangent<double> hyperbolic_tangent(double u) {
+    double th = std::tanh(u);
+    return {th, 1 - th * th};
+}
 
 // log(1 + e) for e in [0, 1], as 2 atanh(e / (2 + e)): relative precision also for tiny e.
 FLOWKERN_HD inline float log1p_unit(float e) {
@@ -66,21 +103,6 @@ FLOWKERN_HD inline float log1p_unit(float e) {
 
 FLOWKERN_HD inline double log1p_unit(double e) { return std::log1p(e); }
 
-// tanh(u), given e = exp(-2 |u|) and r = 1 / (1 + e): a polynomial where 1 - e would cancel.
-FLOWKERN_HD inline float tanh_from(float u, float e, float r) {
-    float a = u < 0 ? -u : u, t = a * a;
-    float p = -6.94294175e-3f;
-    p = p * t + 2.147068303e-2f;
-    p = p * t - 5.393346915e-2f;
-    p = p * t + 1.333322578e-1f;
-    p = p * t - 3.33333328e-1f;
-    float small = a + a * t * p, large = (1.0f - e) * r;
-    float value = a < 0.5f ? small : large;
-    return u < 0 ? -value : value;
-}
-
-FLOWKERN_HD inline double tanh_from(double u, double, double) { return std::tanh(u); }
-
 // What the coupling needs of its scale map at one raw value. Unused members cost nothing once inlined.
 template <class T>
 struct ScaleTerms {
@@ -93,13 +115,11 @@ struct ScaleTerms {
 template <Scale S, class T>
 FLOWKERN_HD inline ScaleTerms<T> scale_terms(T raw, T alpha, T inverse_alpha) {
     if constexpr (S == Scale::softclamp) {
-        T u = raw * inverse_alpha;
-        T e = exponential(T(-2) * (u < 0 ? -u : u)), r = T(1) / (T(1) + e);
-        T log_s = alpha * tanh_from(u, e, r);
-        return {log_s, exponential(log_s), exponential(-log_s), T(4) * e * r * r};
+        const Tangent<T> th = hyperbolic_tangent(raw * inverse_alpha);
+        const T log_s = alpha * th.value;
+        return {log_s, bounded_exponential(log_s), bounded_exponential(-log_s), th.slope};
     } else {
-        T u = raw + T(2);
-        T e = exponential(u < 0 ? u : -u), r = T(1) / (T(1) + e);
+        const T u = raw + T(2), e = exponential(-std::fabs(u)), r = T(1) / (T(1) + e);
         return {(u < 0 ? u : T(0)) - log1p_unit(e), u < 0 ? e * r : r, T(1) + (u < 0 ? T(1) / e : e),
                 u < 0 ? r : e * r};
     }

@@ -7,56 +7,75 @@ namespace {
 // Pixels of one sample that share a partial log-determinant. Fixed, so that the thread count changes no bit.
 constexpr int64_t BLOCK = 2 * TILE;
 
+// The matrix and starting values of the mix that follows a coupling; null where none does.
 template <class T>
-struct Packed {
-    const T *matrix, *init;  // matrix null: the coupling alone
+struct Mixing {
+    const T *packed, *init;
 };
 
+// Scratch memory of one thread: tiles of rows, and compact arrays of half rows.
 template <class T>
 class Workspace {
   public:
     explicit Workspace(int64_t channels)
-        : half_(TILE * channels / 2), tile_(tile_size<T>(channels)), memory_(3 * tile_ + 5 * half_) {}
+        : half_(TILE * channels / 2), tile_(tile_size<T>(channels)), memory_(3 * tile_ + 4 * half_) {}
     T* tile(int i) const { return memory_.data() + i * tile_; }
-    Halves<T> halves() const {
-        T* p = memory_.data() + 3 * tile_;
-        return {p, p + half_, p + 2 * half_, p + 3 * half_, p + 4 * half_, half_};
-    }
+    T* compact(int i) const { return memory_.data() + 3 * tile_ + i * half_; }
+    int64_t half() const { return half_; }
 
   private:
     int64_t half_, tile_;
     Scratch<T> memory_;
 };
 
+// The tile's rows: the image itself where it is complete, else a copy completed by zeros.
+template <class T>
+const T* complete(const T* image, int64_t valid, int64_t channels, T* tile) {
+    if (valid == TILE) return image;
+    load_tile(image, valid, channels, tile);
+    return tile;
+}
+
+// Rows joined from halves, in the image; by way of a tile where the image is incomplete.
 template <class K, class T>
-void couple_blocks(const Couple& m, const Packed<T>& packed, int64_t blocks, int64_t begin, int64_t end, double* logdet) {
+void join_into(const T* first, int64_t stride, const T* second, int64_t valid, int64_t channels, T* tile, T* image) {
+    join<K>(first, stride, second, channels, valid == TILE ? image : tile);
+    if (valid < TILE) store_tile(tile, valid, channels, image);
+}
+
+template <class K, class T>
+void couple_blocks(const Couple& m, const Mixing<T>& mixing, int64_t blocks, int64_t begin, int64_t end, double* logdet) {
     const int64_t channels = K::channels(m.channels), half = channels / 2;
     const bool additive = m.scale == Scale::additive;
-    const T *x = static_cast<const T*>(m.x), *offset = static_cast<const T*>(m.offset);
+    const int64_t row = additive ? half : channels;
+    const T *images = static_cast<const T*>(m.x), *offset = static_cast<const T*>(m.offset), alpha = T(m.alpha);
     T* y = static_cast<T*>(m.y);
-    const T alpha = T(m.alpha);
     Workspace<T> workspace(channels);
-    const Halves<T> halves = workspace.halves();
-    T *state = workspace.tile(0), *mixed = workspace.tile(1);
+    T *tile = workspace.tile(0), *mixed = workspace.tile(1);
+    T *b = workspace.compact(0), *raw = workspace.compact(1), *shift = workspace.compact(2);
     for (int64_t item = begin; item < end; item++) {
         const int64_t sample = item / blocks * m.pixels, start = item % blocks * BLOCK;
         double sum = 0;
         for (int64_t p = start; p < min(start + BLOCK, m.pixels); p += TILE) {
             const int64_t valid = min(TILE, m.pixels - p), at = (sample + p) * channels;
-            load_tile(x + at, valid, channels, state);
-            with_network_type<T>(m.h_type, [&](auto number) {
-                const auto* h = static_cast<const decltype(number)*>(m.h) + (additive ? at / 2 : at);
-                load_network<K>(h, additive, valid, channels, halves.raw, halves.t);
-            });
-            gather<K>(state, channels, halves.b);
-            m.inverse ? couple_halves<true>(halves, m.scale, alpha) : couple_halves<false>(halves, m.scale, alpha);
-            scatter<K>(halves.b, channels, state);
-            if (!additive) sum += sum_of(halves.log_s, valid * half);
-            if (packed.matrix) {
-                if (m.inverse) subtract_offset(state, channels, offset);
-                mix_tile(state, channels, packed.matrix, packed.init, mixed);
+            const T* t = network_rows(m.h, m.h_type, (sample + p) * row, valid, row, m.scale, workspace.tile(2));
+            if (!additive) {
+                gather<K>(t, channels, raw);
+                gather<K>(t + half, channels, shift);
+                t = shift;
             }
-            store_tile(packed.matrix ? mixed : state, valid, channels, y + at);
+            const T* x = complete(images + at, valid, channels, mixed);
+            gather<K>(x + half, channels, b);
+            sum += m.inverse ? couple_halves<true>(b, raw, t, workspace.half(), m.scale, alpha)
+                             : couple_halves<false>(b, raw, t, workspace.half(), m.scale, alpha);
+            if (!mixing.packed) {
+                join_into<K>(x, channels, b, valid, channels, tile, y + at);
+                continue;
+            }
+            join<K>(x, channels, b, channels, tile);
+            if (m.inverse) subtract_offset(tile, channels, offset);
+            mix_tile(tile, channels, mixing.packed, mixing.init, mixed);
+            store_tile(mixed, valid, channels, y + at);
         }
         logdet[item] = sum;
     }
@@ -64,45 +83,45 @@ void couple_blocks(const Couple& m, const Packed<T>& packed, int64_t blocks, int
 
 template <class K, class T>
 void couple_vjp_blocks(const CoupleVjp& m, int64_t blocks, int64_t begin, int64_t end) {
-    const int64_t channels = K::channels(m.channels);
+    const int64_t channels = K::channels(m.channels), half = channels / 2;
     const bool additive = m.scale == Scale::additive;
-    const T *v = static_cast<const T*>(m.v), *g = static_cast<const T*>(m.g);
+    const int64_t row = additive ? half : channels;
+    const T *vs = static_cast<const T*>(m.v), *gs = static_cast<const T*>(m.g), alpha = T(m.alpha);
     const T* glogdet = static_cast<const T*>(m.glogdet);
     T *rebuilt = static_cast<T*>(m.rebuilt), *dv = static_cast<T*>(m.dv);
-    const T alpha = T(m.alpha);
     Workspace<T> workspace(channels);
-    const Halves<T> halves = workspace.halves();
-    T *state = workspace.tile(0), *gradient = workspace.tile(1);
+    T *tile = workspace.tile(0), *network = workspace.tile(2);
+    T *b = workspace.compact(0), *raw = workspace.compact(1), *t = workspace.compact(2), *gb = workspace.compact(3);
     for (int64_t item = begin; item < end; item++) {
-        const int64_t sample = item / blocks, start = item % blocks * BLOCK;
+        const int64_t sample = item / blocks, start = item % blocks * BLOCK, size = workspace.half();
         const T gl = glogdet[sample];
         for (int64_t p = start; p < min(start + BLOCK, m.pixels); p += TILE) {
-            const int64_t valid = min(TILE, m.pixels - p), at = (sample * m.pixels + p) * channels;
-            const int64_t h_at = additive ? at / 2 : at;
-            load_tile(v + at, valid, channels, state);
-            load_tile(g + at, valid, channels, gradient);
-            with_network_type<T>(m.h_type, [&](auto number) {
-                const auto* h = static_cast<const decltype(number)*>(m.h) + h_at;
-                load_network<K>(h, additive, valid, channels, halves.raw, halves.t);
-            });
-            gather<K>(state, channels, halves.b);
-            gather<K>(gradient, channels, halves.g);
-            if (m.inverse) {
-                m.given_input ? couple_vjp_halves<true, true>(halves, m.scale, alpha, gl)
-                              : couple_vjp_halves<true, false>(halves, m.scale, alpha, gl);
+            const int64_t valid = min(TILE, m.pixels - p), pixel = sample * m.pixels + p, at = pixel * channels;
+            const T* h = network_rows(m.h, m.h_type, pixel * row, valid, row, m.scale, network);
+            if (additive) {
+                memcpy(t, h, size * sizeof(T));
             } else {
-                m.given_input ? couple_vjp_halves<false, true>(halves, m.scale, alpha, gl)
-                              : couple_vjp_halves<false, false>(halves, m.scale, alpha, gl);
+                gather<K>(h, channels, raw);
+                gather<K>(h + half, channels, t);
             }
-            if (rebuilt) {
-                scatter<K>(halves.b, channels, state);
-                store_tile(state, valid, channels, rebuilt + at);
+            const T* v = complete(vs + at, valid, channels, tile);
+            const T* g = complete(gs + at, valid, channels, workspace.tile(1));
+            gather<K>(v + half, channels, b);
+            gather<K>(g + half, channels, gb);
+            if (m.inverse) {
+                m.given_input ? couple_vjp_halves<true, true>(b, gb, raw, t, size, m.scale, alpha, gl)
+                              : couple_vjp_halves<true, false>(b, gb, raw, t, size, m.scale, alpha, gl);
+            } else {
+                m.given_input ? couple_vjp_halves<false, true>(b, gb, raw, t, size, m.scale, alpha, gl)
+                              : couple_vjp_halves<false, false>(b, gb, raw, t, size, m.scale, alpha, gl);
             }
-            scatter<K>(halves.g, channels, gradient);
-            store_tile(gradient, valid, channels, dv + at);
+            if (rebuilt) join_into<K>(v, channels, b, valid, channels, network, rebuilt + at);
+            join_into<K>(g, channels, gb, valid, channels, network, dv + at);
             with_network_type<T>(m.h_type, [&](auto number) {
-                auto* dh = static_cast<decltype(number)*>(m.dh) + h_at;
-                store_network<K>(halves.raw, halves.t, additive, valid, channels, dh);
+                auto* dh = static_cast<decltype(number)*>(m.dh) + pixel * row;
+                if (!additive) join<K>(raw, half, t, channels, network);
+                const T* rows = additive ? t : network;
+                for (int64_t j = 0; j < valid * row; j++) convert(rows[j], dh[j]);
             });
         }
     }
@@ -115,16 +134,16 @@ void couple(const Couple& m, int threads) {
         using K = decltype(kind);
         using T = typename K::Element;
         const int64_t channels = m.channels, width = padded<T>(channels);
-        const bool mixing = m.matrix.data != nullptr;
-        Scratch<T> matrix(mixing ? channels * width : 0), init(width);
-        if (mixing) pack(m.matrix, channels, matrix.data());
+        const bool mixes = m.matrix.data != nullptr;
+        Scratch<T> packed(mixes ? channels * width : 0), init(width);
+        if (mixes) pack(m.matrix, channels, packed.data());
         init.clear();
-        if (mixing && !m.inverse) memcpy(init.data(), m.offset, channels * sizeof(T));
-        const Packed<T> packed{mixing ? matrix.data() : nullptr, init.data()};
+        if (mixes && !m.inverse) memcpy(init.data(), m.offset, channels * sizeof(T));
+        const Mixing<T> mixing{mixes ? packed.data() : nullptr, init.data()};
         const int64_t blocks = ceil_div(m.pixels, BLOCK);
         Scratch<double> partial(m.samples * blocks);
         parallel(threads, m.samples * blocks, [&](int64_t begin, int64_t end) {
-            couple_blocks<K>(m, packed, blocks, begin, end, partial.data());
+            couple_blocks<K>(m, mixing, blocks, begin, end, partial.data());
         });
         T* logdet = static_cast<T*>(m.logdet);
         for (int64_t n = 0; n < m.samples; n++) {

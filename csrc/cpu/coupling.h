@@ -1,5 +1,5 @@
 // The coupling on tiles of pixels: the halves that change and the network's output are gathered into compact arrays, the
-// formulas run over those as plain loops, the results are scattered back.
+// formulas run over those as plain loops, and rows are put together again.
 #pragma once
 #include "../formulas.h"
 #include "convert.h"
@@ -7,48 +7,34 @@
 
 namespace flowkern::FLOWKERN_ISA {
 
-// Compact arrays for one tile, TILE * channels / 2 numbers each.
-template <class T>
-struct Halves {
-    T *b, *g, *raw, *t, *log_s;
-    int64_t size;
-};
+// How many elements a copy of half a row moves: where C is known, one whole vector rather than an odd number. What that
+// reads and writes too much belongs to the same tile, and rows are written in order, so the next one puts it right.
+template <class K>
+constexpr int64_t copied(int64_t half) {
+    using T = typename K::Element;
+    int64_t power = 1;
+    while (power < K::channels(0) / 2) power *= 2;
+    return K::channels(0) > 0 && power <= LANES<T> ? power : half;
+}
 
-// Rows of `half` from or to the second halves of a tile's rows.
+// Halves of rows, `rows` pointing at the first of them, into a compact array.
 template <class K, class T>
-inline void gather(const T* tile, int64_t channels, T* compact) {
-    const int64_t half = K::channels(channels) / 2;
-    for (int p = 0; p < TILE; p++) memcpy(compact + p * half, tile + (2 * p + 1) * half, half * sizeof(T));
+inline void gather(const T* rows, int64_t channels, T* compact) {
+    const int64_t row = K::channels(channels), half = row / 2, wide = copied<K>(half);
+    for (int p = 0; p < TILE - 1; p++) memcpy(compact + p * half, rows + p * row, wide * sizeof(T));
+    memcpy(compact + (TILE - 1) * half, rows + (TILE - 1) * row, half * sizeof(T));
 }
 
+// Rows from their two halves: the first ones `stride` elements apart, the second ones compact.
 template <class K, class T>
-inline void scatter(const T* compact, int64_t channels, T* tile) {
-    const int64_t half = K::channels(channels) / 2;
-    for (int p = 0; p < TILE; p++) memcpy(tile + (2 * p + 1) * half, compact + p * half, half * sizeof(T));
-}
-
-// Rows of the network's output: (raw, t), or t alone for an additive coupling. What a tile lacks is zero.
-template <class K, class T, class H>
-inline void load_network(const H* h, bool additive, int64_t valid, int64_t channels, T* raw, T* t) {
-    const int64_t half = K::channels(channels) / 2, row = additive ? half : 2 * half;
-    for (int64_t p = 0; p < valid; p++) {
-        for (int64_t c = 0; c < half; c++) convert(h[p * row + row - half + c], t[p * half + c]);
-        if (additive) continue;
-        for (int64_t c = 0; c < half; c++) convert(h[p * row + c], raw[p * half + c]);
+inline void join(const T* first, int64_t stride, const T* second, int64_t channels, T* rows) {
+    const int64_t row = K::channels(channels), half = row / 2, wide = copied<K>(half);
+    for (int p = 0; p < TILE - 1; p++) {
+        memcpy(rows + p * row, first + p * stride, wide * sizeof(T));
+        memcpy(rows + p * row + half, second + p * half, wide * sizeof(T));
     }
-    if (valid == TILE) return;
-    memset(t + valid * half, 0, (TILE - valid) * half * sizeof(T));
-    if (!additive) memset(raw + valid * half, 0, (TILE - valid) * half * sizeof(T));
-}
-
-template <class K, class T, class H>
-inline void store_network(const T* draw, const T* dt, bool additive, int64_t valid, int64_t channels, H* dh) {
-    const int64_t half = K::channels(channels) / 2, row = additive ? half : 2 * half;
-    for (int64_t p = 0; p < valid; p++) {
-        for (int64_t c = 0; c < half; c++) convert(dt[p * half + c], dh[p * row + row - half + c]);
-        if (additive) continue;
-        for (int64_t c = 0; c < half; c++) convert(draw[p * half + c], dh[p * row + c]);
-    }
+    memcpy(rows + (TILE - 1) * row, first + (TILE - 1) * stride, half * sizeof(T));
+    memcpy(rows + (TILE - 1) * row + half, second + (TILE - 1) * half, half * sizeof(T));
 }
 
 // Calls f with a number of the network's element type. In double precision the network has no other.
@@ -65,35 +51,63 @@ inline void with_network_type(Type type, const F& f) {
     }
 }
 
-// b <- (b + t) s, or b <- b / s - t; log_s as it is.
-template <Scale S, bool INVERSE, class T>
-__attribute__((noinline)) void couple_scaled(const Halves<T>& a, T alpha) {
-    const T inverse_alpha = T(1) / alpha;
-    T *b = a.b, *log_s = a.log_s;
-    const T *raw = a.raw, *t = a.t;
-#pragma omp simd
-    for (int64_t j = 0; j < a.size; j++) {
-        const ScaleTerms<T> terms = scale_terms<S>(raw[j], alpha, inverse_alpha);
-        b[j] = INVERSE ? b[j] * terms.inverse_s - t[j] : (b[j] + t[j]) * terms.s;
-        log_s[j] = terms.log_s;
+// The network's output (raw, t) for the tile at element `at`, or t alone with an additive coupling. It is the image
+// itself where that is complete and of type T, else a copy in `tile`, completed by rows whose log s and t are zero.
+template <class T>
+inline const T* network_rows(const void* h, Type type, int64_t at, int64_t valid, int64_t row, Scale scale, T* tile) {
+    const T* rows = tile;
+    with_network_type<T>(type, [&](auto number) {
+        const auto* from = static_cast<const decltype(number)*>(h) + at;
+        if constexpr (sizeof number == sizeof(T)) {
+            if (valid == TILE) {
+                rows = from;
+                return;
+            }
+        }
+        for (int64_t j = 0; j < valid * row; j++) convert(from[j], tile[j]);
+    });
+    const T neutral = scale == Scale::sigmoid ? T(1000) : T(0);
+    for (int64_t p = valid; p < TILE; p++) {
+        for (int64_t c = 0; c < row; c++) tile[p * row + c] = c < row / 2 && scale != Scale::additive ? neutral : T(0);
     }
+    return rows;
+}
+
+// b <- (b + t) s, or b <- b / s - t. Returns the sum of log s, in strips, so that rounding errors don't pile up.
+template <Scale S, bool INVERSE, class T>
+__attribute__((noinline)) double couple_scaled(T* b, const T* raw, const T* t, int64_t size, T alpha) {
+    const T inverse_alpha = T(1) / alpha;
+    constexpr int64_t STRIP = 16 * LANES<T>;
+    double total = 0;
+    for (int64_t first = 0; first < size; first += STRIP) {
+        const int64_t last = min(first + STRIP, size);
+        T sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = first; j < last; j++) {
+            const ScaleTerms<T> terms = scale_terms<S>(raw[j], alpha, inverse_alpha);
+            b[j] = INVERSE ? b[j] * terms.inverse_s - t[j] : (b[j] + t[j]) * terms.s;
+            sum += terms.log_s;
+        }
+        total += sum;
+    }
+    return total;
 }
 
 template <bool INVERSE, class T>
-inline void couple_halves(const Halves<T>& a, Scale scale, T alpha) {
-    if (scale == Scale::softclamp) return couple_scaled<Scale::softclamp, INVERSE>(a, alpha);
-    if (scale == Scale::sigmoid) return couple_scaled<Scale::sigmoid, INVERSE>(a, alpha);
-    for (int64_t j = 0; j < a.size; j++) a.b[j] = INVERSE ? a.b[j] - a.t[j] : a.b[j] + a.t[j];
+inline double couple_halves(T* b, const T* raw, const T* t, int64_t size, Scale scale, T alpha) {
+    if (scale == Scale::softclamp) return couple_scaled<Scale::softclamp, INVERSE>(b, raw, t, size, alpha);
+    if (scale == Scale::sigmoid) return couple_scaled<Scale::sigmoid, INVERSE>(b, raw, t, size, alpha);
+    for (int64_t j = 0; j < size; j++) b[j] = INVERSE ? b[j] - t[j] : b[j] + t[j];
+    return 0;
 }
 
 // b and g are v's and the cotangent's halves; b becomes the rebuilt input (with GIVEN it is left), g its gradient, raw
 // and t their own gradients. `glogdet` is the cotangent of the sample's log-determinant.
 template <Scale S, bool INVERSE, bool GIVEN, class T>
-__attribute__((noinline)) void couple_vjp_scaled(const Halves<T>& a, T alpha, T glogdet) {
+__attribute__((noinline)) void couple_vjp_scaled(T* b, T* g, T* raw, T* t, int64_t size, T alpha, T glogdet) {
     const T inverse_alpha = T(1) / alpha;
-    T *b = a.b, *g = a.g, *raw = a.raw, *t = a.t;
 #pragma omp simd
-    for (int64_t j = 0; j < a.size; j++) {
+    for (int64_t j = 0; j < size; j++) {
         const ScaleTerms<T> terms = scale_terms<S>(raw[j], alpha, inverse_alpha);
         if (INVERSE) {
             const T shifted = GIVEN ? b[j] * terms.inverse_s : b[j] + t[j];
@@ -103,7 +117,8 @@ __attribute__((noinline)) void couple_vjp_scaled(const Halves<T>& a, T alpha, T 
             g[j] *= terms.inverse_s;
         } else {
             const T out = GIVEN ? (b[j] + t[j]) * terms.s : b[j];
-            if (!GIVEN) b[j] = b[j] / terms.s - t[j];
+            // The sigmoid's 1 / s may overflow where b / s does not.
+            if (!GIVEN) b[j] = (S == Scale::sigmoid ? b[j] / terms.s : b[j] * terms.inverse_s) - t[j];
             raw[j] = (g[j] * out + glogdet) * terms.slope;
             g[j] *= terms.s;
             t[j] = g[j];
@@ -112,28 +127,17 @@ __attribute__((noinline)) void couple_vjp_scaled(const Halves<T>& a, T alpha, T 
 }
 
 template <bool INVERSE, bool GIVEN, class T>
-inline void couple_vjp_halves(const Halves<T>& a, Scale scale, T alpha, T glogdet) {
-    if (scale == Scale::softclamp) return couple_vjp_scaled<Scale::softclamp, INVERSE, GIVEN>(a, alpha, glogdet);
-    if (scale == Scale::sigmoid) return couple_vjp_scaled<Scale::sigmoid, INVERSE, GIVEN>(a, alpha, glogdet);
-    for (int64_t j = 0; j < a.size; j++) {
-        if (!GIVEN) a.b[j] = INVERSE ? a.b[j] + a.t[j] : a.b[j] - a.t[j];
-        a.t[j] = INVERSE ? -a.g[j] : a.g[j];
+inline void couple_vjp_halves(T* b, T* g, T* raw, T* t, int64_t size, Scale scale, T alpha, T glogdet) {
+    if (scale == Scale::softclamp) {
+        return couple_vjp_scaled<Scale::softclamp, INVERSE, GIVEN>(b, g, raw, t, size, alpha, glogdet);
     }
-}
-
-// The sum of n numbers, in double precision and in strips, whose rounding errors don't pile up.
-template <class T>
-inline double sum_of(const T* a, int64_t n) {
-    constexpr int64_t STRIP = 128;
-    double total = 0;
-    for (int64_t first = 0; first < n; first += STRIP) {
-        const int64_t last = min(first + STRIP, n);
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = first; j < last; j++) sum += double(a[j]);
-        total += sum;
+    if (scale == Scale::sigmoid) {
+        return couple_vjp_scaled<Scale::sigmoid, INVERSE, GIVEN>(b, g, raw, t, size, alpha, glogdet);
     }
-    return total;
+    for (int64_t j = 0; j < size; j++) {
+        if (!GIVEN) b[j] = INVERSE ? b[j] + t[j] : b[j] - t[j];
+        t[j] = INVERSE ? -g[j] : g[j];
+    }
 }
 
 }  // namespace flowkern::FLOWKERN_ISA
