@@ -1,7 +1,7 @@
 """The rows of the training-step benchmark: the same Glow, with the same weights, trained in different ways."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +64,13 @@ def gradient_error(name: str) -> float:
     return ((g - exact).norm() / exact.norm()).item()
 
 
-def memory(name: str) -> dict:
+def memory(name: str, depth: int = SETUP.depth) -> dict:
     """Allocated bytes held between forward and backward and at the step's peak, the parameters' gradients left out.
 
     Runs in a process started by `bench.memory.measure`.
     """
     torch.set_num_threads(2)
-    model, x = CONTENDERS[name].make(SETUP), SETUP.images()
+    model, x = CONTENDERS[name].make(replace(SETUP, depth=depth)), SETUP.images()
     for _ in range(2):
         step(model, x)
     model.zero_grad(set_to_none=True)

@@ -1,6 +1,7 @@
 """Result files: figures with the machine, versions and commit that they were measured with."""
 
 import json
+import math
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -29,11 +30,19 @@ def environment() -> dict:
 
 
 def write(name: str, figures: dict) -> Path:
-    """Write bench/results/<name>.json and return its path."""
+    """Write bench/results/<name>.json and return its path. What is not finite becomes null."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), **figures}, indent=1) + "\n")
+    path.write_text(json.dumps(_finite({"environment": environment(), **figures}), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def matmul_peak(size: int = 1536, repeats: int = 8, dtype: torch.dtype = torch.float32) -> float:
