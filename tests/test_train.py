@@ -311,6 +311,7 @@ def test_the_command_end_to_end(pictures, tmp_path):
         (["--sigma", "-1"], "sigma must be positive, got -1.0"),
         (["--prior-noise", "-1"], "prior_noise must be 0 or more, got -1.0"),
         (["--eval-sigmas", "[]"], "eval_sigmas must be one or more positive numbers, got []"),
+        (["--alpha", "0"], "alpha must be positive, got 0.0"),
         (["--backend", "abacus"], "unknown backend 'abacus'"),
         (["--depth", "[1,2]"], "depth wants one int, or one per level (3), got 2"),
         (["--seconds", "null", "--steps", "null"], "schedule='cosine' needs steps or seconds"),

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 PRESETS = Path(__file__).parent / "presets"
-FLOW = ("levels", "depth", "hidden", "coupling", "scale", "split_prior")
+FLOW = ("levels", "depth", "hidden", "coupling", "scale", "alpha", "split_prior")
 
 
 def _setting(group: str, default, text: str):
@@ -52,6 +52,9 @@ class Config:
     coupling: Literal["affine", "additive"] = _setting("flow", "affine", "Kind of coupling.")
     scale: Literal["softclamp", "sigmoid"] = _setting(
         "flow", "softclamp", "Scale map of the affine coupling; Glow's sigmoid is unstable when trained end to end."
+    )
+    alpha: float = _setting(
+        "flow", 1.0, "Bound of the softclamped log-scale; smaller is steadier where learning rates are large."
     )
     split_prior: Literal["standard", "learned"] = _setting("flow", "standard", "Prior of the halves that levels emit.")
     memory: Literal["recompute", "store", "checkpoint"] = _setting(
@@ -120,7 +123,7 @@ class Config:
         for name in ("epoch_images", "val_images", "test_images", *limits):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "positive")
-        for name in ("lr", "lr_steps", "prior_lr", "sigma", "lam"):
+        for name in ("lr", "lr_steps", "prior_lr", "sigma", "lam", "alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("prior_noise", "warmup", "workers"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
