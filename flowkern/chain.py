@@ -122,17 +122,29 @@ def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory,
                 x, d = table.couple(y, h, scale, alpha, False)
             logdet += d
         return x, logdet, kept
+    # An anchor is the input of the step's channel mix: undoing the mix is what amplifies errors most, and the network's
+    # input passes through the coupling as it is. A kept state has to exist, so there coupling and mix are not fused.
     if not reverse:
         x = table.channel_mix(x, matrix[0], offset[0], False)
+        kept.append([])
     for position, k in enumerate(reversed(steps) if reverse else steps):
-        kept.append([x] if _is_anchor(position, anchor_every) else [])
         h = nets.forward(k, _first_half(x))
-        if reverse:
+        if reverse and _is_anchor(position, anchor_every):
+            x, d = table.couple(x, h, scale, alpha, True)
+            kept.append([x])
+            x = table.channel_mix(x, inverse[k], offset[k], True)
+        elif reverse:
             x, d = table.mix_couple(x, h, inverse[k], offset[k], scale, alpha)
-        elif k + 1 < len(steps):
-            x, d = table.couple_mix(x, h, matrix[k + 1], offset[k + 1], scale, alpha)
-        else:
+            kept.append([])
+        elif k + 1 == len(steps):
             x, d = table.couple(x, h, scale, alpha, False)
+        elif _is_anchor(position + 1, anchor_every):
+            x, d = table.couple(x, h, scale, alpha, False)
+            kept.append([x])
+            x = table.channel_mix(x, matrix[k + 1], offset[k + 1], False)
+        else:
+            x, d = table.couple_mix(x, h, matrix[k + 1], offset[k + 1], scale, alpha)
+            kept.append([])
         del h
         logdet += d
     return x, logdet, kept
@@ -171,15 +183,19 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
                 _, g = through_network(k, y, hidden, h, g, True)
                 _, g, dmatrix[k], doffset[k] = table.mix_vjp(state, g, matrix[k], inverse[k], offset[k], False, True)
         elif reverse:
-            v, g, dmatrix[k], doffset[k] = table.mix_vjp(v, g, matrix[k], inverse[k], offset[k], True, False)
+            anchor = kept[position][0] if kept[position] else None
+            mix = (g, matrix[k], inverse[k], offset[k], True, anchor is not None)
+            v, g, dmatrix[k], doffset[k] = table.mix_vjp(v if anchor is None else anchor, *mix)
+            v = v if anchor is None else anchor
             h, hidden = nets.trace(k, _first_half(v))
             v, g = through_network(k, v, hidden, h, g, False)
-            v = kept[position][0] if kept[position] else v
         else:
             h, hidden = nets.trace(k, _first_half(v))
             v, g = through_network(k, v, hidden, h, g, False)
-            v = kept[position][0] if kept[position] else v
-            v, g, dmatrix[k], doffset[k] = table.mix_vjp(v, g, matrix[k], inverse[k], offset[k], False, False)
+            anchor = kept[position][0] if kept[position] else None
+            mix = (g, matrix[k], inverse[k], offset[k], False, anchor is not None)
+            v, g, dmatrix[k], doffset[k] = table.mix_vjp(v if anchor is None else anchor, *mix)
+            v = v if anchor is None else anchor
         del h, hidden
     return g, dmatrix, doffset, [d for step in dparameters for d in step]
 

@@ -112,6 +112,17 @@ def test_a_wrong_gradient_is_named_and_anchors_mend_it():
     assert not any("gradient" in sentence for sentence in anchored.concerns)
 
 
+def test_an_anchor_at_every_step_makes_badly_conditioned_mixes_harmless(glow, x):
+    stretch(stretch(glow, 1e-6, level=0), 1e-6, level=1)
+    with torch.no_grad():
+        for level in glow.levels:
+            level.steps[2].actnorm.log_scale[1] += math.log(1e-6)
+    assert audit(glow, x).gradient > GRADIENT_LIMIT
+    glow.anchor_every = 1
+    anchored = audit(glow, x)
+    assert anchored.gradient < 2 * anchored.stored_gradient
+
+
 def test_what_overflows_is_infinite(glow, x):
     with torch.no_grad():
         glow.levels[0].steps[0].actnorm.log_scale += 100
