@@ -21,7 +21,7 @@ namespace flowkern {
 namespace {
 
 FLOWKERN_HD inline float power_of_two(int32_t n) {
-    int32_t bits = (n + 127) << 23;
+    uint32_t bits = uint32_t(n + 127) << 23;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;

@@ -1,0 +1,58 @@
+"""The CPU loops under the address and undefined-behaviour sanitizers, for each instruction set of this machine.
+
+Copies move whole vectors where that is faster, so that bounds are worth a proof of their own.
+"""
+
+import platform
+import re
+import shlex
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+from conftest import RUNNABLE
+
+from flowkern import cpp
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZE = "-std=c++17 -O1 -g -fopenmp-simd -fno-math-errno -fno-trapping-math -fsanitize=address,undefined"
+SETS = cpp.build_config()["isa_supported"] if "cpp" in RUNNABLE else []
+
+
+def flags_of_sets():
+    """The flags that setup.py compiles each instruction set with."""
+    return {"baseline": "", **dict(re.findall(r'"(avx\w+)": "([^"]*)"', (ROOT / "setup.py").read_text()))}
+
+
+def run(command):
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    folder, compiler = tmp_path_factory.mktemp("sanitized"), shlex.split(sysconfig.get_config_var("CXX") or "c++")
+    sets = flags_of_sets() if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+    jobs = [("tests/sanitized.cpp", "main", ""), ("csrc/cpu/parallel.cpp", "parallel", ""),
+            ("csrc/cpu/dispatch.cpp", "dispatch", "-DFLOWKERN_X86" if len(sets) > 1 else "")]
+    jobs += [(f"csrc/cpu/{unit}.cpp", f"{unit}.{isa}", f"-DFLOWKERN_ISA={isa} {flags}")
+             for unit in ("mix", "couple", "pointwise") for isa, flags in sets.items()]
+    for source, name, flags in jobs:
+        command = [*compiler, *SANITIZE.split(), "-fno-sanitize-recover=all", *flags.split(), "-c", ROOT / source, "-o",
+                   folder / f"{name}.o"]
+        run(command)
+    run([*compiler, *SANITIZE.split(), *folder.glob("*.o"), "-o", folder / "program"])
+    return folder / "program"
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_no_access_out_of_bounds(program, isa):
+    assert f"couplings on {isa}" in run([program, isa])
+
+
+@pytest.mark.parametrize("isa", SETS)
+def test_sanitizer_sees_one_element_too_many(program, isa):
+    result = subprocess.run([program, isa, "overrun"], capture_output=True, text=True)
+    assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr
