@@ -309,6 +309,7 @@ def test_the_command_end_to_end(pictures, tmp_path):
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--steps", "0"], "steps must be positive, got 0"),
         (["--sigma", "-1"], "sigma must be positive, got -1.0"),
+        (["--sigma-max", "0.1"], "sigma_max must be at least sigma = 0.2, got 0.1"),
         (["--prior-noise", "-1"], "prior_noise must be 0 or more, got -1.0"),
         (["--eval-sigmas", "[]"], "eval_sigmas must be one or more positive numbers, got []"),
         (["--alpha", "0"], "alpha must be positive, got 0.0"),

@@ -90,6 +90,9 @@ class Config:
     prior_seconds: float | None = _setting("prior", None, "Pre-training stops after so many seconds at the latest.")
 
     sigma: float = _setting("training", 0.2, "Standard deviation of the noise to train for, on pixels in [0, 1].")
+    sigma_max: float | None = _setting(
+        "training", None, "Train for a range: each image's noise level is drawn between sigma and this."
+    )
     lr: float = _setting("training", 1e-5, "Learning rate of the flow weights (Adam).")
     lr_steps: float = _setting("training", 1e-2, "Learning rate of the step sizes mu and the shrinkage lambda.")
     schedule: Literal["constant", "cosine"] = _setting(
@@ -125,6 +128,8 @@ class Config:
             _require(name, value, value is None or value > 0, "positive")
         for name in ("lr", "lr_steps", "prior_lr", "sigma", "lam", "alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        if self.sigma_max is not None and self.sigma_max < self.sigma:
+            raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")
         for name in ("prior_noise", "warmup", "workers"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         sigmas = self.eval_sigmas
@@ -133,6 +138,10 @@ class Config:
         prior_ends = self.prior_checkpoint or self.prior_steps or self.prior_seconds
         if self.schedule == "cosine" and not (prior_ends and (self.steps or self.seconds)):
             raise ValueError("schedule='cosine' needs steps or seconds, and prior_steps or prior_seconds")
+
+    def trained_at(self) -> str:
+        """The noise levels of training, for people."""
+        return f"{self.sigma:.2f}" if self.sigma_max is None else f"{self.sigma:.2f} to {self.sigma_max:.2f}"
 
     def of_run(self) -> dict:
         """The settings that define a run: all but those that say where it is."""

@@ -42,7 +42,8 @@ def gaussian(rng: np.random.Generator, like: Tensor) -> Tensor:
 class TrainingSamples(Dataset):
     """Training pictures as random samples, addressed by (epoch, index): `clean`, `noise` and `prior`, each (3, H, W).
 
-    clean: pixels / 255. noise: standard normal. prior: (pixels + uniform) / 256, uniformly dequantised, plus Gaussian
+    clean: pixels / 255. noise: standard normal. level: uniform in [0, 1), where in the range of noise levels the image
+    stands. prior: (pixels + uniform) / 256, uniformly dequantised, plus Gaussian
     noise whose sigma is drawn from [0, prior_noise]: what the flow is pre-trained on.
     """
 
@@ -64,6 +65,7 @@ class TrainingSamples(Dataset):
             "clean": pixels / 255,
             "noise": gaussian(rng, pixels),
             "prior": dequantise(pixels, self.prior_noise, rng),
+            "level": torch.tensor(rng.random(), dtype=torch.float32),
         }
 
 
@@ -86,6 +88,7 @@ class FixedSamples(Dataset):
             "clean": pixels / 255,
             "noise": gaussian(rng, pixels),
             "prior": dequantise(pixels, self.prior_noise, rng),
+            "level": torch.tensor(rng.random(), dtype=torch.float32),
         }
 
 

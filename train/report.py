@@ -49,7 +49,7 @@ def markdown(levels: list[Level], config: Config, data: str) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     protocol = "\n".join(f"- {name}: {text}" for name, text in PROTOCOL.items())
     return (
-        f"PSNR in dB (SSIM), {levels[0].gain()['n']} test images; trained at σ = {config.sigma:.2f}; "
+        f"PSNR in dB (SSIM), {levels[0].gain()['n']} test images; trained at σ = {config.trained_at()}; "
         f"gain: mean ± standard error.\n\n{table}\n\nData: {data}.\n\nProtocol\n\n{protocol}\n"
     )
 
@@ -82,7 +82,7 @@ def results(levels: list[Level], config: Config, data: str, net: Unfolded, train
             }
             for level in levels
         ],
-        "protocol": PROTOCOL | {"trained_at_sigma": config.sigma, "data": data},
+        "protocol": PROTOCOL | {"trained_at_sigma": config.trained_at(), "data": data},
         "network": {
             "parameters": sum(p.numel() for p in net.parameters()),
             "mu": net.mu.tolist(),
@@ -134,7 +134,7 @@ def commit() -> str | None:
 
 def show(levels: list[Level], config: Config) -> None:
     """Print the table."""
-    table = Table(title=f"PSNR in dB (SSIM), {levels[0].gain()['n']} test images, trained at σ = {config.sigma:.2f}")
+    table = Table(title=f"PSNR in dB (SSIM), {levels[0].gain()['n']} test images, trained at σ = {config.trained_at()}")
     for i, name in enumerate(header()):
         table.add_column(name, justify="right", style="bold" if i == len(METHODS) else None)
     for row in rows(levels):

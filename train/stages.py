@@ -68,7 +68,9 @@ class UnfoldedStage(_Stage):
         self.val_ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
 
     def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return self.model(batch["clean"] + self.config.sigma * batch["noise"]), batch["clean"]
+        low, high = self.config.sigma, self.config.sigma_max or self.config.sigma
+        sigma = low + (high - low) * batch["level"][:, None, None, None]
+        return self.model(batch["clean"] + sigma * batch["noise"]), batch["clean"]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         estimate, clean = self._estimate(batch)
