@@ -309,7 +309,7 @@ def test_the_command_end_to_end(pictures, tmp_path):
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--steps", "0"], "steps must be positive, got 0"),
         (["--sigma", "-1"], "sigma must be positive, got -1.0"),
-        (["--sigma-max", "0.1"], "sigma_max must be at least sigma = 0.2, got 0.1"),
+        (["--sigma-max", "0.1"], "sigma_max must be at least sigma = 0.15, got 0.1"),
         (["--prior-noise", "-1"], "prior_noise must be 0 or more, got -1.0"),
         (["--eval-sigmas", "[]"], "eval_sigmas must be one or more positive numbers, got []"),
         (["--alpha", "0"], "alpha must be positive, got 0.0"),
@@ -349,12 +349,14 @@ def test_options_override_files_which_override_presets(tmp_path):
 def test_presets_are_valid_and_only_set_known_options(preset):
     settings = config.parse(["--preset", preset])
     assert set(yaml.safe_load((config.PRESETS / f"{preset}.yaml").read_text())) <= {f.name for f in fields(Config)}
-    assert settings.sigma == 0.2 and settings.eval_sigmas == [0.1, 0.15, 0.2, 0.25] and settings.memory == "recompute"
+    assert settings.sigma <= 0.2 <= (settings.sigma_max or settings.sigma)
+    assert settings.eval_sigmas == [0.1, 0.15, 0.2, 0.25] and settings.memory == "recompute"
 
 
 def test_the_paper_preset_is_the_paper():
     paper = config.parse(["--preset", "paper"])
     assert (paper.size, paper.folds, paper.patience) == (64, 4, 5)
+    assert (paper.sigma, paper.sigma_max) == (0.2, None)
     assert (paper.lr, paper.lr_steps, paper.schedule) == (1e-5, 1e-2, "constant")
 
 
@@ -393,7 +395,7 @@ def test_budget_stops_by_steps_or_seconds_and_shapes_the_rate():
 
 
 def test_seconds_end_a_stage(pictures, tmp_path):
-    settings = tiny(pictures, tmp_path, prior_steps=None, prior_seconds=0.5, prior_checkpoint=None, steps=2)
+    settings = tiny(pictures, tmp_path, prior_steps=None, prior_seconds=0.5, steps=2, patience=10**6)
     rows = callbacks.read_metrics(run.prepare(settings).train() / "metrics.csv")
     seconds = [float(r["seconds"]) for r in rows if r["stage"] == "prior"]
     assert 0.5 <= seconds[-1] < 10
@@ -412,6 +414,18 @@ def test_early_stopping_keeps_the_best_weights(pictures, tmp_path):
     found = lightning.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_model_summary=False)
     found = found.validate(stage, torch.utils.data.DataLoader(prepared.data.val, 4), verbose=False)[0]["val_loss"]
     assert found == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_noise_is_drawn_from_the_range_or_fixed(pictures, tmp_path):
+    clean, noise = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    batch = {"clean": clean, "noise": noise, "level": torch.tensor([0.0, 0.5, 1.0])}
+    for settings, wanted in (({}, [0.2, 0.2, 0.2]), ({"sigma": 0.1, "sigma_max": 0.3}, [0.1, 0.2, 0.3])):
+        config_ = tiny(pictures, tmp_path, **settings)
+        stage = stages.UnfoldedStage(torch.nn.Identity(), config_, budget.Budget(None, None))
+        noisy, target = stage._estimate(batch)
+        torch.testing.assert_close(noisy[:, 0, 0, 0], torch.tensor(wanted))
+        assert torch.equal(target, clean)
+    assert (tiny(pictures, "").trained_at(), config_.trained_at()) == ("0.20", "0.10 to 0.30")
 
 
 def test_rates_are_the_paper_s_two_groups(pictures, tmp_path):

@@ -317,6 +317,8 @@ def test_samples_are_pure_functions_of_seed_epoch_and_index():
     again = {key: training()[key] for key in reversed(keys)}
     assert all(equal(first[key], again[key]) for key in keys)
     assert not any(torch.equal(first[0, i][k], first[1, i][k]) for i in range(6) for k in ("noise", "prior"))
+    levels = torch.stack([first[key]["level"] for key in keys])
+    assert len(levels.unique()) == len(keys) and 0 <= levels.min() < 0.3 and 0.7 < levels.max() < 1
     assert not torch.equal(first[0, 0]["noise"], training(seed=1)[0, 0]["noise"])
     assert not torch.equal(first[0, 0]["noise"], first[0, 3]["noise"])  # the same picture, another sample of it
 

@@ -42,9 +42,9 @@ def gaussian(rng: np.random.Generator, like: Tensor) -> Tensor:
 class TrainingSamples(Dataset):
     """Training pictures as random samples, addressed by (epoch, index): `clean`, `noise` and `prior`, each (3, H, W).
 
-    clean: pixels / 255. noise: standard normal. level: uniform in [0, 1), where in the range of noise levels the image
-    stands. prior: (pixels + uniform) / 256, uniformly dequantised, plus Gaussian
-    noise whose sigma is drawn from [0, prior_noise]: what the flow is pre-trained on.
+    clean: pixels / 255. noise: standard normal. level: where the image stands in the range of noise levels, uniform in
+    [0, 1). prior: (pixels + uniform) / 256, uniformly dequantised, plus Gaussian noise whose sigma is drawn from
+    [0, prior_noise]: what the flow is pre-trained on.
     """
 
     def __init__(self, pictures: list[np.ndarray], size: int, length: int, augment: str, prior_noise: float, seed: int):
