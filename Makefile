@@ -18,17 +18,13 @@ lint: .venv/ready
 unit: .venv/ready
 	$(BIN)/python -m pytest tests -q --durations=15
 
-bench: .venv/ready-bench
+bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only
 
+# normflows is the rival that tests and benchmarks compare with; its dependencies would replace the installed PyTorch.
 .venv/ready: $(INSTALLED_FROM)
 	@echo "Setting up .venv (the first time this downloads PyTorch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(PIP) -e ".[train,test]"
-	@touch $@
-
-# The rival is measured beside us; its dependencies would replace the installed PyTorch.
-.venv/ready-bench: .venv/ready
-	@$(PIP) -e ".[bench]"
+	@$(PIP) -e ".[train,test,bench]"
 	@$(PIP) --no-deps normflows
 	@touch $@

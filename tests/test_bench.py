@@ -14,8 +14,6 @@ SMALL = Setup(levels=2, depth=2, hidden=16, size=16, batch=4, scale="sigmoid")
 
 @pytest.mark.parametrize("name", contenders.CONTENDERS)
 def test_every_row_computes_the_same_likelihood(name):
-    if name == contenders.NORMFLOWS:
-        pytest.importorskip("normflows", reason="the rival is installed by `make bench` alone")
     contender, x = contenders.CONTENDERS[name], SMALL.images()
     model = contender.make(SMALL)
     expected = SMALL.glow().double().log_prob(x.double())
@@ -26,7 +24,6 @@ def test_every_row_computes_the_same_likelihood(name):
 
 
 def test_normflows_has_the_same_parameters_but_the_last_scales():
-    pytest.importorskip("normflows", reason="the rival is installed by `make bench` alone")
     glow = SMALL.glow()
     ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (glow, NormFlows(glow)))
     assert ours - theirs == SMALL.depth * sum(SMALL.channels())
