@@ -1,8 +1,8 @@
 """How exact recomputation is: a deep Glow trained by likelihood, then the same weights with their scales moved far.
 
-`python -m bench.precision` trains L=4, K=32 on crops of scikit-image's photographs, once with each scale map, measures
-on held-out crops, and writes bench/results/precision.json and docs/precision.svg. The tables of docs/precision.md are
-what it prints. Errors are relative norms against `flowkern.reference` in double precision under plain autograd.
+`python -m bench.precision` trains L=4, K=32 on crops of scikit-image's photographs, measures on held-out crops, writes
+bench/results/precision.json and docs/precision.svg, and prints the tables of docs/precision.md. Errors are relative
+norms against `flowkern.reference` in double precision under plain autograd.
 """
 
 import argparse
@@ -184,7 +184,8 @@ def figure(found: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     shades = dict(zip(MODES, ("0.45", "#c44e00", "#0072b2", "#009e73"), strict=True))
-    picture, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    picture, axes = plt.subplots(len(found["models"]), 2, figsize=(10, 3.5 * len(found["models"])),
+                                 squeeze=False, layout="constrained")
     for (scale, figures), (left, right) in zip(found["models"].items(), axes, strict=True):
         for name, colour in shades.items():
             left.semilogy([row["factor"] for row in figures["stress"]],
@@ -204,11 +205,12 @@ def figure(found: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.precision", description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--scales", nargs="+", choices=SCALES, default=["softclamp"])
     parser.add_argument("--weights", type=Path, help="folder in which trained Glows are kept, and found again")
     arguments = parser.parse_args()
     recipe = {"size": 32, "levels": 4, "depth": 32, "hidden": 32, "batch": 16, "steps": arguments.steps}
     found: dict = {"recipe": recipe, "models": {}}
-    for scale in SCALES:
+    for scale in arguments.scales:
         start, kept = time.perf_counter(), arguments.weights and arguments.weights / scale
         if kept and kept.is_dir():
             glow = flowkern.Glow.from_pretrained(kept).eval()
