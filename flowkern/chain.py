@@ -27,76 +27,6 @@ from flowkern import network, ops, reference
 MEMORY_MODES = ("recompute", "store", "checkpoint")
 
 
-class StandardNets:
-    """Glow's own coupling networks of a level: flat parameters, written-out gradient."""
-
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype):
-        self.parameters = parameters
-        self.dtype = dtype
-        self._last: tuple[int, tuple[Tensor, ...]] | None = None
-
-    def _parameters(self, k: int) -> Sequence[Tensor]:
-        return self.parameters[k * network.PARAMETERS : (k + 1) * network.PARAMETERS]
-
-    def _folded(self, k: int) -> tuple[Tensor, ...]:
-        """The folded weights of step k, kept until another step's are wanted: backward uses them twice in a row."""
-        if self._last is None or self._last[0] != k:
-            self._last = None
-            self._last = k, network.fold(self._parameters(k), self.dtype)
-        return self._last[1]
-
-    def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """h and what `vjp` wants kept."""
-        h, *hidden = network.evaluate(self._folded(k), self._cast(a))
-        return h, hidden
-
-    def forward(self, k: int, a: Tensor) -> Tensor:
-        return self.trace(k, a)[0]
-
-    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
-        return network.vjp(self._parameters(k), self._folded(k), self._cast(a), kept, dh, need)
-
-    def count(self, k: int) -> int:
-        return network.PARAMETERS
-
-    def _cast(self, a: Tensor) -> Tensor:
-        return a.to(self.dtype, memory_format=torch.channels_last)
-
-
-class LocalNets:
-    """A user's own coupling networks: evaluated as they are, differentiated by local autograd."""
-
-    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None):
-        self.modules = modules
-        self.dtype = dtype
-        self.parameter_lists = [list(m.parameters()) for m in modules]
-
-    def forward(self, k: int, a: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return ops.channels_last(self.modules[k](a))
-
-    def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
-        with torch.enable_grad():
-            a = a.detach().requires_grad_()
-            h = self.forward(k, a)
-        return h.detach(), [a, h]
-
-    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
-        a, h = kept
-        wanted = [p for p, needed in zip(self.parameter_lists[k], need, strict=True) if needed]
-        # The graph is retained because in store mode the caller may run backward twice; it dies with `kept`.
-        da, *found = torch.autograd.grad(h, [a, *wanted], dh, retain_graph=True, allow_unused=True)
-        # In the parameter's own layout, step by step: accumulation would copy the others, for a whole level at once.
-        found = iter(
-            g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
-            for g, p in zip(found, wanted, strict=True)
-        )
-        return torch.zeros_like(a) if da is None else da, [next(found) if needed else None for needed in need]
-
-    def count(self, k: int) -> int:
-        return len(self.parameter_lists[k])
-
-
 def _first_half(x: Tensor) -> Tensor:
     return x[:, : x.shape[1] // 2]
 
@@ -224,7 +154,7 @@ def _chain_op(x, matrix, offset, inverse, parameters, reverse, scale, alpha, bac
         matrix,
         offset,
         inverse,
-        StandardNets(parameters, dtype),
+        network.StandardNets(parameters, dtype),
         reverse,
         scale,
         alpha,
@@ -281,7 +211,7 @@ def _chain_vjp_op(
         matrix,
         offset,
         inverse,
-        StandardNets(parameters, dtype),
+        network.StandardNets(parameters, dtype),
         need,
         reverse,
         scale,
@@ -542,5 +472,7 @@ def chain(
             )
         else:
             settings = (reverse, scale, alpha, name, memory, anchors)
-            out, logdet = _LocalChain.apply(x, matrix, offset, inverse, LocalNets(nets, dtype), settings, *parameters)
+            out, logdet = _LocalChain.apply(
+                x, matrix, offset, inverse, network.LocalNets(nets, dtype), settings, *parameters
+            )
     return out, logdet

@@ -30,7 +30,7 @@ class Glow(nn.Module):
     coupling: "affine" or "additive". scale: "softclamp", s = exp(alpha tanh(raw/alpha)), bounded both ways, or
     "sigmoid", Glow's sigmoid(raw + 2). split_prior: "standard" splits plainly, "learned" is Glow's conditional
     Gaussian, reparametrised so that z stays N(0, I). network: own coupling network, (in_channels, out_channels) ->
-    nn.Module. shift: subtracted from images first, added last. memory: "recompute" rebuilds activations in backward,
+    nn.Module, a deterministic function of its input: backward evaluates it again, so no dropout. shift: subtracted from images first, added last. memory: "recompute" rebuilds activations in backward,
     "store" keeps them, "checkpoint" keeps each step's input. anchor_every: keep an exact state every n steps, which
     bounds the drift of "recompute". backend: see `flowkern.backends()`. compute_dtype: precision of the coupling
     networks (default: autocast's, else the parameters'). check_finite: reject NaN and inf in inputs (default: on the

@@ -1,16 +1,20 @@
-"""Glow's coupling network with folded normalisation and a written-out gradient.
+"""The coupling networks of a level as the chain uses them: evaluated, and differentiated on request.
 
-3x3 -> ActNorm -> ReLU -> 1x1 -> ActNorm -> ReLU -> 3x3 times exp(3 logs). The ActNorms and the last scale are folded
-into the convolutions' weights (one step at a time, so that no second copy of all weights exists), in the precision the
-network runs in. Parameters are a flat sequence in the order of `flowkern.layers.CouplingNet.flat_parameters`:
-weight1, norm1.log_scale, norm1.bias, weight2, norm2.log_scale, norm2.bias, weight3, bias3, logs.
+`StandardNets` is Glow's own network with folded normalisation and a written-out gradient; `LocalNets` is a user's own.
+The standard network is 3x3 -> ActNorm -> ReLU -> 1x1 -> ActNorm -> ReLU -> 3x3 times exp(3 logs). The ActNorms and the
+last scale are folded into the convolutions' weights (one step at a time, so that no second copy of all weights exists),
+in the precision the network runs in. Parameters are a flat sequence in the order of
+`flowkern.layers.CouplingNet.flat_parameters`: weight1, norm1.log_scale, norm1.bias, weight2, norm2.log_scale,
+norm2.bias, weight3, bias3, logs.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from flowkern import ops
 
 PARAMETERS = 9
 
@@ -96,3 +100,73 @@ def _relu_vjp_(g: Tensor, activation: Tensor) -> Tensor:
 
 def _rows(scale: Tensor) -> Tensor:
     return scale[:, None, None, None]
+
+
+class StandardNets:
+    """Glow's own coupling networks of a level: flat parameters, written-out gradient."""
+
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype):
+        self.parameters = parameters
+        self.dtype = dtype
+        self._last: tuple[int, tuple[Tensor, ...]] | None = None
+
+    def _parameters(self, k: int) -> Sequence[Tensor]:
+        return self.parameters[k * PARAMETERS : (k + 1) * PARAMETERS]
+
+    def _folded(self, k: int) -> tuple[Tensor, ...]:
+        """The folded weights of step k, kept until another step's are wanted: backward uses them twice in a row."""
+        if self._last is None or self._last[0] != k:
+            self._last = None
+            self._last = k, fold(self._parameters(k), self.dtype)
+        return self._last[1]
+
+    def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """h and what `vjp` wants kept."""
+        h, *hidden = evaluate(self._folded(k), self._cast(a))
+        return h, hidden
+
+    def forward(self, k: int, a: Tensor) -> Tensor:
+        return self.trace(k, a)[0]
+
+    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
+        return vjp(self._parameters(k), self._folded(k), self._cast(a), kept, dh, need)
+
+    def count(self, k: int) -> int:
+        return PARAMETERS
+
+    def _cast(self, a: Tensor) -> Tensor:
+        return a.to(self.dtype, memory_format=torch.channels_last)
+
+
+class LocalNets:
+    """A user's own coupling networks: evaluated as they are, differentiated by local autograd."""
+
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None):
+        self.modules = modules
+        self.dtype = dtype
+        self.parameter_lists = [list(m.parameters()) for m in modules]
+
+    def forward(self, k: int, a: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            return ops.channels_last(self.modules[k](a))
+
+    def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with torch.enable_grad():
+            a = a.detach().requires_grad_()
+            h = self.forward(k, a)
+        return h.detach(), [a, h]
+
+    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
+        a, h = kept
+        wanted = [p for p, needed in zip(self.parameter_lists[k], need, strict=True) if needed]
+        # The graph is retained because in store mode the caller may run backward twice; it dies with `kept`.
+        da, *found = torch.autograd.grad(h, [a, *wanted], dh, retain_graph=True, allow_unused=True)
+        # In the parameter's own layout, step by step: accumulation would copy the others, for a whole level at once.
+        found = iter(
+            g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            for g, p in zip(found, wanted, strict=True)
+        )
+        return torch.zeros_like(a) if da is None else da, [next(found) if needed else None for needed in need]
+
+    def count(self, k: int) -> int:
+        return len(self.parameter_lists[k])
