@@ -25,16 +25,17 @@ class Level(nn.Module):
 class Glow(nn.Module):
     """Glow (Kingma and Dhariwal 2018, arXiv:1807.03039), a bijection between images and latents of the same size.
 
-    size: (C, H, W) of the images, H and W divisible by 2^levels; other such sizes are accepted at call time.
-    depth: steps of flow per level, an int or one int per level. hidden: width of the coupling networks.
-    coupling: "affine" or "additive". scale: "softclamp", s = exp(alpha tanh(raw/alpha)), bounded both ways, or
-    "sigmoid", Glow's sigmoid(raw + 2). split_prior: "standard" splits plainly, "learned" is Glow's conditional
-    Gaussian, reparametrised so that z stays N(0, I). network: own coupling network, (in_channels, out_channels) ->
-    nn.Module, a deterministic function of its input: backward evaluates it again, so no dropout. shift: subtracted from images first, added last. memory: "recompute" rebuilds activations in backward,
-    "store" keeps them, "checkpoint" keeps each step's input. anchor_every: keep an exact state every n steps, which
-    bounds the drift of "recompute". backend: see `flowkern.backends()`. compute_dtype: precision of the coupling
-    networks (default: autocast's, else the parameters'). check_finite: reject NaN and inf in inputs (default: on the
-    CPU only, because on a GPU the check waits for the device).
+    size: (C, H, W) of the images, H and W divisible by 2^levels; other such sizes are accepted at call time. depth:
+    steps of flow per level, an int or one int per level. hidden: width of the coupling networks. coupling: "affine"
+    or "additive". scale: "softclamp", s = exp(alpha tanh(raw/alpha)), bounded both ways, or "sigmoid", Glow's
+    sigmoid(raw + 2). split_prior: "standard" splits plainly, "learned" is Glow's conditional Gaussian, reparametrised
+    so that z stays N(0, I). network: own coupling network, (in_channels, out_channels) -> nn.Module, a deterministic
+    function of its input: backward evaluates it again, so no dropout. shift: subtracted from images first, added
+    last. memory: "recompute" rebuilds activations in backward, "store" keeps them, "checkpoint" keeps each step's
+    input. anchor_every: keep an exact state every n steps, which bounds the drift of "recompute". backend: see
+    `flowkern.backends()`. compute_dtype: precision of the coupling networks (default: autocast's, else the
+    parameters'). check_finite: reject NaN and inf in inputs (default: on the CPU only, because on a GPU the check
+    waits for the device).
 
     Raises ValueError or TypeError, in one sentence, for arguments and inputs that don't fit.
 
