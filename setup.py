@@ -45,10 +45,10 @@ class NativeBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
             compile_native(output)
-        except CompileError as error:
+        except (CompileError, OSError) as error:
             for folder in folders:
                 (folder / "_build_error.txt").write_text(f"{error}\n")
-            raise
+            raise CompileError(str(error)) from error
 
 
 def compile_native(output: Path) -> None:
