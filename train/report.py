@@ -37,10 +37,10 @@ def header() -> list[str]:
     return ["σ", *(f"{TITLES[m]}" for m in METHODS), "Gain over TV"]
 
 
-def write(folder: Folder, levels: list[Level], config: Config, data: str, net: Unfolded) -> None:
+def write(folder: Folder, levels: list[Level], config: Config, data: str, net: Unfolded, commit: str | None) -> None:
     """table.md and results.json. data: what was trained and tested on, in words."""
     folder.table.write_text(markdown(levels, config, data))
-    folder.results.write_text(json.dumps(results(levels, config, data, net, training(folder)), indent=2) + "\n")
+    folder.results.write_text(json.dumps(results(levels, config, data, net, training(folder), commit), indent=2) + "\n")
 
 
 def markdown(levels: list[Level], config: Config, data: str) -> str:
@@ -70,7 +70,7 @@ def training(folder: Folder) -> dict:
     return {name: stage | {"images_per_second": median(stage["images_per_second"])} for name, stage in found.items()}
 
 
-def results(levels: list[Level], config: Config, data: str, net: Unfolded, training: dict) -> dict:
+def results(levels: list[Level], config: Config, data: str, net: Unfolded, training: dict, commit: str | None) -> dict:
     """Everything in the table and what it was measured with."""
     return {
         "levels": [
@@ -92,7 +92,7 @@ def results(levels: list[Level], config: Config, data: str, net: Unfolded, train
         "config": asdict(config),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": commit(),
+        "commit": commit,
     }
 
 

@@ -32,17 +32,18 @@ def prepare(config: Config) -> "Run":
     folder = folders.choose(config)
     pictures = data.prepare(config)
     folders.create(folder, config)
-    return Run(config, folder, pictures, prior)
+    return Run(config, folder, pictures, prior, report.commit())
 
 
 @dataclass
 class Run:
-    """A run that is ready to start or to continue."""
+    """A run that is ready to start or to continue. commit: of the code that it starts with."""
 
     config: Config
     folder: Folder
     data: Data
     prior: Glow
+    commit: str | None
 
     def train(self) -> Path:
         """The stages that are not complete yet, then evaluation and report. Returns the run's folder.
@@ -53,7 +54,7 @@ class Run:
         print(f"{self.data.describe()}\nrun folder: {self.folder.path}", flush=True)
         net = self._unfolded(self._prior())
         levels = evaluation.evaluate(net, self.data, self.config)
-        report.write(self.folder, levels, self.config, self.data.describe(), net)
+        report.write(self.folder, levels, self.config, self.data.describe(), net, self.commit)
         figures.denoised(self.folder.denoised, levels)
         figures.curves(self.folder.curves, self.folder.metrics)
         report.show(levels, self.config)
