@@ -2,6 +2,11 @@
 
 A backend is a set of functions with the names and signatures of the pixel ops in `flowkern.reference`. It registers
 itself once, with a probe that says whether it can run here and, if not, why; nothing else in the package names it.
+
+Two liberties that a backend's functions have, and one duty: the log-determinant may come as partial sums (N, parts)
+instead of (N,), and the caller adds them up; `mix_vjp` writes its two reductions into the pair `into`, if given.
+Beyond the pixel ops a backend may bring its own composition of the mixes and its own coupling network (`OPTIONAL`),
+for which plain PyTorch serves otherwise.
 """
 
 import contextlib
@@ -27,6 +32,7 @@ OPS = (
     "data_consistency",
     "data_consistency_vjp",
 )
+OPTIONAL = ("compose", "compose_vjp", "network_fold", "network_trace", "network_vjp")
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,19 @@ class Backend:
 
 _registry: dict[str, Backend] = {}
 _tables: dict[tuple[str, str], SimpleNamespace] = {}
+_defaults: dict[str, Callable] = {}
 _context: ContextVar[str | None] = ContextVar("flowkern_backend", default=None)
 
 
 def register(backend: Backend) -> None:
     """Add a backend. A later registration is preferred by "auto" over an earlier one, for the ops it prefers."""
     _registry[backend.name] = backend
+    _tables.clear()
+
+
+def register_defaults(**functions: Callable) -> None:
+    """The plain PyTorch forms of `OPTIONAL` ops, for backends that leave them out."""
+    _defaults.update(functions)
     _tables.clear()
 
 
@@ -100,19 +113,18 @@ def resolve(device: torch.device, requested: str = "auto") -> str:
 
 
 def table(device: torch.device, name: str) -> SimpleNamespace:
-    """Every pixel op for tensors on `device` under the resolved backend `name`, as attributes. Cached: no work per
-    call.
-    """
+    """Every op for tensors on `device` under the resolved backend `name`, as attributes. Cached: no work per call."""
     key = (device.type, name)
     if key not in _tables:
-        _tables[key] = SimpleNamespace(**{op: _implementation(op, device.type, name) for op in OPS})
+        _tables[key] = SimpleNamespace(**{op: _implementation(op, device.type, name) for op in (*OPS, *OPTIONAL)})
     return _tables[key]
 
 
 def _implementation(op: str, device_type: str, name: str) -> Callable:
     if name == "auto":
         name = _automatic(op, device_type)
-    return getattr(_registry[name].load(), op)
+    functions = _registry[name].load()
+    return getattr(functions, op, _defaults[op]) if op in OPTIONAL else getattr(functions, op)
 
 
 def _automatic(op: str, device_type: str) -> str:

@@ -38,7 +38,7 @@ def _is_anchor(position: int, anchor_every: int) -> bool:
 def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory, anchor_every):
     """Run the chain. Returns the state, logdet (N,) and a list with, per step, what backward wants kept (a list)."""
     steps = range(len(matrix))
-    logdet = x.new_zeros(x.shape[0])
+    logdets: list[Tensor] = []
     kept: list[list[Tensor]] = []
     if memory != "recompute":
         for position, k in enumerate(reversed(steps) if reverse else steps):
@@ -50,8 +50,8 @@ def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory,
                 x, d = table.mix_couple(y, h, inverse[k], offset[k], scale, alpha)
             else:
                 x, d = table.couple(y, h, scale, alpha, False)
-            logdet += d
-        return x, logdet, kept
+            logdets.append(d)
+        return x, _total(logdets), kept
     # An anchor is the input of the step's channel mix: undoing the mix is what amplifies errors most, and the network's
     # input passes through the coupling as it is. A kept state has to exist, so there coupling and mix are not fused.
     if not reverse:
@@ -76,8 +76,13 @@ def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory,
             x, d = table.couple_mix(x, h, matrix[k + 1], offset[k + 1], scale, alpha)
             kept.append([])
         del h
-        logdet += d
-    return x, logdet, kept
+        logdets.append(d)
+    return x, _total(logdets), kept
+
+
+def _total(logdets: list[Tensor]) -> Tensor:
+    """The sum over steps, and over the parts that a backend may leave of each: (N,). Added up once, not once a step."""
+    return torch.cat([d.reshape(len(d), -1) if len(d) else d[:, None] for d in logdets], dim=1).sum(dim=1)
 
 
 def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, scale, alpha, table, memory):
@@ -96,9 +101,14 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
 
     def through_network(k, state, hidden, h, g, v_is_input):
         rebuilt, dy, dh = table.couple_vjp(state, g, h, glogdet, scale, alpha, reverse, v_is_input)
-        da, dparameters[k] = nets.vjp(k, _first_half(state), hidden, dh, need[starts[k] : starts[k + 1]])
-        _first_half(dy).add_(da)
+        needed = need[starts[k] : starts[k + 1]]
+        dparameters[k] = nets.vjp(k, _first_half(state), hidden, dh, needed, _first_half(dy))
         return rebuilt, dy
+
+    def through_mix(k, state, g, given_input):
+        into = dmatrix[k], doffset[k]
+        rebuilt, g, *_ = table.mix_vjp(state, g, matrix[k], inverse[k], offset[k], reverse, given_input, into)
+        return rebuilt, g
 
     for position, k in reversed(list(enumerate(reversed(steps) if reverse else steps))):
         if stored:
@@ -107,25 +117,21 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
             h, *hidden = rest if rest else _flatten(nets.trace(k, _first_half(y)))
             if reverse:
                 uncoupled, _ = table.couple(y, h, scale, alpha, True)
-                _, g, dmatrix[k], doffset[k] = table.mix_vjp(uncoupled, g, matrix[k], inverse[k], offset[k], True, True)
+                _, g = through_mix(k, uncoupled, g, True)
                 _, g = through_network(k, y, hidden, h, g, True)
             else:
                 _, g = through_network(k, y, hidden, h, g, True)
-                _, g, dmatrix[k], doffset[k] = table.mix_vjp(state, g, matrix[k], inverse[k], offset[k], False, True)
+                _, g = through_mix(k, state, g, True)
         elif reverse:
             anchor = kept[position][0] if kept[position] else None
-            mix = (g, matrix[k], inverse[k], offset[k], True, anchor is not None)
-            v, g, dmatrix[k], doffset[k] = table.mix_vjp(v if anchor is None else anchor, *mix)
-            v = v if anchor is None else anchor
+            v, g = through_mix(k, v, g, False) if anchor is None else (anchor, through_mix(k, anchor, g, True)[1])
             h, hidden = nets.trace(k, _first_half(v))
             v, g = through_network(k, v, hidden, h, g, False)
         else:
             h, hidden = nets.trace(k, _first_half(v))
             v, g = through_network(k, v, hidden, h, g, False)
             anchor = kept[position][0] if kept[position] else None
-            mix = (g, matrix[k], inverse[k], offset[k], False, anchor is not None)
-            v, g, dmatrix[k], doffset[k] = table.mix_vjp(v if anchor is None else anchor, *mix)
-            v = v if anchor is None else anchor
+            v, g = through_mix(k, v, g, False) if anchor is None else (anchor, through_mix(k, anchor, g, True)[1])
         del h, hidden
     return g, dmatrix, doffset, [d for step in dparameters for d in step]
 
@@ -149,19 +155,9 @@ def _unflatten(kept: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor
 
 
 def _chain_op(x, matrix, offset, inverse, parameters, reverse, scale, alpha, backend, dtype, memory, anchor_every):
-    x, logdet, kept = _run(
-        x,
-        matrix,
-        offset,
-        inverse,
-        network.StandardNets(parameters, dtype),
-        reverse,
-        scale,
-        alpha,
-        backends.table(x.device, backend),
-        memory,
-        anchor_every,
-    )
+    table = backends.table(x.device, backend)
+    nets = network.StandardNets(parameters, dtype, table)
+    x, logdet, kept = _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory, anchor_every)
     return x, logdet, [t for position in kept for t in position]
 
 
@@ -202,22 +198,11 @@ def _chain_vjp_op(
     anchor_every,
 ):
     kept = _unflatten(kept, _sizes(len(matrix), memory, anchor_every))
+    table = backends.table(g.device, backend)
+    nets = network.StandardNets(parameters, dtype, table)
+    mixes = (matrix, offset, inverse)
     dx, dmatrix, doffset, dparameters = _vjp(
-        x,
-        v,
-        g,
-        glogdet,
-        kept,
-        matrix,
-        offset,
-        inverse,
-        network.StandardNets(parameters, dtype),
-        need,
-        reverse,
-        scale,
-        alpha,
-        backends.table(g.device, backend),
-        memory,
+        x, v, g, glogdet, kept, *mixes, nets, need, reverse, scale, alpha, table, memory
     )
     return dx, dmatrix, doffset, [d for d in dparameters if d is not None]
 

@@ -110,11 +110,13 @@ def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alp
 
 
 def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset: Tensor,
-            inverse: bool = False, given_input: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            inverse: bool = False, given_input: bool = False,
+            into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, height, width = v.shape
     v, g, offset = _rows(v), _rows(g), offset.contiguous()
     rebuilt = v.new_empty(0) if given_input else _like(v)
-    dv, dmatrix, doffset = _like(v), v.new_empty((c, c)), v.new_empty(c)
+    dmatrix, doffset = into or (v.new_empty((c, c)), v.new_empty(c))
+    dv = _like(v)
     _native().mix_vjp(torch.get_num_threads(), _TYPES[v.dtype], n * height * width, c, inverse, given_input,
                       v.data_ptr(), g.data_ptr(), matrix.data_ptr(), *matrix.stride(), inverse_matrix.data_ptr(),
                       *inverse_matrix.stride(), offset.data_ptr(), rebuilt.data_ptr(), dv.data_ptr(),

@@ -220,7 +220,7 @@ class StepOfFlow(nn.Module):
 def run_steps(steps, x: Tensor, reverse: bool = False, **chain_options) -> tuple[Tensor, Tensor]:
     """Run a sequence of `StepOfFlow`s of one level as a reversible chain. Returns the state and logdet (N,)."""
     _check_channels(x, len(steps[0].actnorm.bias), "a step of flow")
-    matrix, offset, inverse, mixes_logdet = compose(steps)
+    matrix, offset, inverse, mixes_logdet = compose(steps, chain_options.get("backend", "auto"))
     coupling = steps[0].coupling
     out, logdet = chain(
         x,

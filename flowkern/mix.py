@@ -10,85 +10,128 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from flowkern import backend as backends
+from flowkern import ops
+
 PER_STEP = 5  # lower, upper, log_s, log_scale, bias
 
-
-def compose(steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compose(steps, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mixes of K `StepOfFlow`s of C channels: M (K, C, C), m (K, C), M^-1 (K, C, C) and sum_k log|det M_k|
     (scalar).
 
     Differentiable, M^-1 excepted: gradients of the inverse direction are expressed through M and m too.
     """
-    permutation = torch.stack([s.conv.permutation for s in steps])
-    sign = torch.stack([s.conv.sign for s in steps])
+    sign, permutation = (torch.stack([getattr(s.conv, name) for s in steps]) for name in ("sign", "permutation"))
     parameters = [
         p for s in steps for p in (s.conv.lower, s.conv.upper, s.conv.log_s, s.actnorm.log_scale, s.actnorm.bias)
     ]
+    name = backends.resolve(sign.device, backend)
     # Without gradients the Function is left out: torch.compile binds the arguments of a variadic one wrongly there.
-    needed = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-    return (_Compose.apply if needed else _compose)(permutation, sign, *parameters)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+        return _Compose.apply(sign, permutation, name, *parameters)
+    return ops.raw.compose(*_stacked(parameters), sign, permutation, name)
 
 
-class _Compose(Function):
-    @staticmethod
-    def forward(permutation, sign, *parameters):
-        return _compose(permutation, sign, *parameters)
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        ctx.mark_non_differentiable(outputs[2])
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, dmatrix, doffset, _, dlogdet):
-        # Ordinary tensor operations on the saved parameters, so that a second derivative is autograd's business.
-        permutation, sign, *parameters = ctx.saved_tensors
-        lower, upper, scale, bias, log_s, _ = _factors(sign, parameters)
-        dtype, wide = parameters[0].dtype, lower.dtype
-        dmatrix, doffset, dlogdet = dmatrix.to(wide), doffset.to(wide), dlogdet.to(wide)
-        scaled = upper * scale[:, None, :]
-        matrix = (lower @ scaled).gather(1, permutation[:, :, None].expand_as(lower))
-        dmatrix = dmatrix + doffset[:, :, None] * bias[:, None, :]
-        dbias = (matrix.mT @ doffset[:, :, None])[:, :, 0]
-        inverse_permutation = permutation.argsort(dim=1)[:, :, None].expand_as(lower)
-        dproduct = dmatrix.gather(1, inverse_permutation)
-        dlower = (dproduct @ scaled.mT).tril(-1)
-        dscaled = lower.mT @ dproduct
-        dlog_scale = (dscaled * scaled).sum(dim=1) + dlogdet
-        dupper = dscaled * scale[:, None, :]
-        dlog_s = (dupper * upper).diagonal(dim1=1, dim2=2) + dlogdet
-        stacked = (dlower, dupper.triu(1), dlog_s, dlog_scale, dbias)
-        per_step = zip(*(d.to(dtype).unbind(0) for d in stacked), strict=True)
-        return None, None, *(d for step in per_step for d in step)
+def _stacked(parameters) -> list[Tensor]:
+    """Per-step parameters, five a step, as five tensors over steps."""
+    return [torch.stack(parameters[i::PER_STEP]) for i in range(PER_STEP)]
 
 
-def _compose(permutation, sign, *parameters):
-    lower, upper, scale, bias, log_s, log_scale = _factors(sign, parameters)
-    rows = permutation[:, :, None].expand_as(lower)
-    matrix = (lower @ (upper * scale[:, None, :])).gather(1, rows)
-    eye = torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    inverse_upper = torch.linalg.solve_triangular(upper, eye, upper=True)
-    inverse_lower = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
-    inverse = ((inverse_upper / scale[:, :, None]) @ inverse_lower).gather(2, permutation[:, None, :].expand_as(lower))
-    offset = (matrix @ bias[:, :, None])[:, :, 0]
-    dtype = parameters[0].dtype
+def mixes(lower, upper, log_s, log_scale, bias, sign, permutation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`compose` of parameters stacked over steps, in plain PyTorch."""
+    low, up, scale = _factors(lower, upper, log_s, log_scale, sign)
+    rows = permutation[:, :, None].expand_as(low)
+    matrix = (low @ (up * scale[:, None, :])).gather(1, rows)
+    eye = torch.eye(low.shape[1], dtype=low.dtype, device=low.device).expand_as(low)
+    inverse_up = torch.linalg.solve_triangular(up, eye, upper=True)
+    inverse_low = torch.linalg.solve_triangular(low, eye, upper=False, unitriangular=True)
+    inverse = ((inverse_up / scale[:, :, None]) @ inverse_low).gather(2, permutation[:, None, :].expand_as(low))
+    offset = (matrix @ bias.to(low.dtype)[:, :, None])[:, :, 0]
+    dtype = lower.dtype
     # gather over columns leaves dense, row-major results; solve_triangular's own are transposed.
     return (
         matrix.to(dtype).contiguous(),
         offset.to(dtype),
         inverse.to(dtype).contiguous(),
-        (log_s.sum() + log_scale.sum()).to(dtype),
+        (log_s.to(low.dtype).sum() + log_scale.to(low.dtype).sum()).to(dtype),
     )
 
 
-def _factors(sign: Tensor, parameters):
-    """L, U with its diagonal, exp(log_scale), bias, log_s, log_scale: stacked over steps, in fp64 where the device
-    has it.
+def mixes_vjp(lower, upper, log_s, log_scale, bias, sign, permutation, dmatrix, doffset, dlogdet) -> tuple[Tensor, ...]:
+    """Gradients of `mixes` with respect to lower, upper, log_s, log_scale and bias. Differentiable itself."""
+    low, up, scale = _factors(lower, upper, log_s, log_scale, sign)
+    wide = low.dtype
+    dmatrix, doffset, dlogdet, bias = (t.to(wide) for t in (dmatrix, doffset, dlogdet, bias))
+    scaled = up * scale[:, None, :]
+    matrix = (low @ scaled).gather(1, permutation[:, :, None].expand_as(low))
+    dmatrix = dmatrix + doffset[:, :, None] * bias[:, None, :]
+    dbias = (matrix.mT @ doffset[:, :, None])[:, :, 0]
+    dproduct = dmatrix.gather(1, permutation.argsort(dim=1)[:, :, None].expand_as(low))
+    dlower = (dproduct @ scaled.mT).tril(-1)
+    dscaled = low.mT @ dproduct
+    dlog_scale = (dscaled * scaled).sum(dim=1) + dlogdet
+    dupper = dscaled * scale[:, None, :]
+    dlog_s = (dupper * up).diagonal(dim1=1, dim2=2) + dlogdet
+    return tuple(d.to(lower.dtype) for d in (dlower, dupper.triu(1), dlog_s, dlog_scale, dbias))
+
+
+def _factors(lower, upper, log_s, log_scale, sign) -> tuple[Tensor, Tensor, Tensor]:
+    """L, U with its diagonal and exp(log_scale), in fp64 where the device has it.
 
     fp64 because these are tiny, and because the error of M^-1 M - I is the drift of the whole chain.
     """
-    wide = parameters[0].dtype if parameters[0].device.type == "mps" else torch.float64
-    lower, upper, log_s, log_scale, bias = (torch.stack(parameters[i::PER_STEP]).to(wide) for i in range(PER_STEP))
+    wide = lower.dtype if lower.device.type == "mps" else torch.float64
     eye = torch.eye(lower.shape[1], dtype=wide, device=lower.device)
-    upper = upper.triu(1) + torch.diag_embed(sign.to(wide) * log_s.exp())
-    return lower.tril(-1) + eye, upper, log_scale.exp(), bias, log_s, log_scale
+    upper = upper.to(wide).triu(1) + torch.diag_embed(sign.to(wide) * log_s.to(wide).exp())
+    return lower.to(wide).tril(-1) + eye, upper, log_scale.to(wide).exp()
+
+
+backends.register_defaults(compose=mixes, compose_vjp=mixes_vjp)
+
+
+def _run(name: str):
+    def run(lower, *rest):
+        *rest, backend = rest
+        return getattr(backends.table(lower.device, backend), name)(lower, *rest)
+
+    return run
+
+
+_PARAMETERS = "Tensor lower, Tensor upper, Tensor log_s, Tensor log_scale, Tensor bias, Tensor sign, Tensor permutation"
+ops.define(
+    f"compose({_PARAMETERS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run("compose"),
+    lambda lower, upper, log_s, *_: (
+        torch.empty_like(lower), torch.empty_like(log_s), torch.empty_like(lower), lower.new_empty(())
+    ),
+)
+ops.define(
+    f"compose_vjp({_PARAMETERS}, Tensor dmatrix, Tensor doffset, Tensor dlogdet, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run("compose_vjp"),
+    lambda *args: tuple(torch.empty_like(p) for p in args[:5]),
+)
+
+
+class _Compose(Function):
+    """Keeps the parameters themselves, which exist anyway, and stacks them again in backward."""
+
+    @staticmethod
+    def forward(sign, permutation, backend, *parameters):
+        return ops.raw.compose(*_stacked(parameters), sign, permutation, backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        sign, permutation, ctx.backend, *parameters = inputs
+        ctx.mark_non_differentiable(outputs[2])
+        ctx.save_for_backward(sign, permutation, *parameters)
+
+    @staticmethod
+    def backward(ctx, dmatrix, doffset, _, dlogdet):
+        sign, permutation, *parameters = ctx.saved_tensors
+        tensors = (*_stacked(parameters), sign, permutation, dmatrix.contiguous(), doffset.contiguous(), dlogdet)
+        # Under create_graph, ordinary tensor operations: a second derivative is autograd's business.
+        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        found = mixes_vjp(*tensors) if differentiable else ops.raw.compose_vjp(*tensors, ctx.backend)
+        per_step = zip(*(d.unbind(0) for d in found), strict=True)
+        return None, None, None, *(d for step in per_step for d in step)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkern import ops
+from flowkern import backend, ops
 
 PARAMETERS = 9
 
@@ -29,13 +29,23 @@ def fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]
     return tuple(p.to(dtype) for p in folded)
 
 
-def evaluate(folded: Sequence[Tensor], a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a (N, C/2, H, W), channels-last, in the network's dtype -> h and the two hidden activations (N, hidden, H, W)."""
+def trace(folded: Sequence[Tensor], a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """a (N, C/2, H, W), of any dtype and strides -> h and, to `keep` for `vjp`, the hidden activations
+    (N, hidden, H, W).
+
+    All in the dtype and memory order (channels-last) of the folded weights.
+    """
     w1, b1, w2, b2, w3, b3 = folded
+    a = _as_input(a, w1)
     h1 = F.conv2d(a, w1, b1, padding=1).relu_()
     h2 = F.conv2d(h1, w2, b2).relu_()
     # Channels-last already, except from PyTorch's double-precision convolution.
-    return F.conv2d(h2, w3, b3, padding=1).contiguous(memory_format=torch.channels_last), h1, h2
+    h = F.conv2d(h2, w3, b3, padding=1).contiguous(memory_format=torch.channels_last)
+    return h, [h1, h2] if keep else []
+
+
+def _as_input(a: Tensor, weight: Tensor) -> Tensor:
+    return a.to(weight.dtype, memory_format=torch.channels_last)
 
 
 def vjp(
@@ -45,12 +55,14 @@ def vjp(
     hidden: list[Tensor],
     dh: Tensor,
     need: Sequence[bool],
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients of `evaluate` with respect to a and, where `need` says so, to the nine parameters.
+    da: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of `trace` with respect to a, added to `da`, and, where `need` says so, to the nine parameters.
 
     hidden: [h1, h2], emptied here, so that each is freed as soon as it has served.
     """
     w1, _, w2, _, w3, _ = folded
+    a = _as_input(a, w1)
     need1, need2, need3 = any(need[0:3]), any(need[3:6]), any(need[6:9])
     h2 = hidden.pop()
     g, dw3, db3 = _convolution_vjp(dh, h2, w3, 1, need3)
@@ -60,12 +72,16 @@ def vjp(
     g, dw2, db2 = _convolution_vjp(g, h1, w2, 0, need2)
     g = _relu_vjp_(g, h1)
     del h1
-    da, dw1, db1 = _convolution_vjp(g, a, w1, 1, need1)
+    g, dw1, db1 = _convolution_vjp(g, a, w1, 1, need1)
+    da.add_(g)
     gradients: list[Tensor | None] = []
     for needed, dw, db in ((need1, dw1, db1), (need2, dw2, db2)):
         gradients += _unfold_norm(parameters[len(gradients) :], dw, db) if needed else [None] * 3
     gradients += _unfold_scale(parameters[6:], dw3, db3) if need3 else [None] * 3
-    return da, [g if needed else None for g, needed in zip(gradients, need, strict=True)]
+    return [g if needed else None for g, needed in zip(gradients, need, strict=True)]
+
+
+backend.register_defaults(network_fold=fold, network_trace=trace, network_vjp=vjp)
 
 
 def _unfold_norm(parameters: Sequence[Tensor], dw: Tensor, db: Tensor) -> list[Tensor]:
@@ -103,39 +119,37 @@ def _rows(scale: Tensor) -> Tensor:
 
 
 class StandardNets:
-    """Glow's own coupling networks of a level: flat parameters, written-out gradient."""
+    """Glow's own coupling networks of a level, run by a backend: flat parameters, written-out gradient."""
 
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype):
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype, table):
         self.parameters = parameters
         self.dtype = dtype
-        self._last: tuple[int, tuple[Tensor, ...]] | None = None
+        self.table = table
+        self._last: tuple[int, Sequence[Tensor]] | None = None
 
     def _parameters(self, k: int) -> Sequence[Tensor]:
         return self.parameters[k * PARAMETERS : (k + 1) * PARAMETERS]
 
-    def _folded(self, k: int) -> tuple[Tensor, ...]:
+    def _folded(self, k: int) -> Sequence[Tensor]:
         """The folded weights of step k, kept until another step's are wanted: backward uses them twice in a row."""
         if self._last is None or self._last[0] != k:
             self._last = None
-            self._last = k, fold(self._parameters(k), self.dtype)
+            self._last = k, self.table.network_fold(self._parameters(k), self.dtype)
         return self._last[1]
 
     def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
         """h and what `vjp` wants kept."""
-        h, *hidden = evaluate(self._folded(k), self._cast(a))
-        return h, hidden
+        return self.table.network_trace(self._folded(k), a, True)
 
     def forward(self, k: int, a: Tensor) -> Tensor:
-        return self.trace(k, a)[0]
+        return self.table.network_trace(self._folded(k), a, False)[0]
 
-    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
-        return vjp(self._parameters(k), self._folded(k), self._cast(a), kept, dh, need)
+    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool], da: Tensor):
+        """The parameters' gradients; that of a is added to `da`."""
+        return self.table.network_vjp(self._parameters(k), self._folded(k), a, kept, dh, need, da)
 
     def count(self, k: int) -> int:
         return PARAMETERS
-
-    def _cast(self, a: Tensor) -> Tensor:
-        return a.to(self.dtype, memory_format=torch.channels_last)
 
 
 class LocalNets:
@@ -156,17 +170,19 @@ class LocalNets:
             h = self.forward(k, a)
         return h.detach(), [a, h]
 
-    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool]):
+    def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool], da: Tensor):
         a, h = kept
         wanted = [p for p, needed in zip(self.parameter_lists[k], need, strict=True) if needed]
         # The graph is retained because in store mode the caller may run backward twice; it dies with `kept`.
-        da, *found = torch.autograd.grad(h, [a, *wanted], dh, retain_graph=True, allow_unused=True)
+        through, *found = torch.autograd.grad(h, [a, *wanted], dh, retain_graph=True, allow_unused=True)
         # In the parameter's own layout, step by step: accumulation would copy the others, for a whole level at once.
         found = iter(
             g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
             for g, p in zip(found, wanted, strict=True)
         )
-        return torch.zeros_like(a) if da is None else da, [next(found) if needed else None for needed in need]
+        if through is not None:
+            da.add_(through)
+        return [next(found) if needed else None for needed in need]
 
     def count(self, k: int) -> int:
         return len(self.parameter_lists[k])

@@ -41,9 +41,12 @@ def _needs_grad(value) -> bool:
 
 
 def _define_pixel_op(name: str, arguments: str, results: int, fake) -> None:
+    has_logdet = name in ("couple", "couple_mix", "mix_couple")
+
     def run(*args):
         *operands, backend = args
-        return getattr(backends.table(operands[0].device, backend), name)(*operands)
+        out = getattr(backends.table(operands[0].device, backend), name)(*operands)
+        return (out[0], out[1].sum(dim=1)) if has_logdet and out[1].dim() == 2 else out
 
     define(f"{name}({arguments}, str backend) -> {_RESULTS[results]}", run, lambda *args: fake(*args[:-1]))
 

@@ -138,12 +138,14 @@ def mix_vjp(
     offset: Tensor,
     inverse: bool = False,
     given_input: bool = False,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reverse-mode derivative of the channel mix in one pass, always with respect to the forward mix (M, m).
 
     Forward, y = M x + m: v is y (or x with `given_input`), g the cotangent of y; returns the rebuilt x, M^T g,
     dM = sum g x^T and dm = sum g. Inverse, x = M^-1 (y - m): v is x (or y with `given_input`), g the cotangent of x;
     returns the rebuilt y, dy = M^-T g, dM = -sum dy x^T and dm = -sum dy. With `given_input` the rebuilt is empty.
+    `into` is a pair of tensors that receives dM and dm.
     """
     rebuilt = v.new_empty(0)
     if inverse:
@@ -158,7 +160,10 @@ def mix_vjp(
         weight = g
     rows = weight.permute(0, 2, 3, 1).reshape(-1, weight.shape[1])
     dmatrix = rows.T @ x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    return rebuilt, d, dmatrix, rows.sum(dim=0)
+    doffset = rows.sum(dim=0)
+    if into is not None:
+        dmatrix, doffset = into[0].copy_(dmatrix), into[1].copy_(doffset)
+    return rebuilt, d, dmatrix, doffset
 
 
 def shrink(z: Tensor, lam: Tensor) -> Tensor:

@@ -162,6 +162,9 @@ class TestBackendChoice:
 
         class Spy:
             def __getattr__(_, op):
+                if op not in backends.OPS:
+                    raise AttributeError(op)
+
                 def run(*arguments):
                     self.calls.append(op)
                     return getattr(flowkern.reference, op)(*arguments)
