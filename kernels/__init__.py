@@ -1,0 +1,1 @@
+"""Triton kernels: the ops of `flowkern.reference` on a GPU. `flowkern.triton` registers them as a backend."""

@@ -1,0 +1,124 @@
+"""Ahead-of-time compilation of every kernel configuration, on a machine without a GPU.
+
+`python -m flowkern.kernels.aot` compiles each case for sm_80 and sm_90 and prints a Markdown table of registers, spilled
+bytes and shared memory. A kernel module lists what its host code can choose in a function `cases()`.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = (80, 90)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may use
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation that the host code can choose.
+
+    signature: kernel argument -> "*fp32", "i32", ... without the constexprs. constexprs: argument -> value. is_default:
+    whether an ordinary call can end up here, rather than an alternative that has to be asked for.
+    """
+
+    name: str
+    kernel: object
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+    is_default: bool = True
+    aligned: tuple[str, ...] | None = None  # arguments divisible by 16; default: all pointers
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled case takes: registers a thread, spilled bytes (stores plus loads), shared memory in bytes."""
+
+    case: Case = field(repr=False)
+    target: int
+    registers: int
+    spills: int
+    shared: int
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= SHARED_LIMIT[self.target]
+
+
+def cases() -> Iterator[Case]:
+    """Every case of every kernel module."""
+    from flowkern import kernels
+
+    for module in kernels.modules():
+        yield from module.cases()
+
+
+def compile_case(case: Case, target: int) -> Resources:
+    """Compile one case for compute capability `target` (80 or 90) and read what it takes from the assembler."""
+    positions = {name: (i,) for i, name in enumerate(case.kernel.arg_names)}
+    aligned = case.aligned
+    if aligned is None:
+        aligned = tuple(name for name, kind in case.signature.items() if kind.startswith("*"))
+    signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in case.kernel.arg_names}
+    source = ASTSource(
+        case.kernel,
+        signature,
+        {positions[name]: value for name, value in case.constexprs.items()},
+        {positions[name]: [["tt.divisibility", 16]] for name in aligned},
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+    )
+    registers, spills = _assemble(compiled.asm["ptx"], target)
+    return Resources(case, target, registers, spills, compiled.metadata.shared)
+
+
+def _assemble(ptx: str, target: int) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    architecture = re.search(r"^\.target (\S+)", ptx, re.MULTILINE).group(1).split(",")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [tool, "-v", f"--gpu-name={architecture}", path, "-o", Path(folder, "kernel.cubin")]
+        told = subprocess.run(command, capture_output=True, text=True, check=True)
+    text = told.stdout + told.stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
+    return int(re.search(r"Used (\d+) registers", text).group(1)), spills
+
+
+def table(found: list[Resources]) -> str:
+    """The report, a row per case and target."""
+    columns = ("kernel", "sm", "registers", "spilled bytes", "shared KiB", "default")
+    rows = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    for r in found:
+        default = "yes" if r.case.is_default else "no"
+        rows.append(f"| {r.case.name} | {r.target} | {r.registers} | {r.spills} | {r.shared / 1024:.1f} | {default} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flowkern.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("pattern", nargs="?", default="", help="only cases whose name contains this")
+    arguments = parser.parse_args()
+    found = []
+    for case in cases():
+        if arguments.pattern in case.name:
+            for target in TARGETS:
+                found.append(compile_case(case, target))
+                print(f"{case.name} sm_{target}", file=sys.stderr)
+    print(f"Triton {triton.__version__}\n\n{table(found)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""The channel mix y = M x + m, its inverse and its reverse-mode derivative."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowkern.kernels.aot import Case
+from flowkern.kernels.launch import cover, on_device_of, processors
+
+DEPTH = 16  # channels of one partial product: longer ones spill, because fp32 products keep their operands in registers
+
+
+@triton.jit
+def _mix_kernel(
+    x,  # (pixels, C)
+    matrix,  # (C, C), any strides
+    offset,  # (C,)
+    y,  # (pixels, C)
+    pixels,
+    row,
+    column,
+    C: tl.constexpr,
+    INVERSE: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    PIXELS: tl.constexpr,
+    OUT: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    out = tl.arange(0, OUT)
+    inside = (p < pixels)[:, None]
+    total = tl.zeros((PIXELS, OUT), tl.float32)
+    for first in range(0, C, DEPTH):
+        c = first + tl.arange(0, DEPTH)
+        b_x = tl.load(x + p[:, None] * C + c[None, :], mask=inside & (c < C)[None, :], other=0.0)
+        if INVERSE and HAS_OFFSET:
+            b_x -= tl.load(offset + c, mask=c < C, other=0.0)[None, :]
+        b_m = tl.load(
+            matrix + out[None, :] * row + c[:, None] * column, mask=(out < C)[None, :] & (c < C)[:, None], other=0.0
+        )
+        total = tl.dot(b_x, b_m, total, input_precision="ieee")
+    if HAS_OFFSET and not INVERSE:
+        total += tl.load(offset + out, mask=out < C, other=0.0)[None, :]
+    tl.store(y + p[:, None] * C + out[None, :], total, mask=inside & (out < C)[None, :])
+
+
+def block_pixels(channels: int) -> int:
+    """Pixels of a block: as many as leave a program's accumulators some 32 registers a thread."""
+    return max(16, 4096 // cover(channels))
+
+
+def warps(channels: int) -> int:
+    return 4 if channels <= 128 else 8
+
+
+def apply(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool) -> Tensor:
+    """matrix @ x + offset, or with `inverse` matrix @ (x - offset), for a channels-last x (N, C, H, W)."""
+    n, c, height, width = x.shape
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    pixels = n * height * width
+    if pixels:
+        block = block_pixels(c)
+        with on_device_of(x):
+            _mix_kernel[(triton.cdiv(pixels, block),)](
+                x, matrix, matrix if offset is None else offset, y, pixels, *matrix.stride(),
+                C=c, INVERSE=inverse, HAS_OFFSET=offset is not None, PIXELS=block, OUT=cover(c), DEPTH=DEPTH,
+                num_warps=warps(c),
+            )  # fmt: skip
+    return y
