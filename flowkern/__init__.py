@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  first: the native extension uses the OpenMP runtime that torch has loaded
 
-from flowkern import cpp, ops  # noqa: F401  cpp registers itself
+from flowkern import cpp, ops, triton  # noqa: F401  backends register themselves
 from flowkern.backend import backends, use_backend
 from flowkern.glow import Glow
 from flowkern.prox import GlowProx

@@ -44,10 +44,11 @@ class Backend:
     probe: Callable[[], str | None]
     load: Callable[[], object]  # returns an object with one attribute per op
     preferred: dict[str, tuple[str, ...]] = field(default_factory=dict)  # device type -> ops for which "auto" picks it
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)  # of the states that it serves
 
 
 _registry: dict[str, Backend] = {}
-_tables: dict[tuple[str, str], SimpleNamespace] = {}
+_tables: dict[tuple[str, str, torch.dtype], SimpleNamespace] = {}
 _defaults: dict[str, Callable] = {}
 _context: ContextVar[str | None] = ContextVar("flowkern_backend", default=None)
 
@@ -112,24 +113,36 @@ def resolve(device: torch.device, requested: str = "auto") -> str:
     return name
 
 
-def table(device: torch.device, name: str) -> SimpleNamespace:
-    """Every op for tensors on `device` under the resolved backend `name`, as attributes. Cached: no work per call."""
-    key = (device.type, name)
+def table(device: torch.device, name: str, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    """Every op for states of `dtype` on `device` under the resolved backend `name`, as attributes. Cached: no work per
+    call. Raises RuntimeError where an explicitly chosen backend does not serve that dtype.
+    """
+    key = (device.type, name, dtype)
     if key not in _tables:
-        _tables[key] = SimpleNamespace(**{op: _implementation(op, device.type, name) for op in (*OPS, *OPTIONAL)})
+        if name != "auto" and not _serves(name, dtype):
+            wanted = " and ".join(str(d).removeprefix("torch.") for d in _registry[name].dtypes)
+            raise RuntimeError(
+                f"backend {name!r} computes states in {wanted}, got {str(dtype).removeprefix('torch.')}"
+            )
+        ops = (*OPS, *OPTIONAL)
+        _tables[key] = SimpleNamespace(**{op: _implementation(op, device.type, name, dtype) for op in ops})
     return _tables[key]
 
 
-def _implementation(op: str, device_type: str, name: str) -> Callable:
+def _serves(name: str, dtype: torch.dtype) -> bool:
+    return name == "reference" or dtype in _registry[name].dtypes
+
+
+def _implementation(op: str, device_type: str, name: str, dtype: torch.dtype) -> Callable:
     if name == "auto":
-        name = _automatic(op, device_type)
+        name = _automatic(op, device_type, dtype)
     functions = _registry[name].load()
     return getattr(functions, op, _defaults[op]) if op in OPTIONAL else getattr(functions, op)
 
 
-def _automatic(op: str, device_type: str) -> str:
+def _automatic(op: str, device_type: str, dtype: torch.dtype) -> str:
     for name, backend in reversed(_registry.items()):
-        if op in backend.preferred.get(device_type, ()) and backend.probe() is None:
+        if op in backend.preferred.get(device_type, ()) and _serves(name, dtype) and backend.probe() is None:
             return name
     return "reference"
 

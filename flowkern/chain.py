@@ -155,7 +155,7 @@ def _unflatten(kept: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor
 
 
 def _chain_op(x, matrix, offset, inverse, parameters, reverse, scale, alpha, backend, dtype, memory, anchor_every):
-    table = backends.table(x.device, backend)
+    table = backends.table(x.device, backend, x.dtype)
     nets = network.StandardNets(parameters, dtype, table)
     x, logdet, kept = _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory, anchor_every)
     return x, logdet, [t for position in kept for t in position]
@@ -198,7 +198,7 @@ def _chain_vjp_op(
     anchor_every,
 ):
     kept = _unflatten(kept, _sizes(len(matrix), memory, anchor_every))
-    table = backends.table(g.device, backend)
+    table = backends.table(g.device, backend, g.dtype)
     nets = network.StandardNets(parameters, dtype, table)
     mixes = (matrix, offset, inverse)
     dx, dmatrix, doffset, dparameters = _vjp(
@@ -306,7 +306,7 @@ class _LocalChain(Function):
             reverse,
             scale,
             alpha,
-            backends.table(x.device, backend),
+            backends.table(x.device, backend, x.dtype),
             memory,
             anchor_every,
         )
@@ -351,7 +351,7 @@ class _LocalChain(Function):
             reverse,
             scale,
             alpha,
-            backends.table(g.device, backend),
+            backends.table(g.device, backend, g.dtype),
             memory,
         )
         return dx, dmatrix, doffset, None, None, None, *dparameters

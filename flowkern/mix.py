@@ -92,7 +92,7 @@ backends.register_defaults(compose=mixes, compose_vjp=mixes_vjp)
 def _run(name: str):
     def run(lower, *rest):
         *rest, backend = rest
-        return getattr(backends.table(lower.device, backend), name)(lower, *rest)
+        return getattr(backends.table(lower.device, backend, lower.dtype), name)(lower, *rest)
 
     return run
 

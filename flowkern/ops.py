@@ -45,7 +45,7 @@ def _define_pixel_op(name: str, arguments: str, results: int, fake) -> None:
 
     def run(*args):
         *operands, backend = args
-        out = getattr(backends.table(operands[0].device, backend), name)(*operands)
+        out = getattr(backends.table(operands[0].device, backend, operands[0].dtype), name)(*operands)
         return (out[0], out[1].sum(dim=1)) if has_logdet and out[1].dim() == 2 else out
 
     define(f"{name}({arguments}, str backend) -> {_RESULTS[results]}", run, lambda *args: fake(*args[:-1]))

@@ -1,13 +1,11 @@
 """What every launch shares: where kernels run, block sizes, and the device guard."""
 
 import contextlib
-import functools
 
 import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
 SMALLEST_DOT = 16  # an edge of a block that a matrix product accepts
 
 
@@ -16,12 +14,16 @@ def on_device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def rows(x: Tensor) -> Tensor:
+    """x (N, C, H, W) with a pixel's channels contiguous, pixel after pixel: itself, or a copy that is."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous(memory_format=torch.channels_last)
+
+
+def rows_like(x: Tensor) -> Tensor:
+    """An empty tensor of x's shape and dtype in that memory order."""
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
 def cover(size: int) -> int:
     """The smallest power of two that a block of a matrix product may have and that covers `size`."""
     return max(SMALLEST_DOT, triton.next_power_of_2(size))
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """How many multiprocessors the device has; under the interpreter, few."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -1,14 +1,22 @@
-"""The channel mix y = M x + m, its inverse and its reverse-mode derivative."""
+"""The channel mix y = M x + m and its inverse."""
 
-import torch
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from flowkern.kernels.aot import Case
-from flowkern.kernels.launch import cover, on_device_of, processors
+from flowkern.kernels.launch import cover, on_device_of, rows, rows_like
 
 DEPTH = 16  # channels of one partial product: longer ones spill, because fp32 products keep their operands in registers
+
+
+@triton.jit
+def columns(matrix, out, c, row, column, C: tl.constexpr):
+    """Columns c of a (C, C) matrix as a (len(c), len(out)) block of its transpose, zero beyond C."""
+    inside = (out < C)[None, :] & (c < C)[:, None]
+    return tl.load(matrix + out[None, :] * row + c[:, None] * column, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -36,10 +44,7 @@ def _mix_kernel(
         b_x = tl.load(x + p[:, None] * C + c[None, :], mask=inside & (c < C)[None, :], other=0.0)
         if INVERSE and HAS_OFFSET:
             b_x -= tl.load(offset + c, mask=c < C, other=0.0)[None, :]
-        b_m = tl.load(
-            matrix + out[None, :] * row + c[:, None] * column, mask=(out < C)[None, :] & (c < C)[:, None], other=0.0
-        )
-        total = tl.dot(b_x, b_m, total, input_precision="ieee")
+        total = tl.dot(b_x, columns(matrix, out, c, row, column, C), total, input_precision="ieee")
     if HAS_OFFSET and not INVERSE:
         total += tl.load(offset + out, mask=out < C, other=0.0)[None, :]
     tl.store(y + p[:, None] * C + out[None, :], total, mask=inside & (out < C)[None, :])
@@ -54,17 +59,31 @@ def warps(channels: int) -> int:
     return 4 if channels <= 128 else 8
 
 
-def apply(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool) -> Tensor:
-    """matrix @ x + offset, or with `inverse` matrix @ (x - offset), for a channels-last x (N, C, H, W)."""
+def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool = False) -> Tensor:
+    """As the reference; without an offset, the product alone."""
     n, c, height, width = x.shape
-    y = torch.empty_like(x, memory_format=torch.channels_last)
+    x, y = rows(x), rows_like(x)
     pixels = n * height * width
     if pixels:
         block = block_pixels(c)
         with on_device_of(x):
             _mix_kernel[(triton.cdiv(pixels, block),)](
-                x, matrix, matrix if offset is None else offset, y, pixels, *matrix.stride(),
+                x, matrix, matrix if offset is None else offset.contiguous(), y, pixels, *matrix.stride(),
                 C=c, INVERSE=inverse, HAS_OFFSET=offset is not None, PIXELS=block, OUT=cover(c), DEPTH=DEPTH,
                 num_warps=warps(c),
             )  # fmt: skip
     return y
+
+
+STATES = {"x": "*fp32", "matrix": "*fp32", "offset": "*fp32", "y": "*fp32"}
+STRIDES = {"row": "i32", "column": "i32"}
+REPRESENTATIVE = (4, 12, 24, 48, 96, 192)  # channels: one for every shape of block, and Glow's own
+
+
+def cases() -> Iterator[Case]:
+    signature = STATES | STRIDES | {"pixels": "i32"}
+    for c in REPRESENTATIVE:
+        for kind, flags in {"": (False, True), ", inverse": (True, True), ", product": (False, False)}.items():
+            shape = {"C": c, "PIXELS": block_pixels(c), "OUT": cover(c), "DEPTH": DEPTH}
+            constexprs = {"INVERSE": flags[0], "HAS_OFFSET": flags[1], **shape}
+            yield Case(f"channel_mix C={c}{kind}", _mix_kernel, signature, constexprs, num_warps=warps(c))

@@ -1,0 +1,225 @@
+"""The coupling network's convolutions as matrix products over pixels, with what follows each fused into it.
+
+A 3x3 convolution from few channels to many gathers its nine neighbours while it loads: (pixels, 9 few) @ (9 few, many).
+One from many channels to few is a plain product with nine times as many columns, one group per tap, whose results
+`sum_taps` adds up over neighbouring pixels: gathering there would read the wide activations nine times. So the wide
+activations, where the bytes are, are read once and in order by every kernel. Gradients with respect to inputs are the
+same two forms with the roles of few and many exchanged.
+
+Weights are those of PyTorch's channels-last convolutions, (out, tap, in) in memory, in every use: transposed or with
+columns taken tap by tap while they are loaded.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowkern.kernels.aot import Case
+from flowkern.kernels.launch import cover, on_device_of
+from flowkern.kernels.rounding import product, products_of, rounded
+
+KINDS = ("widen", "pointwise", "taps")
+MULTIPROCESSORS = 132  # of a large GPU; not asked of the device, so that results are the same bits on every one
+SUM_BLOCK = 512  # elements of a program that sums taps
+
+
+@triton.jit
+def neighbour(p, k, pixels, height, width, CHANNELS: tl.constexpr, FLIPPED: tl.constexpr):
+    """Where row p of the gathered matrix finds its column k = tap * CHANNELS + channel: pixel, channel, validity.
+
+    p (rows, 1), k (1, columns). Beyond the image lie zeros. FLIPPED: the taps of the transposed convolution.
+    """
+    tap = k // CHANNELS
+    dy = tap // 3 - 1
+    dx = tap % 3 - 1
+    if FLIPPED:
+        dy = -dy
+        dx = -dx
+    column = (p % width).to(tl.int32) + dx
+    row = ((p // width) % height).to(tl.int32) + dy
+    inside = (p < pixels) & (tap < 9) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    return p + (dy * width + dx), k % CHANNELS, inside
+
+
+@triton.jit
+def read_pixels(x, p, k, pixels, height, width, stride, K: tl.constexpr, CHANNELS: tl.constexpr, FLIPPED: tl.constexpr):
+    """Block (p, k) of x (pixels, K) or, with CHANNELS, of the neighbours of pixels `stride` apart, gathered.
+
+    p (rows, 1), k (1, columns).
+    """
+    if CHANNELS:
+        pixel, channel, inside = neighbour(p, k, pixels, height, width, CHANNELS, FLIPPED)
+        return tl.load(x + pixel * stride + channel, mask=inside, other=0.0)
+    else:
+        return tl.load(x + p * K + k, mask=(p < pixels) & (k < K), other=0.0)
+
+
+@triton.jit
+def read_weight(weight, k, n, K: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, CHANNELS: tl.constexpr):
+    """Block (k, n) of a (K, N) matrix. In memory rows are n, or k if TRANSPOSED; with CHANNELS, rows are wanted tap by
+    tap and lie channel by channel. k (rows, 1), n (1, cols)."""
+    row, column = (k, n) if TRANSPOSED else (n, k)
+    if CHANNELS:
+        row = (row % CHANNELS) * 9 + row // CHANNELS
+    length: tl.constexpr = N if TRANSPOSED else K
+    return tl.load(weight + row * length + column, mask=(k < K) & (n < N), other=0.0)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _product_kernel(
+    x,  # (pixels, K); with CHANNELS, (pixels, CHANNELS), pixels `stride` apart
+    weight,  # K N numbers
+    bias,  # (N,)
+    gate,  # (pixels, N)
+    out,  # (pixels, N); with PLANES, (9, pixels, PLANES)
+    pixels,
+    height,
+    width,
+    stride,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FLIPPED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RELU: tl.constexpr,
+    GATED: tl.constexpr,
+    PLANES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    p = (program // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    n = (program % across) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        b_x = read_pixels(x, p, k[None, :], pixels, height, width, stride, K, CHANNELS, FLIPPED)
+        b_w = read_weight(weight, k[:, None], n, K, N, TRANSPOSED, ROWS)
+        total = product(b_x, b_w, total, weight.dtype.element_ty, PRECISION)
+    inside = (p < pixels) & (n < N)
+    if RELU:
+        total = tl.maximum(total + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32), 0.0)
+    if GATED:
+        total = tl.where(tl.load(gate + p * N + n, mask=inside, other=0.0) > 0, total, 0.0)
+    here = (n // PLANES) * pixels.to(tl.int64) * PLANES + p * PLANES + n % PLANES if PLANES else p * N + n
+    tl.store(out + here, rounded(total, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def _sum_taps_kernel(
+    planes,  # (9, pixels, C), fp32
+    bias,  # (C,)
+    out,  # (pixels, C), pixels `stride` apart
+    pixels,
+    height,
+    width,
+    stride,
+    C: tl.constexpr,
+    FLIPPED: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    size = pixels.to(tl.int64) * C
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    p = e // C
+    c = e % C
+    here = out + p * stride + c
+    if ADD:
+        total = tl.load(here, mask=e < size, other=0.0).to(tl.float32)
+    else:
+        total = tl.load(bias + c).to(tl.float32)
+    for tap in tl.static_range(9):
+        pixel, _, inside = neighbour(p, tap, pixels, height, width, 1, FLIPPED)
+        total += tl.load(planes + tap * size + pixel * C + c, mask=inside, other=0.0)
+    tl.store(here, rounded(total, out.dtype.element_ty), mask=e < size)
+
+
+def tile(pixels: int, columns: int, dtype: torch.dtype, products: str) -> tuple[int, int, int]:
+    """Rows, columns and warps of a block of a (pixels, columns) product.
+
+    The largest that still gives every multiprocessor of a large GPU a block: large blocks read their operands less
+    often, but a level of few pixels would leave most of the chip idle.
+    """
+    wide = cover(min(columns, 256))
+    large = 256 if dtype.itemsize == 2 else 128
+    for rows, width, warps in ((128, min(wide, large), 8), (64, min(wide, 128), 4)):
+        if triton.cdiv(pixels, rows) * triton.cdiv(columns, width) >= MULTIPROCESSORS:
+            return rows, width, warps
+    return 32, min(wide, 64), 4
+
+
+def depth(k: int, dtype: torch.dtype) -> int:
+    """Columns of the left operand that one iteration takes: 128 bytes of them."""
+    return min(cover(k), 128 // dtype.itemsize)
+
+
+def form(kind: str, backward: bool, few: int, hidden: int) -> dict[str, object]:
+    """What the product kernel is told about a convolution: of kind "widen" (few -> hidden, 3x3), "pointwise" (1x1) or
+    "taps" (hidden -> few, 3x3, unsummed). Forward it is followed by bias and ReLU, backward by the ReLU's mask.
+    """
+    ends = kind != "taps"
+    return dict(
+        K=9 * few if kind == "widen" else hidden,
+        N=9 * few if kind == "taps" else hidden,
+        CHANNELS=few if kind == "widen" else 0,
+        FLIPPED=backward,
+        TRANSPOSED=backward,
+        # Where `few` are outputs of the convolution, its weights lie channel by channel.
+        ROWS=few if kind != "pointwise" and ends == backward else 0,
+        RELU=ends and not backward,
+        GATED=ends and backward,
+        PLANES=0 if ends else few,
+    )
+
+
+def blocks(columns: int, k: int, pixels: int, dtype: torch.dtype, products: str) -> tuple[dict[str, object], int, int]:
+    """Block sizes, warps and stages of the product kernel."""
+    rows, width, warps = tile(pixels, columns, dtype, products)
+    constants = dict(PRECISION=products, BLOCK_M=rows, BLOCK_N=width, BLOCK_K=depth(k, dtype))
+    return constants, warps, 3
+
+
+def multiply(
+    kind: str,
+    backward: bool,
+    x: Tensor,
+    stride: int,
+    weight: Tensor,
+    ends: Tensor | None,
+    out: Tensor,
+    few: int,
+    hidden: int,
+) -> None:
+    """One convolution of `form`. x (N, ., H, W) with pixels `stride` numbers apart; ends: the bias forward, the gate
+    backward; out: (N, hidden, H, W) channels-last or, for "taps", fp32 (9, N, H, W, few).
+    """
+    n, _, height, width = x.shape
+    pixels = n * height * width
+    told = form(kind, backward, few, hidden)
+    sizes, warps, stages = blocks(told["N"], told["K"], pixels, weight.dtype, products_of(weight.dtype))
+    grid = (triton.cdiv(pixels, sizes["BLOCK_M"]) * triton.cdiv(told["N"], sizes["BLOCK_N"]),)
+    with on_device_of(x):
+        _product_kernel[grid](
+            x, weight, ends if told["RELU"] else x, ends if told["GATED"] else x, out, pixels, height, width, stride,
+            **told, **sizes, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+def sum_taps(planes: Tensor, bias: Tensor | None, out: Tensor, stride: int) -> None:
+    """Add the taps (9, N, H, W, C) over neighbouring pixels: into out (N, C, H, W), its pixels `stride` numbers apart,
+    starting from the bias; without a bias, as the transposed convolution, added to what `out` holds.
+    """
+    _, n, height, width, channels = planes.shape
+    pixels = n * height * width
+    with on_device_of(planes):
+        _sum_taps_kernel[(triton.cdiv(pixels * channels, SUM_BLOCK),)](
+            planes, out if bias is None else bias, out, pixels, height, width, stride,
+            C=channels, FLIPPED=bias is None, ADD=bias is None, BLOCK=SUM_BLOCK,
+        )  # fmt: skip

@@ -1,0 +1,182 @@
+"""The affine coupling, its inverse and its reverse-mode derivative, alone: elementwise, bounded by memory."""
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flowkern.kernels.aot import Case
+from flowkern.kernels.formulas import scale_terms
+from flowkern.kernels.launch import on_device_of, rows, rows_like
+from flowkern.reference import SCALES
+
+ELEMENTS = 2048  # of one half in a block
+
+
+@triton.jit
+def _couple_kernel(
+    x,  # (N, pixels, 2 H)
+    h,  # (N, pixels, 2 H): raw, t; or (N, pixels, H): t
+    y,  # (N, pixels, 2 H)
+    logdet,  # (N, tiles)
+    pixels,
+    tiles,
+    alpha,
+    H: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    PIXELS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sample = program // tiles
+    p = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, HALF)
+    inside = (p < pixels)[:, None] & (c < H)[None, :]
+    row = sample.to(tl.int64) * pixels + p
+    state = row[:, None] * (2 * H) + c[None, :]
+    tl.store(y + state, tl.load(x + state, mask=inside), mask=inside)
+    b = tl.load(x + state + H, mask=inside)
+    if SCALE == "additive":
+        t = tl.load(h + row[:, None] * H + c[None, :], mask=inside).to(tl.float32)
+        b = b - t if INVERSE else b + t
+        total = 0.0
+    else:
+        raw = tl.load(h + state, mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(h + state + H, mask=inside).to(tl.float32)
+        log_s, s, inverse_s, _ = scale_terms(raw, alpha, SCALE)
+        b = b * inverse_s - t if INVERSE else (b + t) * s
+        total = tl.sum(tl.sum(tl.where(inside, log_s, 0.0), axis=1), axis=0)
+        total = -total if INVERSE else total
+    tl.store(y + state + H, b, mask=inside)
+    tl.store(logdet + program, total)
+
+
+@triton.jit
+def _couple_vjp_kernel(
+    v,  # (N, pixels, 2 H)
+    g,  # (N, pixels, 2 H)
+    h,
+    glogdet,  # (N,)
+    rebuilt,  # (N, pixels, 2 H), not touched with GIVEN_INPUT
+    dv,  # (N, pixels, 2 H)
+    dh,
+    pixels,
+    tiles,
+    alpha,
+    H: tl.constexpr,
+    SCALE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    GIVEN_INPUT: tl.constexpr,
+    PIXELS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    program = tl.program_id(0)
+    sample = program // tiles
+    p = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, HALF)
+    inside = (p < pixels)[:, None] & (c < H)[None, :]
+    row = sample.to(tl.int64) * pixels + p
+    state = row[:, None] * (2 * H) + c[None, :]
+    tl.store(dv + state, tl.load(g + state, mask=inside), mask=inside)
+    b = tl.load(v + state + H, mask=inside)
+    gb = tl.load(g + state + H, mask=inside)
+    if SCALE == "additive":
+        shift = row[:, None] * H + c[None, :]
+        t = tl.load(h + shift, mask=inside).to(tl.float32)
+        before = b + t if INVERSE else b - t
+        db = gb
+        tl.store(dh + shift, (-gb if INVERSE else gb).to(dh.dtype.element_ty), mask=inside)
+    else:
+        raw = tl.load(h + state, mask=inside).to(tl.float32)
+        t = tl.load(h + state + H, mask=inside).to(tl.float32)
+        gl = tl.load(glogdet + sample)
+        _, s, inverse_s, slope = scale_terms(raw, alpha, SCALE)
+        if INVERSE:
+            # The map is before -> before / s - t.
+            quotient = b * inverse_s if GIVEN_INPUT else b + t
+            before = quotient * s
+            db = gb * inverse_s
+            dt = -gb
+            dlog_s = -(gb * quotient + gl)
+        else:
+            # The map is before -> (before + t) s.
+            after = (b + t) * s if GIVEN_INPUT else b
+            before = b * inverse_s - t
+            db = gb * s
+            dt = db
+            dlog_s = gb * after + gl
+        tl.store(dh + state, (dlog_s * slope).to(dh.dtype.element_ty), mask=inside)
+        tl.store(dh + state + H, dt.to(dh.dtype.element_ty), mask=inside)
+    tl.store(dv + state + H, db, mask=inside)
+    if not GIVEN_INPUT:
+        tl.store(rebuilt + state, tl.load(v + state, mask=inside), mask=inside)
+        tl.store(rebuilt + state + H, before, mask=inside)
+
+
+def _blocks(pixels: int, half: int) -> tuple[int, int, int]:
+    """Pixels and channels of a block, and the blocks of a sample."""
+    width = triton.next_power_of_2(half)
+    height = min(max(1, ELEMENTS // width), triton.next_power_of_2(max(1, pixels)))
+    return height, width, triton.cdiv(pixels, height)
+
+
+def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    n, c, height, width = x.shape
+    pixels = height * width
+    block, half, tiles = _blocks(pixels, c // 2)
+    x, h, y = rows(x), rows(h), rows_like(x)
+    logdet = x.new_empty((n, tiles))
+    if n * tiles:
+        with on_device_of(x):
+            _couple_kernel[(n * tiles,)](
+                x, h, y, logdet, pixels, tiles, alpha,
+                H=c // 2, SCALE=scale, INVERSE=inverse, PIXELS=block, HALF=half,
+            )  # fmt: skip
+    return y, logdet
+
+
+def couple_vjp(
+    v: Tensor,
+    g: Tensor,
+    h: Tensor,
+    glogdet: Tensor,
+    scale: str,
+    alpha: float,
+    inverse: bool = False,
+    given_input: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, height, width = v.shape
+    pixels = height * width
+    block, half, tiles = _blocks(pixels, c // 2)
+    v, g, h, glogdet = rows(v), rows(g), rows(h), glogdet.contiguous()
+    rebuilt = v.new_empty(0) if given_input else rows_like(v)
+    dv, dh = rows_like(v), rows_like(h)
+    if n * tiles:
+        with on_device_of(v):
+            _couple_vjp_kernel[(n * tiles,)](
+                v, g, h, glogdet, rebuilt, dv, dh, pixels, tiles, alpha,
+                H=c // 2, SCALE=scale, INVERSE=inverse, GIVEN_INPUT=given_input, PIXELS=block, HALF=half,
+            )  # fmt: skip
+    return rebuilt, dv, dh
+
+
+NETWORK_TYPES = ("fp32", "bf16", "fp16")
+
+
+def cases() -> Iterator[Case]:
+    sizes = {"pixels": "i32", "tiles": "i32", "alpha": "fp32"}
+    forward = dict.fromkeys(("x", "y", "logdet"), "*fp32") | sizes
+    backward = dict.fromkeys(("v", "g", "glogdet", "rebuilt", "dv"), "*fp32") | sizes
+    for c, scale, kind in [(c, s, t) for c in (12, 96) for s in SCALES for t in NETWORK_TYPES]:
+        block, half, _ = _blocks(1 << 20, c // 2)
+        shape = {"H": c // 2, "SCALE": scale, "PIXELS": block, "HALF": half}
+        for inverse in (False, True):
+            name = f"C={c} {scale} {kind}{', inverse' if inverse else ''}"
+            flags = shape | {"INVERSE": inverse}
+            yield Case(f"couple {name}", _couple_kernel, forward | {"h": f"*{kind}"}, flags)
+            signature = backward | {"h": f"*{kind}", "dh": f"*{kind}"}
+            for given in (False, True):
+                label = f"couple_vjp {name}{', given input' if given else ''}"
+                yield Case(label, _couple_vjp_kernel, signature, flags | {"GIVEN_INPUT": given})

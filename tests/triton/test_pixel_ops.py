@@ -1,0 +1,46 @@
+"""Every pixel op's kernel against the specification, as other backends are tested, at sizes that an interpreter bears."""
+
+import pytest
+import torch
+from pixel_cases import COUPLINGS, FLOAT, SPREADS, arguments, compare, results
+
+from flowkern import backend as backends
+from flowkern import reference
+
+SHAPES = ((1, 2, 1, 1), (3, 4, 1, 1), (2, 6, 5, 3), (3, 10, 1, 7), (1, 12, 9, 11), (2, 34, 3, 5), (1, 72, 5, 3))
+WIDE = ((1, 130, 3, 5), (1, 192, 1, 7))
+MANY_PIXELS = ((2, 12, 33, 40),)
+KERNELS = backends.table(torch.device("cpu"), "triton")
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_op_against_reference(op, precision):
+    if op in COUPLINGS:
+        for spread in SPREADS.values():
+            compare(KERNELS, op, precision, spread, SHAPES)
+    elif precision == "fp32":
+        compare(KERNELS, op, precision, 1.0, ((2, 3, 4, 5), *SHAPES))
+
+
+@pytest.mark.parametrize("op", ["channel_mix", "couple_mix", "mix_couple", "mix_vjp"])
+def test_many_channels(op):
+    compare(KERNELS, op, "fp32", 1.0, WIDE)
+
+
+@pytest.mark.parametrize("op", [op for op in backends.OPS if op not in ("channel_mix", "shrink", "data_consistency")])
+def test_sums_over_many_pixels(op):
+    compare(KERNELS, op, "fp32", 1.0, MANY_PIXELS)
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("shape", [(0, 6, 4, 4), (2, 6, 0, 4)])
+def test_empty(op, shape):
+    for _, args in arguments(op, shape, FLOAT, FLOAT):
+        got, same = results(getattr(KERNELS, op), args), results(getattr(reference, op), args)
+        torch.testing.assert_close(got, same, rtol=0, atol=0)
+
+
+def test_doubles_are_refused():
+    with pytest.raises(RuntimeError, match="backend 'triton' computes states in float32, got float64"):
+        backends.table(torch.device("cpu"), "triton", torch.float64)
