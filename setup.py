@@ -125,7 +125,7 @@ setup(
     description="Glow normalizing flows that train in constant memory, and the deep-unfolded denoiser built on them",
     license="MIT",
     python_requires=">=3.10",
-    packages=["flowkern", "flowkern.kernels"],
+    packages=["flowkern", "flowkern.dialects", "flowkern.kernels"],
     package_dir={"flowkern.kernels": "kernels"},
     ext_modules=[Extension("flowkern._C", sources=_relative("*.cpp"), depends=_relative("*.h"), optional=True)],
     cmdclass={"build_ext": NativeBuild},
