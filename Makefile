@@ -21,10 +21,10 @@ unit: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only
 
-# normflows is the rival that tests and benchmarks compare with; its dependencies would replace the installed PyTorch.
+# Other flow libraries that tests compare with, without their dependencies, which would replace the installed PyTorch.
 .venv/ready: $(INSTALLED_FROM)
 	@echo "Setting up .venv (the first time this downloads PyTorch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) -e ".[train,test,bench]"
-	@$(PIP) --no-deps normflows
+	@$(PIP) --no-deps normflows nflows umnn
 	@touch $@

@@ -2,14 +2,21 @@
 
 The build needs a C++17 compiler, pybind11 and ninja, and never torch. Without a working compiler the package installs
 all the same; the reason is kept in flowkern/_build_error.txt, where `python -m flowkern` finds it.
+
+Where nvcc is found the extension holds the CUDA kernels too. Without it, or if it fails, they are left out, and the
+extension knows why. FLOWKERN_CUDA=0 leaves them out, FLOWKERN_CUDA=1 makes their failure an error of the installation,
+FLOWKERN_CUDA_ARCHS (default "80 90") lists the GPUs' compute capabilities; newer GPUs run the last one's PTX.
 """
 
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,6 +33,8 @@ X86 = {
     "avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma",
 }
+CUDA_ARCHS = "80 90"
+CUDA_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall -Wextra"
 
 
@@ -38,6 +47,7 @@ class NativeBuild(build_ext):
 
     def build_extension(self, ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        ext.optional = not _cuda_required()
         folders = {output.parent} | ({ROOT / "flowkern"} if self.used_in_place else set())
         # A failed build must not leave an older extension behind.
         for stale in (p for f in folders for p in (*f.glob("_C.*"), f / "_build_error.txt")):
@@ -52,7 +62,53 @@ class NativeBuild(build_ext):
 
 
 def compile_native(output: Path) -> None:
-    """Write build.ninja and run it. Raises CompileError with one line that says why."""
+    """Build the extension, with CUDA if possible. Raises CompileError with one line that says why it can't."""
+    try:
+        cuda = find_cuda()
+        compile_with(output, cuda, "")
+    except CompileError as error:
+        if _cuda_required() or not isinstance(error, CudaError):
+            raise
+        compile_with(output, None, str(error))
+
+
+@dataclass
+class Cuda:
+    nvcc: str
+    version: str
+    archs: list[str]
+
+    def flags(self) -> str:
+        targets = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        return " ".join([*targets, f"-gencode arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}"])
+
+
+class CudaError(CompileError):
+    """Only the CUDA kernels can't be built."""
+
+
+def _cuda_required() -> bool:
+    return os.environ.get("FLOWKERN_CUDA") == "1"
+
+
+def find_cuda() -> Cuda:
+    """nvcc and what it compiles for. Raises CudaError where there is none."""
+    if os.environ.get("FLOWKERN_CUDA") == "0":
+        raise CudaError("FLOWKERN_CUDA=0 was set")
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if nvcc is None:
+        raise CudaError("nvcc was not found")
+    archs = re.split(r"[\s,;]+", os.environ.get("FLOWKERN_CUDA_ARCHS", CUDA_ARCHS).strip())
+    if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+        raise CudaError(f"FLOWKERN_CUDA_ARCHS lists compute capabilities such as '80 90', got {' '.join(archs)!r}")
+    version = _run([nvcc, "--version"], "nvcc does not run", CudaError)
+    release = re.search(r"release ([\d.]+)", version)
+    return Cuda(nvcc, f"nvcc {release[1] if release else '(unknown release)'}", archs)
+
+
+def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
+    """Write build.ninja and run it. Raises CompileError, or CudaError if only CUDA units failed, with one line."""
     try:
         import ninja
         import pybind11
@@ -67,27 +123,50 @@ def compile_native(output: Path) -> None:
 
     includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
     version = _run([*compiler, "--version"], "").splitlines()[0]
-    about = shlex.join([f'-DFLOWKERN_VERSION="{VERSION}"', f'-DFLOWKERN_COMPILER="{version}"'])
+    macros = {"FLOWKERN_VERSION": VERSION, "FLOWKERN_COMPILER": version}
+    macros |= ({"FLOWKERN_CUDA": " ".join(cuda.archs), "FLOWKERN_NVCC": cuda.version} if cuda
+               else {"FLOWKERN_NO_CUDA": why_no_cuda})
+    about = shlex.join(f"-D{name}={_quoted(value)}" for name, value in macros.items())
     x86 = platform.machine() in ("x86_64", "AMD64")
-    units = [(CSRC / "bindings.cpp", "bindings", f"{includes} {about}"),
-             (CSRC / "cpu" / "parallel.cpp", "parallel", threads),
-             (CSRC / "cpu" / "dispatch.cpp", "dispatch", "-DFLOWKERN_X86" if x86 else "")]
+    units = [(CSRC / "bindings.cpp", "bindings", "compile", f"{includes} {about}"),
+             (CSRC / "cpu" / "parallel.cpp", "parallel", "compile", threads),
+             (CSRC / "cpu" / "dispatch.cpp", "dispatch", "compile", "-DFLOWKERN_X86" if x86 else "")]
     for isa, flags in {"baseline": "", **(X86 if x86 else {})}.items():
-        units += [(CSRC / "cpu" / f"{unit}.cpp", f"{unit}.{isa}", f"-fopenmp-simd -DFLOWKERN_ISA={isa} {flags}")
+        units += [(CSRC / "cpu" / f"{unit}.cpp", f"{unit}.{isa}", "compile", f"-fopenmp-simd -DFLOWKERN_ISA={isa} {flags}")
                   for unit in VECTORISED]
-    link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    if cuda:
+        units += [(source, f"cuda.{source.stem}", "cuda", cuda.flags()) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        units += [(CSRC / "cuda" / "bindings.cpp", "cuda.bindings", "cuda", includes)]
+    host = f" -ccbin {shlex.join(compiler)}" if os.environ.get("CXX") and len(compiler) == 1 else ""
+    link = "$cxx -bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "$cxx -shared"
     lines = [f"cxx = {shlex.join(compiler)}",
+             f"nvcc = {shlex.quote(cuda.nvcc) + host if cuda else ''}",
              "rule compile",
              f"  command = $cxx {FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
              "  depfile = $out.d",
              "  deps = gcc",
+             "rule cuda",
+             f"  command = $nvcc {CUDA_FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
+             "  depfile = $out.d",
+             "  deps = gcc",
              "rule link",
-             f"  command = $cxx {link} $in -o $out"]
-    for source, name, flags in units:
-        lines += [f"build {name}.o: compile {_escape(source)}", f"  flags = {flags.replace('$', '$$')}"]
-    lines += [f"build {_escape(output)}: link {' '.join(f'{name}.o' for _, name, _ in units)}", ""]
+             f"  command = {'$nvcc -shared -cudart static' if cuda else link} $in -o $out"]
+    for source, name, rule, flags in units:
+        lines += [f"build {name}.o: {rule} {_escape(source)}", f"  flags = {flags.replace('$', '$$')}"]
+    host_units = [f"{name}.o" for _, name, rule, _ in units if rule == "compile"]
+    lines += [f"build host: phony {' '.join(host_units)}",
+              f"build {_escape(output)}: link {' '.join(f'{name}.o' for _, name, _, _ in units)}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
-    _run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)], "compiling the extension failed")
+    run_ninja = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+    if cuda:
+        # Units without CUDA first, so that what fails afterwards is CUDA's.
+        _run([*run_ninja, "host"], "compiling the extension failed")
+    _run([*run_ninja, _escape(output)], "compiling the extension failed", CudaError if cuda else CompileError)
+
+
+def _quoted(text: str) -> str:
+    """A C string literal."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _compiles(compiler: list[str], flag: str, folder: Path) -> bool:
@@ -99,15 +178,15 @@ def _compiles(compiler: list[str], flag: str, folder: Path) -> bool:
     return "__clang__" not in macros.stdout and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def _run(command: list[str], failure: str) -> str:
+def _run(command: list[str], failure: str, kind: type[CompileError] = CompileError) -> str:
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise CompileError(f"{failure}: {command[0]}: {error.strerror}") from error
+        raise kind(f"{failure}: {command[0]}: {error.strerror}") from error
     if result.returncode:
         told = [line for line in (result.stdout + result.stderr).splitlines() if "error" in line.lower()]
         detail = told[0].strip() if told else f"{shlex.join(command)} ended with {result.returncode}"
-        raise CompileError(f"{failure}: {detail}")
+        raise kind(f"{failure}: {detail}")
     return result.stdout
 
 
@@ -127,14 +206,15 @@ setup(
     python_requires=">=3.10",
     packages=["flowkern", "flowkern.dialects", "flowkern.kernels"],
     package_dir={"flowkern.kernels": "kernels"},
-    ext_modules=[Extension("flowkern._C", sources=_relative("*.cpp"), depends=_relative("*.h"), optional=True)],
+    ext_modules=[Extension("flowkern._C", sources=_relative("*.cpp"), depends=[*_relative("*.h"), *_relative("*.cu")],
+                           optional=True)],
     cmdclass={"build_ext": NativeBuild},
     install_requires=["torch>=2.6", "triton; platform_system == 'Linux' and platform_machine == 'x86_64'", "numpy",
                       "safetensors", "ninja", "pybind11"],
     extras_require={
         "train": ["lightning>=2.4", "jsonargparse[signatures]>=4.32", "torchmetrics>=1.4", "scikit-image>=0.23",
                   "matplotlib>=3.8", "pillow>=10", "rich>=13", "tensorboard"],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "ruff"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "ruff", "zuko", "scikit-learn", "onnx", "onnxscript", "huggingface_hub"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", "tqdm", "scipy"],
     },
 )

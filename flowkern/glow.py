@@ -3,23 +3,38 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import backend as backends
-from flowkern import saving
+from flowkern import dialects, saving
 from flowkern.chain import MEMORY_MODES
 from flowkern.layers import Split, StepOfFlow, run_steps, squeeze, unsqueeze
+from flowkern.prior import Prior
+from flowkern.variants import Variant
 
 
 class Level(nn.Module):
     """Squeeze, K steps of flow and, except on the last level, a split. Holds parameters; `Glow` runs it."""
 
-    def __init__(self, channels: int, depth: int, last: bool, learned_split: bool, **step_options):
+    def __init__(self, channels: int, depth: int, split: Split | None, contiguous: bool, **step_options):
         super().__init__()
         self.steps = nn.ModuleList(StepOfFlow(channels, **step_options) for _ in range(depth))
-        self.split = None if last else Split(channels, learned_split)
+        self.split = split
+        self.contiguous = contiguous
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, 4C, H/2, W/2), by 2x2 blocks or, with `contiguous`, by reinterpreting memory."""
+        n, c, h, w = x.shape
+        return x.reshape(n, 4 * c, h // 2, w // 2) if self.contiguous else squeeze(x)
+
+    def unsqueeze(self, x: Tensor) -> Tensor:
+        """The inverse of `squeeze`."""
+        n, c, h, w = x.shape
+        return x.reshape(n, c // 4, 2 * h, 2 * w) if self.contiguous else unsqueeze(x)
 
 
 class Glow(nn.Module):
@@ -29,13 +44,15 @@ class Glow(nn.Module):
     steps of flow per level, an int or one int per level. hidden: width of the coupling networks. coupling: "affine"
     or "additive". scale: "softclamp", s = exp(alpha tanh(raw/alpha)), bounded both ways, or "sigmoid", Glow's
     sigmoid(raw + 2). split_prior: "standard" splits plainly, "learned" is Glow's conditional Gaussian, reparametrised
-    so that z stays N(0, I). network: own coupling network, (in_channels, out_channels) -> nn.Module, a deterministic
-    function of its input: backward evaluates it again, so no dropout. shift: subtracted from images first, added
-    last. memory: "recompute" rebuilds activations in backward, "store" keeps them, "checkpoint" keeps each step's
-    input. anchor_every: keep an exact state every n steps, which bounds the drift of "recompute". backend: see
-    `flowkern.backends()`. compute_dtype: precision of the coupling networks (default: autocast's, else the
-    parameters'). check_finite: reject NaN and inf in inputs (default: on the CPU only, because on a GPU the check
-    waits for the device).
+    so that z stays N(0, I); top_prior: the same for what the last level emits, with constants per channel. network: own
+    coupling network, (in_channels, out_channels) -> nn.Module, a deterministic function of its input: backward
+    evaluates it again, so no dropout. context_channels: numbers that the model is conditioned on, given as `context` to
+    every method. shift: subtracted from images first, added last. variant: what models of other libraries do
+    differently, by the names of `flowkern.variants.Variant`; `from_checkpoint` sets it. memory: "recompute" rebuilds
+    activations in backward, "store" keeps them, "checkpoint" keeps each step's input. anchor_every: keep an exact state
+    every n steps, which bounds the drift of "recompute". backend: see `flowkern.backends()`. compute_dtype: precision
+    of the coupling networks (default: autocast's, else the parameters'). check_finite: reject NaN and inf in inputs
+    (default: on the CPU only, because on a GPU the check waits for the device).
 
     Raises ValueError or TypeError, in one sentence, for arguments and inputs that don't fit.
 
@@ -58,8 +75,11 @@ class Glow(nn.Module):
         scale: str = "softclamp",
         alpha: float = 1.0,
         split_prior: str = "standard",
+        top_prior: str = "standard",
         network: Callable[[int, int], nn.Module] | None = None,
+        context_channels: int = 0,
         shift: float = 0.0,
+        variant: dict | None = None,
         memory: str = "recompute",
         anchor_every: int | None = None,
         backend: str = "auto",
@@ -77,6 +97,12 @@ class Glow(nn.Module):
         _choice(coupling, "coupling", ("affine", "additive"))
         _choice(scale, "scale", ("softclamp", "sigmoid"))
         _choice(split_prior, "split_prior", ("standard", "learned"))
+        _choice(top_prior, "top_prior", ("standard", "learned"))
+        if context_channels != 0:
+            _positive_int(context_channels, "context_channels")
+        options = Variant.of(variant, levels)
+        if network is not None and not (options.plain_network and context_channels == 0):
+            raise ValueError("network= excludes context_channels and the coupling network's variant options")
         self.levels_count = levels
         self.size = size
         self._check_divisible(size[1:])
@@ -89,6 +115,9 @@ class Glow(nn.Module):
             "scale": scale,
             "alpha": float(alpha),
             "split_prior": split_prior,
+            "top_prior": top_prior,
+            "context_channels": context_channels,
+            "variant": options.changed(),
             "shift": float(shift),
             "network": "standard" if network is None else "custom",
         }
@@ -98,23 +127,22 @@ class Glow(nn.Module):
         self.backend = backend
         self.compute_dtype = compute_dtype
         self.check_finite = check_finite
+        self.context_channels = context_channels
+        self.variant = options
         self.levels = nn.ModuleList()
-        channels = size[0]
+        scale = "additive" if coupling == "additive" else scale
+        channels, height, width = size
         for i, steps in enumerate(depth):
             last = i == levels - 1
-            self.levels.append(
-                Level(
-                    4 * channels,
-                    steps,
-                    last,
-                    split_prior == "learned",
-                    hidden=hidden,
-                    scale="additive" if coupling == "additive" else scale,
-                    alpha=alpha,
-                    network=network,
-                )
-            )
-            channels *= 2
+            channels, height, width = 4 * channels, height // 2, width // 2
+            prior = options.prior(context_channels, (height, width), last)
+            split = None if last else Split(channels, split_prior == "learned", options.keeps, **prior)
+            own = options.network(i, hidden, scale, alpha, context_channels) if network is None else network
+            steps_options = {"hidden": hidden, "scale": scale, "alpha": alpha, "network": own}
+            self.levels.append(Level(channels, steps, split, options.at("squeeze", i) == "contiguous", **steps_options))
+            if last:
+                self.top = Prior(channels, learned=top_prior == "learned", **prior)
+            channels //= 2
 
     @property
     def memory(self) -> str:
@@ -169,7 +197,7 @@ class Glow(nn.Module):
         }
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Data-dependent initialisation of every ActNorm: zero mean, unit variance (std floored) on this batch.
 
         x (N, C, H, W), N >= 1. Non-finite values are refused on every device.
@@ -177,53 +205,66 @@ class Glow(nn.Module):
         x = self._check_image(x, finite=True)
         if x.shape[0] == 0:
             raise ValueError(f"initialize wants at least one image, got a batch of shape {tuple(x.shape)}")
+        contexts = self._contexts(context, x.shape[0], x.shape[2:])
         x = x - self.shift
-        for level in self.levels:
-            x = squeeze(x)
+        for level, local in zip(self.levels, contexts.levels, strict=True):
+            x = level.squeeze(x)
             for step in level.steps:
-                x = step.initialize(x)
+                x = step.initialize(x, local)
             if level.split is not None:
-                x = x.chunk(2, dim=1)[0]
+                x = level.split(x, contexts.vector)[0]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image to latent: x (N, C, H, W) -> z (N, C*H*W) and log|det dz/dx| (N,) in nats.
 
+        context, wanted if the Glow has context_channels and only then: (N, context_channels), or maps
+        (N, context_channels, h, w), which are averaged to the size of each level. Differentiable in both.
         The first forward in training mode initialises the ActNorms from x.
         """
         x = self._check_image(x)
         if self.training and not self.is_initialized:
             if torch.compiler.is_compiling():
                 raise RuntimeError("this Glow is not initialised; call glow.initialize(x) before compiling it")
-            self.initialize(x)
+            self.initialize(x, context)
+        contexts = self._contexts(context, x.shape[0], x.shape[2:])
         x = x - self.shift
         logdet = x.new_zeros(x.shape[0])
         emitted = []
-        for level in self.levels:
-            x, d = run_steps(level.steps, squeeze(x), **self._options())
+        for level, local in zip(self.levels, contexts.levels, strict=True):
+            x, d = run_steps(level.steps, level.squeeze(x), context=local, **self._options())
             logdet = logdet + d
             if level.split is not None:
-                x, part, d = level.split(x)
+                x, part, d = level.split(x, contexts.vector)
                 emitted.append(part)
                 logdet = logdet + d
+        x, d = self.top(x, context=contexts.vector)
         emitted.append(x)
         # A level's latents are flattened pixel by pixel, as they lie in memory.
-        return torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part in emitted], dim=1), logdet
+        return torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part in emitted], dim=1), logdet + d
 
-    def inverse(self, z: Tensor, size: Sequence[int] | None = None, return_logdet: bool = False):
+    def inverse(
+        self,
+        z: Tensor,
+        size: Sequence[int] | None = None,
+        return_logdet: bool = False,
+        context: Tensor | None = None,
+    ):
         """Latent to image: z (N, C*H*W) -> x (N, C, H, W), or (x, log|det dx/dz| (N,)) with `return_logdet`.
 
-        size: (H, W) of the images if they are not the construction's. Differentiable, as lean in memory as `forward`.
+        size: (H, W) of the images if they are not the construction's. context: as in `forward`. Differentiable, as lean
+        in memory as `forward`.
         """
         self._check_tensor(z, "latent")
         *emitted, x = self.split_latent(z, size)
-        logdet = x.new_zeros(x.shape[0])
-        for level in reversed(self.levels):
+        contexts = self._contexts(context, z.shape[0], self.size[1:] if size is None else size)
+        x, logdet = self.top.inverse(x, context=contexts.vector)
+        for level, local in zip(reversed(self.levels), reversed(contexts.levels), strict=True):
             if level.split is not None:
-                x, d = level.split.inverse(x, emitted.pop())
+                x, d = level.split.inverse(x, emitted.pop(), contexts.vector)
                 logdet = logdet + d
-            x, d = run_steps(level.steps, x, reverse=True, **self._options())
+            x, d = run_steps(level.steps, x, reverse=True, context=local, **self._options())
             logdet = logdet + d
-            x = unsqueeze(x)
+            x = level.unsqueeze(x)
         x = x + self.shift
         return (x, logdet) if return_logdet else x
 
@@ -246,14 +287,14 @@ class Glow(nn.Module):
             for start, width, (channels, h, w) in zip(starts, widths, parts, strict=True)
         ]
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) (N,) in nats, with z ~ N(0, I). x (N, C, H, W)."""
-        z, logdet = self(x)
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x), or log p(x | context), (N,) in nats, with z ~ N(0, I). x (N, C, H, W)."""
+        z, logdet = self(x, context)
         return logdet - 0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi))
 
-    def bits_per_dim(self, x: Tensor, bits: int = 8) -> Tensor:
+    def bits_per_dim(self, x: Tensor, bits: int = 8, context: Tensor | None = None) -> Tensor:
         """-log_prob(x) / (D ln 2) + bits (N,): bits per dimension of images in [0, 1] that are already dequantised."""
-        return -self.log_prob(x) / (math.prod(x.shape[1:]) * math.log(2)) + bits
+        return -self.log_prob(x, context) / (math.prod(x.shape[1:]) * math.log(2)) + bits
 
     @torch.no_grad()
     def sample(
@@ -262,8 +303,9 @@ class Glow(nn.Module):
         temperature: float = 0.7,
         size: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
-        """n images (n, C, H, W) from latents drawn from N(0, temperature^2 I)."""
+        """n images (n, C, H, W) from latents drawn from N(0, temperature^2 I). context: as in `forward`, with N = n."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 0:
             raise ValueError(f"n wants an int >= 0, got {n!r}")
         if not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
@@ -271,7 +313,7 @@ class Glow(nn.Module):
         h, w = self._check_divisible(self.size[1:] if size is None else size)
         like = next(self.parameters())
         z = torch.randn(n, self.size[0] * h * w, dtype=like.dtype, device=like.device, generator=generator)
-        return self.inverse(temperature * z, size=(h, w))
+        return self.inverse(temperature * z, size=(h, w), context=context)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the weights (safetensors) and the configuration (JSON) into the folder `path`, made if missing."""
@@ -301,8 +343,42 @@ class Glow(nn.Module):
         saving.fill(glow.to(dtype), weights, f"the weights in {path}")
         return glow
 
+    @classmethod
+    def from_checkpoint(
+        cls,
+        source,
+        dialect: str | None = None,
+        *,
+        size: int | Sequence[int] | None = None,
+        shift: float | None = None,
+        memory: str = "recompute",
+        anchor_every: int | None = None,
+        backend: str = "auto",
+        compute_dtype: torch.dtype | None = None,
+        check_finite: bool | None = None,
+        **dialect_options,
+    ) -> "Glow":
+        """A Glow trained with another implementation: rosinality, chaiyujin, GlowIP, openai or normflows.
+
+        source: a file of tensors (torch.save, .npz, .safetensors) or a state_dict. dialect: a name from
+        `flowkern.dialects.DIALECTS` (default: told from the tensors' names). size: of the images, an int or (H, W),
+        where the file does not tell it. shift: subtracted from images first (default: the dialect's, for images in
+        [0, 1]). dialect_options: what the file does not tell; see the dialect's module. log_prob is the original's; z
+        is ours: each level's latents in the order of `split_latent`, standardised by the learned priors.
+
+        Raises FileNotFoundError; ValueError for a file that is not one of tensors (pickled code is never executed) or
+        whose tensors don't fit, all of them listed; TypeError for an option that the dialect does not have.
+        """
+        arguments, weights, dtype = dialects.load(source, dialect, size=size, **dialect_options)
+        if shift is not None:
+            arguments["shift"] = shift
+        runtime = {"memory": memory, "anchor_every": anchor_every, "backend": backend, "compute_dtype": compute_dtype}
+        glow = cls(**arguments, **runtime, check_finite=check_finite).to(dtype)
+        saving.fill(glow, weights, "the converted tensors")
+        return glow
+
     def extra_repr(self) -> str:
-        shown = {k: v for k, v in self.config.items() if k != "size"}
+        shown = {k: v for k, v in self.config.items() if k != "size" and v not in (0, {})}
         return ", ".join([str(tuple(self.size)), *(f"{k}={v!r}" for k, v in shown.items()), f"memory={self.memory!r}"])
 
     def _check_divisible(self, size: Sequence[int]) -> tuple[int, int]:
@@ -329,6 +405,30 @@ class Glow(nn.Module):
         if wanted and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
             raise ValueError(f"the {what}s contain NaN or infinite values")
 
+    def _contexts(self, context: Tensor | None, n: int, size: Sequence[int]) -> "_Contexts":
+        """What the priors and each level's networks read of the context."""
+        levels = self.levels_count
+        if self.context_channels == 0:
+            if context is not None:
+                raise ValueError("this Glow takes no context; it was made without context_channels")
+            return _Contexts(None, [None] * levels)
+        wanted = f"({n}, {self.context_channels}) or ({n}, {self.context_channels}, h, w)"
+        if not isinstance(context, Tensor) or not context.is_floating_point():
+            given = f"{context.dtype}" if isinstance(context, Tensor) else type(context).__name__
+            raise TypeError(f"this Glow wants a floating-point context of shape {wanted}, got {given}")
+        if context.dim() not in (2, 4) or context.shape[:2] != (n, self.context_channels):
+            raise ValueError(f"expected a context of shape {wanted}, got {tuple(context.shape)}")
+        context = context.to(next(self.parameters()).dtype)
+        if self.variant.prior_context and context.dim() == 4:
+            raise ValueError(f"this Glow's priors read the context, which must be ({n}, {self.context_channels}) then")
+        vector = context if context.dim() == 2 else None
+        if not self.variant.network_context:
+            return _Contexts(vector, [None] * levels)
+        if vector is not None:
+            return _Contexts(vector, [vector[:, :, None, None]] * levels)
+        sizes = [(size[0] >> i + 1, size[1] >> i + 1) for i in range(levels)]
+        return _Contexts(None, [F.adaptive_avg_pool2d(context, s) for s in sizes])
+
     def _check_image(self, x: Tensor, finite: bool | None = None) -> Tensor:
         self._check_tensor(x, "image", finite)
         c, h, w = self.size
@@ -336,6 +436,13 @@ class Glow(nn.Module):
             raise ValueError(f"expected images of shape (N, {c}, H, W), got {tuple(x.shape)}")
         self._check_divisible(x.shape[2:])
         return x.to(next(self.parameters()).dtype)
+
+
+class _Contexts(NamedTuple):
+    """The context as priors read it (N, channels), and as each level's networks do (N, channels, h or 1, w or 1)."""
+
+    vector: Tensor | None
+    levels: list[Tensor | None]
 
 
 def _check_size_argument(size: Sequence[int]) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flowkern import ops, reference
 from flowkern.chain import chain
 from flowkern.mix import compose
+from flowkern.prior import Prior
 
 MIN_STD = 1e-3  # an (almost) constant channel must not be scaled up without bound at initialisation
 
@@ -158,21 +159,23 @@ class AffineCoupling(nn.Module):
         self.scale = scale
         self.alpha = float(alpha)
 
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Initialise the network if it knows how to (`net.initialize(a)`), and return the transformed batch."""
         if hasattr(self.net, "initialize"):
-            self.net.initialize(x[:, : x.shape[1] // 2])
+            self.net.initialize(x[:, : x.shape[1] // 2], *_given(context))
         with torch.no_grad():
-            return self(x)[0]
+            return self(x, context)[0]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        _check_even(x)
-        return ops.couple(x, self.net(x[:, : x.shape[1] // 2]), self.scale, self.alpha)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.couple(x, self._network(x, context), self.scale, self.alpha)
 
-    def inverse(self, y: Tensor, return_logdet: bool = False):
-        _check_even(y)
-        x, logdet = ops.couple(y, self.net(y[:, : y.shape[1] // 2]), self.scale, self.alpha, inverse=True)
+    def inverse(self, y: Tensor, return_logdet: bool = False, context: Tensor | None = None):
+        x, logdet = ops.couple(y, self._network(y, context), self.scale, self.alpha, inverse=True)
         return (x, logdet) if return_logdet else x
+
+    def _network(self, x: Tensor, context: Tensor | None) -> Tensor:
+        _check_even(x)
+        return self.net(x[:, : x.shape[1] // 2], *_given(context))
 
 
 class StepOfFlow(nn.Module):
@@ -200,11 +203,10 @@ class StepOfFlow(nn.Module):
         return self.actnorm.is_initialized
 
     @torch.no_grad()
-    def initialize(self, x: Tensor) -> Tensor:
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Data-dependent initialisation of every ActNorm in the step; returns the transformed batch."""
-        return self.coupling.initialize(
-            reference.channel_mix(self.actnorm.initialize(x), self.conv.weight(), torch.zeros_like(self.actnorm.bias))
-        )
+        x = reference.channel_mix(self.actnorm.initialize(x), self.conv.weight(), torch.zeros_like(self.actnorm.bias))
+        return self.coupling.initialize(x, context)
 
     def forward(self, x: Tensor, **chain_options) -> tuple[Tensor, Tensor]:
         """Options are those of `flowkern.chain.chain`: memory, anchor_every, backend, compute_dtype."""
@@ -217,7 +219,9 @@ class StepOfFlow(nn.Module):
         return (x, logdet) if return_logdet else x
 
 
-def run_steps(steps, x: Tensor, reverse: bool = False, **chain_options) -> tuple[Tensor, Tensor]:
+def run_steps(
+    steps, x: Tensor, reverse: bool = False, context: Tensor | None = None, **chain_options
+) -> tuple[Tensor, Tensor]:
     """Run a sequence of `StepOfFlow`s of one level as a reversible chain. Returns the state and logdet (N,)."""
     _check_channels(x, len(steps[0].actnorm.bias), "a step of flow")
     matrix, offset, inverse, mixes_logdet = compose(steps, chain_options.get("backend", "auto"))
@@ -237,38 +241,28 @@ def run_steps(steps, x: Tensor, reverse: bool = False, **chain_options) -> tuple
     return out, logdet - constant if reverse else logdet + constant
 
 
-class Split(nn.Module):
-    """Emit half of the channels as latents; the first half goes on (section 3.6 and figure 2b).
+class Split(Prior):
+    """Emit half of the channels as latents; the other half goes on (section 3.6 and figure 2b).
 
     With `learned`, the emitted half is standardised by a Gaussian whose mean and scale a zero-initialised 3x3
     convolution reads from the half that stays: Glow's conditional prior, reparametrised so that z stays N(0, I).
+    keeps: "first" or "second", the half that goes on. prior_options: those of `flowkern.prior.Prior`.
     forward: x (N, C, H, W) -> (kept, emitted, logdet), each half (N, C/2, H, W).
     """
 
-    def __init__(self, channels: int, learned: bool = False):
-        super().__init__()
-        self.learned = learned
-        if learned:
-            half = channels // 2
-            self.weight = nn.Parameter(torch.zeros(2 * half, half, 3, 3))
-            self.bias = nn.Parameter(torch.zeros(2 * half))
-            self.logs = nn.Parameter(torch.zeros(2 * half))
+    def __init__(self, channels: int, learned: bool = False, keeps: str = "first", **prior_options):
+        super().__init__(channels // 2, kept=channels // 2, learned=learned, **prior_options)
+        self.keeps = keeps
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        kept, emitted = x.chunk(2, dim=1)
-        if not self.learned:
-            return kept, emitted, x.new_zeros(x.shape[0])
-        mean, log_std = reference.split_prior(kept, self)
-        return kept, (emitted - mean) * torch.exp(-log_std), -log_std.sum(dim=(1, 2, 3))
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        first, second = x.chunk(2, dim=1)
+        kept, emitted = (first, second) if self.keeps == "first" else (second, first)
+        return kept, *super().forward(emitted, kept, context)
 
-    def inverse(self, kept: Tensor, emitted: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, kept: Tensor, emitted: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Put the halves together again. Returns x (N, C, H, W) and logdet (N,)."""
-        logdet = kept.new_zeros(kept.shape[0])
-        if self.learned:
-            mean, log_std = reference.split_prior(kept, self)
-            emitted = emitted * torch.exp(log_std) + mean
-            logdet = log_std.sum(dim=(1, 2, 3))
-        return torch.cat([kept, emitted], dim=1), logdet
+        emitted, logdet = super().inverse(emitted, kept, context)
+        return torch.cat([kept, emitted] if self.keeps == "first" else [emitted, kept], dim=1), logdet
 
 
 def squeeze(x: Tensor) -> Tensor:
@@ -283,6 +277,11 @@ def unsqueeze(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     blocks = x.permute(0, 2, 3, 1).reshape(n, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3)
     return blocks.reshape(n, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
+
+
+def _given(context: Tensor | None) -> tuple[Tensor, ...]:
+    """The context as a network's further argument, if there is one."""
+    return () if context is None else (context,)
 
 
 def _pixels(x: Tensor) -> int:
