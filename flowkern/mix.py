@@ -29,10 +29,10 @@ def compose(steps, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tenso
     # Without gradients the Function is left out: torch.compile binds the arguments of a variadic one wrongly there.
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         return _Compose.apply(sign, permutation, name, *parameters)
-    return ops.raw.compose(*_stacked(parameters), sign, permutation, name)
+    return ops.raw.compose(*stacked(parameters), sign, permutation, name)
 
 
-def _stacked(parameters) -> list[Tensor]:
+def stacked(parameters) -> list[Tensor]:
     """Per-step parameters, five a step, as five tensors over steps."""
     return [torch.stack(parameters[i::PER_STEP]) for i in range(PER_STEP)]
 
@@ -118,7 +118,7 @@ class _Compose(Function):
 
     @staticmethod
     def forward(sign, permutation, backend, *parameters):
-        return ops.raw.compose(*_stacked(parameters), sign, permutation, backend)
+        return ops.raw.compose(*stacked(parameters), sign, permutation, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
@@ -129,7 +129,7 @@ class _Compose(Function):
     @staticmethod
     def backward(ctx, dmatrix, doffset, _, dlogdet):
         sign, permutation, *parameters = ctx.saved_tensors
-        tensors = (*_stacked(parameters), sign, permutation, dmatrix.contiguous(), doffset.contiguous(), dlogdet)
+        tensors = (*stacked(parameters), sign, permutation, dmatrix.contiguous(), doffset.contiguous(), dlogdet)
         # Under create_graph, ordinary tensor operations: a second derivative is autograd's business.
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         found = mixes_vjp(*tensors) if differentiable else ops.raw.compose_vjp(*tensors, ctx.backend)

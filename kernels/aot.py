@@ -1,17 +1,21 @@
 """Ahead-of-time compilation of every kernel configuration, on a machine without a GPU.
 
-`python -m flowkern.kernels.aot` compiles each case for sm_80 and sm_90 and prints a Markdown table of registers, spilled
-bytes and shared memory. A kernel module lists what its host code can choose in a function `cases()`.
+`python -m flowkern.kernels.aot` compiles each case for sm_80 and sm_90 and prints a Markdown table of registers,
+spilled bytes and shared memory. A kernel module lists what its host code can choose in a function `cases()`.
 """
 
 import argparse
+import functools
 import importlib
+import json
+import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,27 +102,51 @@ def _assemble(ptx: str, target: int) -> tuple[int, int]:
     return int(re.search(r"Used (\d+) registers", text).group(1)), spills
 
 
+def compile_all(pattern: str = "", workers: int | None = None) -> list[Resources]:
+    """What every case whose name contains `pattern` takes on every target, in order; compiled in several processes."""
+    chosen = [i for i, case in enumerate(_every_case()) if pattern in case.name]
+    tasks = [(i, target) for i in chosen for target in TARGETS]
+    context = multiprocessing.get_context("fork")  # a worker finds the kernels declared
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+        found = list(pool.map(_compile_numbered, tasks, chunksize=4))
+    return [Resources(_every_case()[i], *numbers) for (i, _), numbers in zip(tasks, found, strict=True)]
+
+
+@functools.cache
+def _every_case() -> tuple[Case, ...]:
+    return tuple(cases())
+
+
+def _compile_numbered(task: tuple[int, int]) -> tuple[int, int, int, int]:
+    """A kernel can't be sent to another process, so its number is."""
+    index, target = task
+    r = compile_case(_every_case()[index], target)
+    return r.target, r.registers, r.spills, r.shared
+
+
 def table(found: list[Resources]) -> str:
-    """The report, a row per case and target."""
-    columns = ("kernel", "sm", "registers", "spilled bytes", "shared KiB", "default")
-    rows = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | ---: | --- |"]
-    for r in found:
-        default = "yes" if r.case.is_default else "no"
-        rows.append(f"| {r.case.name} | {r.target} | {r.registers} | {r.spills} | {r.shared / 1024:.1f} | {default} |")
-    return "\n".join(rows)
+    """The report, a row per case: the figures for sm_80 and sm_90."""
+    columns = ("kernel", "registers", "spilled bytes", "shared KiB", "default")
+    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | --- |"]
+    for of_case in (found[i : i + len(TARGETS)] for i in range(0, len(found), len(TARGETS))):
+        registers, spills = (" / ".join(str(getattr(r, n)) for r in of_case) for n in ("registers", "spills"))
+        shared = " / ".join(f"{r.shared / 1024:.1f}" for r in of_case)
+        default = "yes" if of_case[0].case.is_default else "no"
+        lines.append(f"| {of_case[0].case.name} | {registers} | {spills} | {shared} | {default} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flowkern.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("pattern", nargs="?", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     arguments = parser.parse_args()
-    found = []
-    for case in cases():
-        if arguments.pattern in case.name:
-            for target in TARGETS:
-                found.append(compile_case(case, target))
-                print(f"{case.name} sm_{target}", file=sys.stderr)
-    print(f"Triton {triton.__version__}\n\n{table(found)}")
+    found = compile_all(arguments.pattern)
+    if arguments.json:
+        print(json.dumps([{"name": r.case.name, "default": r.case.is_default, "target": r.target, "spills": r.spills,
+                           "registers": r.registers, "shared": r.shared, "fits": r.fits} for r in found]))  # fmt: skip
+    else:
+        print(table(found))
 
 
 if __name__ == "__main__":

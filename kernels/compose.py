@@ -1,7 +1,7 @@
 """Composition of the channel mixes of all steps of a level, and its derivative: one launch each, in fp64 inside.
 
 A program owns one step and a block of columns. Triangular systems are solved column by column in registers: at position
-l of the substitution, the row that is final is read out and its multiples are taken from the rows still open.
+k of the substitution, the row that is final is read out and its multiples are taken from the rows still open.
 The formulas are those of `flowkern.mix`.
 """
 
@@ -20,9 +20,9 @@ SUMMED = 256  # log-determinants added at a time
 
 
 @triton.jit
-def _take(block, rows, l):
-    """Row l of a block."""
-    return tl.sum(tl.where((rows == l)[:, None], block, 0.0), axis=0)
+def _take(block, rows, k):
+    """Row k of a block."""
+    return tl.sum(tl.where((rows == k)[:, None], block, 0.0), axis=0)
 
 
 @triton.jit
@@ -64,9 +64,9 @@ def _compose_kernel(
     )
     up = tl.where(r[:, None] == j[None, :], diagonal[:, None], up.to(tl.float64)) * stretch_j[None, :]
     product = tl.zeros((ROWS, COLUMNS), tl.float64)
-    for l in range(0, C):
-        below = tl.load(lower + square + source * C + l, mask=row & (source > l), other=0.0).to(tl.float64)
-        product += tl.where(source == l, 1.0, below)[:, None] * _take(up, r, l)[None, :]
+    for k in range(0, C):
+        below = tl.load(lower + square + source * C + k, mask=row & (source > k), other=0.0).to(tl.float64)
+        product += tl.where(source == k, 1.0, below)[:, None] * _take(up, r, k)[None, :]
     here = square + r[:, None] * C + j[None, :]
     inside = row[:, None] & column[None, :]
     tl.store(matrix + here, product.to(matrix.dtype.element_ty), mask=inside)
@@ -74,27 +74,27 @@ def _compose_kernel(
     # inverse[:, j] = exp(-log_scale) U^-1 L^-1 e_permutation[j]
     target = tl.load(permutation + line + j, mask=column, other=-1).to(tl.int32)
     x = tl.where(r[:, None] == target[None, :], 1.0, 0.0).to(tl.float64)
-    for l in range(0, C):
-        below = tl.load(lower + square + r * C + l, mask=row & (r > l), other=0.0).to(tl.float64)
-        x -= below[:, None] * _take(x, r, l)[None, :]
+    for k in range(0, C):
+        below = tl.load(lower + square + r * C + k, mask=row & (r > k), other=0.0).to(tl.float64)
+        x -= below[:, None] * _take(x, r, k)[None, :]
     x /= diagonal[:, None]
     for back in range(0, C):
-        l = C - 1 - back
-        above = tl.load(upper + square + r * C + l, mask=r < l, other=0.0).to(tl.float64) / diagonal
-        x -= above[:, None] * _take(x, r, l)[None, :]
+        k = C - 1 - back
+        above = tl.load(upper + square + r * C + k, mask=r < k, other=0.0).to(tl.float64) / diagonal
+        x -= above[:, None] * _take(x, r, k)[None, :]
     tl.store(inverse + here, (x / stretch[:, None]).to(inverse.dtype.element_ty), mask=inside)
 
     if tl.program_id(1) == 0:
         # offset = P L (U exp(log_scale) bias)
         b = tl.load(bias + line + r, mask=row, other=0.0).to(tl.float64) * stretch
         v = diagonal * b
-        for l in range(0, C):
-            above = tl.load(upper + square + r * C + l, mask=r < l, other=0.0).to(tl.float64)
-            v += above * tl.sum(tl.where(r == l, b, 0.0), axis=0)
+        for k in range(0, C):
+            above = tl.load(upper + square + r * C + k, mask=r < k, other=0.0).to(tl.float64)
+            v += above * tl.sum(tl.where(r == k, b, 0.0), axis=0)
         m = tl.zeros((ROWS,), tl.float64)
-        for l in range(0, C):
-            below = tl.load(lower + square + source * C + l, mask=row & (source > l), other=0.0).to(tl.float64)
-            m += tl.where(source == l, 1.0, below) * tl.sum(tl.where(r == l, v, 0.0), axis=0)
+        for k in range(0, C):
+            below = tl.load(lower + square + source * C + k, mask=row & (source > k), other=0.0).to(tl.float64)
+            m += tl.where(source == k, 1.0, below) * tl.sum(tl.where(r == k, v, 0.0), axis=0)
         tl.store(offset + line + r, m.to(offset.dtype.element_ty), mask=row)
         if tl.program_id(0) == 0:
             total = tl.zeros((SUMMED,), tl.float64)
@@ -171,14 +171,14 @@ def _compose_vjp_kernel(
 
     # dL[:, j] = P^T D (U exp(log_scale))^T, below the diagonal
     d_low = tl.zeros((ROWS, COLUMNS), tl.float64)
-    for l in range(0, C):
-        bias_l = tl.load(bias + line + l).to(tl.float64)
-        stretch = tl.exp(tl.load(log_scale + line + l).to(tl.float64))
-        diagonal = tl.exp(tl.load(log_s + line + l).to(tl.float64)) * tl.load(sign + line + l).to(tl.float64)
-        d_l = tl.load(dmatrix + square + r * C + l, mask=row, other=0.0).to(tl.float64) + d_m * bias_l
-        up_l = tl.load(upper + square + j * C + l, mask=j < l, other=0.0).to(tl.float64)
-        up_l = tl.where(j == l, diagonal, up_l) * stretch
-        d_low += d_l[:, None] * up_l[None, :]
+    for k in range(0, C):
+        bias_k = tl.load(bias + line + k).to(tl.float64)
+        stretch = tl.exp(tl.load(log_scale + line + k).to(tl.float64))
+        diagonal = tl.exp(tl.load(log_s + line + k).to(tl.float64)) * tl.load(sign + line + k).to(tl.float64)
+        d_k = tl.load(dmatrix + square + r * C + k, mask=row, other=0.0).to(tl.float64) + d_m * bias_k
+        up_k = tl.load(upper + square + j * C + k, mask=j < k, other=0.0).to(tl.float64)
+        up_k = tl.where(j == k, diagonal, up_k) * stretch
+        d_low += d_k[:, None] * up_k[None, :]
     below = source[:, None] > j[None, :]
     there = square + source[:, None] * C + j[None, :]
     tl.store(dlower + there, tl.where(below, d_low, 0.0).to(dlower.dtype.element_ty), mask=inside)

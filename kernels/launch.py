@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+INTERPRETED = triton.knobs.runtime.interpret
 SMALLEST_DOT = 16  # an edge of a block that a matrix product accepts
 
 

@@ -5,7 +5,7 @@ import torch
 
 from flowkern import backend as backends
 from flowkern.layers import StepOfFlow
-from flowkern.mix import _stacked, compose, mixes, mixes_vjp
+from flowkern.mix import stacked, compose, mixes, mixes_vjp
 
 KERNELS = backends.table(torch.device("cpu"), "triton")
 
@@ -17,7 +17,7 @@ def parameters(steps, channels):
     lists = [p for s in made for p in (s.conv.lower, s.conv.upper, s.conv.log_s, s.actnorm.log_scale, s.actnorm.bias)]
     moved = [p.detach() + 0.1 * torch.randn(p.shape, generator=generator) for p in lists]
     sign, permutation = (torch.stack([getattr(s.conv, name) for s in made]) for name in ("sign", "permutation"))
-    return *_stacked(moved), sign, permutation
+    return *stacked(moved), sign, permutation
 
 
 def doubles(tensors):

@@ -1,0 +1,50 @@
+"""The tests of the kernels are themselves tested: a kernel with a planted mistake makes them red."""
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+from pixel_cases import compare
+
+SHAPES = ((1, 12, 9, 11), (2, 34, 3, 5))
+MISTAKES = {
+    "the tail of a block is lost": ("couple", "couple", "inside = (p < pixels)[:, None]", "inside = (p < pixels - 1)[:, None]"),
+    "half of the log-determinant": ("couple", "couple", "tl.store(logdet + program, total)", "tl.store(logdet + program, total / 2)"),
+    "the inverse's sign": ("couple", "couple", "total = -total if INVERSE else total", "total = total"),
+    "a shift in place of a scale": ("couple", "couple_vjp", "db = gb * s\n", "db = gb + s\n"),
+    "another sample's cotangent": ("couple", "couple_vjp", "tl.load(glogdet + sample)", "tl.load(glogdet)"),
+    "channels beyond the first products": ("couple_mix", "couple_mix", "range(0, H, DEPTH)", "range(0, DEPTH, DEPTH)"),
+    "the offset of one half": ("couple_mix", "mix_couple", "tl.load(offset + c + H,", "tl.load(offset + c,"),
+    "a transposed matrix": ("mix", "channel_mix", "matrix + out[None, :] * row + c[:, None] * column", "matrix + out[None, :] * column + c[:, None] * row"),
+    "a program's partial sums are lost": ("mix_vjp", "mix_vjp", "mask = (r < programs)[:, None]", "mask = (r < programs - 1)[:, None]"),
+    "the derivative of another mix": ("mix_vjp", "mix_vjp", "columns(matrix, out, c, column, row, C)", "columns(matrix, out, c, row, column, C)"),
+    "an unwritten gradient": ("pointwise", "data_consistency_vjp", "    tl.store(dy + i, step * b_g, mask=i < size)\n", ""),
+}  # fmt: skip
+
+
+def edited(module: str, old: str, new: str, folder):
+    """A copy of a kernel module with one place changed."""
+    original = sys.modules[f"flowkern.kernels.{module}"]
+    text = open(original.__file__).read()
+    assert text.count(old) >= 1, f"{module} no longer holds {old!r}"
+    path = folder / f"{module}_edited.py"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location(f"{module}_edited", path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake, tmp_path):
+    module, op, old, new = MISTAKES[mistake]
+    function = getattr(edited(module, old, new, tmp_path), op)
+    with pytest.raises(AssertionError):
+        compare(SimpleNamespace(**{op: function}), op, "fp32", 1.0, SHAPES)
+
+
+@pytest.mark.parametrize("module,op", sorted({(m, op) for m, op, *_ in MISTAKES.values()}))
+def test_an_unchanged_copy_passes(module, op, tmp_path):
+    function = getattr(edited(module, "tl.load", "tl.load", tmp_path), op)
+    compare(SimpleNamespace(**{op: function}), op, "fp32", 1.0, SHAPES)

@@ -1,0 +1,60 @@
+"""Every configuration that host code can choose, compiled for sm_80 and sm_90 without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+REPORT = ROOT / "docs" / "triton-resources.md"
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def python(*arguments):
+    """The standard output of a Python that compiles kernels instead of interpreting them."""
+    done = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return json.loads(python("-m", "flowkern.kernels.aot", "--json"))
+
+
+def test_every_case_compiles_for_both_targets(compiled):
+    names = [c["name"] for c in compiled]
+    assert {c["target"] for c in compiled} == {80, 90}
+    assert len(set(names)) * 2 == len(names) > 200
+
+
+def test_shared_memory_fits_the_chips(compiled):
+    assert [c for c in compiled if not c["fits"]] == []
+
+
+def test_default_configurations_spill_nothing(compiled):
+    assert [c for c in compiled if c["default"] and c["spills"]] == []
+
+
+def test_the_committed_report_lists_these_cases(compiled):
+    listed = [line.split("|")[1].strip() for line in REPORT.read_text().splitlines() if line.count("|") == 6][2:]
+    assert listed == [c["name"] for c in compiled if c["target"] == 80], "make triton-report writes it anew"
+
+
+def test_the_check_sees_spills_and_excessive_shared_memory():
+    told = python(
+        "-c",
+        """
+import dataclasses
+from flowkern.kernels import aot, mix
+case = next(c for c in mix.cases() if c.constexprs["C"] == 48)
+wide = dataclasses.replace(case, constexprs=case.constexprs | {"DEPTH": 64})
+edges = {"C": 1024, "OUT": 1024, "PIXELS": 16, "DEPTH": 64}
+big = dataclasses.replace(case, constexprs=case.constexprs | edges, num_warps=16)
+print(aot.compile_case(case, 90).spills, aot.compile_case(wide, 90).spills, aot.compile_case(big, 80).fits)
+""",
+    ).split()
+    assert told[0] == "0" and int(told[1]) > 0 and told[2] == "False"
