@@ -132,11 +132,12 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
              (CSRC / "cpu" / "parallel.cpp", "parallel", "compile", threads),
              (CSRC / "cpu" / "dispatch.cpp", "dispatch", "compile", "-DFLOWKERN_X86" if x86 else "")]
     for isa, flags in {"baseline": "", **(X86 if x86 else {})}.items():
-        units += [(CSRC / "cpu" / f"{unit}.cpp", f"{unit}.{isa}", "compile", f"-fopenmp-simd -DFLOWKERN_ISA={isa} {flags}")
-                  for unit in VECTORISED]
+        flags = f"-fopenmp-simd -DFLOWKERN_ISA={isa} {flags}"
+        units += [(CSRC / "cpu" / f"{unit}.cpp", f"{unit}.{isa}", "compile", flags) for unit in VECTORISED]
     if cuda:
-        units += [(source, f"cuda.{source.stem}", "cuda", cuda.flags()) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        kernels = sorted((CSRC / "cuda").glob("*.cu"))
         units += [(CSRC / "cuda" / "bindings.cpp", "cuda.bindings", "cuda", includes)]
+        units += [(source, f"cuda.{source.stem}", "cuda", cuda.flags()) for source in kernels]
     host = f" -ccbin {shlex.join(compiler)}" if os.environ.get("CXX") and len(compiler) == 1 else ""
     link = "$cxx -bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "$cxx -shared"
     lines = [f"cxx = {shlex.join(compiler)}",
@@ -204,7 +205,7 @@ setup(
     description="Glow normalizing flows that train in constant memory, and the deep-unfolded denoiser built on them",
     license="MIT",
     python_requires=">=3.10",
-    packages=["flowkern", "flowkern.dialects", "flowkern.kernels"],
+    packages=["flowkern", "flowkern.adapters", "flowkern.dialects", "flowkern.kernels"],
     package_dir={"flowkern.kernels": "kernels"},
     ext_modules=[Extension("flowkern._C", sources=_relative("*.cpp"), depends=[*_relative("*.h"), *_relative("*.cu")],
                            optional=True)],
@@ -214,7 +215,8 @@ setup(
     extras_require={
         "train": ["lightning>=2.4", "jsonargparse[signatures]>=4.32", "torchmetrics>=1.4", "scikit-image>=0.23",
                   "matplotlib>=3.8", "pillow>=10", "rich>=13", "tensorboard"],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "ruff", "zuko", "scikit-learn", "onnx", "onnxscript", "huggingface_hub"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "ruff", "zuko", "scikit-learn", "onnx", "onnxscript",
+                 "huggingface_hub"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", "tqdm", "scipy"],
     },
 )

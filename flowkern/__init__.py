@@ -2,11 +2,11 @@
 
 import torch  # noqa: F401  first: the native extension uses the OpenMP runtime that torch has loaded
 
-from flowkern import cpp, ops, triton  # noqa: F401  backends register themselves
+from flowkern import cpp, cuda, distributions, ops, triton  # noqa: F401  backends register themselves
 from flowkern.backend import backends, use_backend
 from flowkern.glow import Glow
 from flowkern.prox import GlowProx
 from flowkern.unfolded import Unfolded
 
 __version__ = "0.1.0"
-__all__ = ["Glow", "GlowProx", "Unfolded", "backends", "ops", "use_backend"]
+__all__ = ["Glow", "GlowProx", "Unfolded", "backends", "distributions", "ops", "use_backend"]
