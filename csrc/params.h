@@ -1,7 +1,7 @@
 // The arguments of every pixel op, as plain structs: pointers, sizes, strides in elements. No behaviour.
 //
 // Images are channels-last: `samples` x `pixels` rows of `channels` contiguous numbers. Which op, direction and element
-// type is data, so that a backend has one entry point per struct.
+// type is data, so that a backend has one entry point per struct. What only CUDA uses comes last and may be left out.
 #pragma once
 #include <cstdint>
 
@@ -36,6 +36,7 @@ struct Couple {
     Scale scale;
     bool inverse;
     Type type, h_type;  // h_type: that of the network's output h
+    int64_t parts = 1;  // CUDA: `logdet` is samples x parts partial sums
 };
 
 struct CoupleVjp {
@@ -55,6 +56,7 @@ struct MixVjp {
     int64_t pixels, channels;
     bool inverse, given_input;
     Type type;
+    void* workspace = nullptr;  // CUDA: of mix_vjp_workspace() bytes
 };
 
 // z / (1 + lambda), or with `dlambda` not null its gradients: `result` is then that of z.
@@ -63,6 +65,7 @@ struct Shrink {
     void *result, *dlambda;
     int64_t size;
     Type type;
+    double* workspace = nullptr;  // CUDA, with `dlambda`: pointwise_parts() sums
 };
 
 // x - mu (x - y), or with `dmu` not null its gradients: `result` is then that of x.
@@ -70,6 +73,26 @@ struct Consistency {
     const void *x, *y, *g, *mu;
     void *result, *dy, *dmu;
     int64_t size;
+    Type type;
+    double* workspace = nullptr;  // CUDA, with `dmu`: pointwise_parts() sums
+};
+
+// The mixes M = P L (U + diag(sign exp(log_s))) diag(exp(log_scale)) of `steps` steps, all arrays stacked and dense:
+// `lower`, `upper`, `matrix`, `inverse` of channels x channels numbers a step, the others of `channels`.
+struct Compose {
+    const void *lower, *upper, *log_s, *log_scale, *bias, *sign;
+    const int64_t* permutation;
+    void *matrix, *offset, *inverse, *logdet;
+    int64_t steps, channels;
+    Type type;
+};
+
+struct ComposeVjp {
+    const void *lower, *upper, *log_s, *log_scale, *bias, *sign;
+    const int64_t* permutation;
+    const void *dmatrix, *doffset, *dlogdet;
+    void *dlower, *dupper, *dlog_s, *dlog_scale, *dbias;
+    int64_t steps, channels;
     Type type;
 };
 

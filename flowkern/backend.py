@@ -65,6 +65,11 @@ def register_defaults(**functions: Callable) -> None:
     _tables.clear()
 
 
+def default(op: str) -> Callable:
+    """The plain PyTorch form of an `OPTIONAL` op."""
+    return _defaults[op]
+
+
 def backends() -> dict[str, bool | str]:
     """Every registered backend: True where it can run on this machine, else the reason why it can't."""
     return {name: (True if (why := b.probe()) is None else why) for name, b in _registry.items()}

@@ -124,6 +124,16 @@ def test_special_raw_values(implementation, scale, raw):
             torch.testing.assert_close(got, expected, rtol=3e-5, atol=1e-5, equal_nan=True)
 
 
+def test_quotients_by_a_subnormal_scale(implementation):
+    """1 / s overflows where b / s does not."""
+    x, h = torch.full((1, 2, 1, 1), 1e-4), torch.tensor([-95.0, 0.0]).view(1, 2, 1, 1)
+    for inverse, given in [(False, False), (True, True)]:
+        args = (x, x, h, torch.ones(1), "sigmoid", 1.0, inverse, given)
+        got, expected = implementation.couple_vjp(*args), reference.couple_vjp(*args)
+        assert all(e.isfinite().all() for e in expected)
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)  # s itself has few digits there
+
+
 # The specification: each VJP against autograd of its forward op.
 
 def test_reference_couple_vjp_is_autograds():
