@@ -6,7 +6,8 @@ from flowkern import cpp, cuda, distributions, ops, triton  # noqa: F401  backen
 from flowkern.backend import backends, use_backend
 from flowkern.glow import Glow
 from flowkern.prox import GlowProx
+from flowkern.sequence import ReversibleSequence
 from flowkern.unfolded import Unfolded
 
 __version__ = "0.1.0"
-__all__ = ["Glow", "GlowProx", "Unfolded", "backends", "distributions", "ops", "use_backend"]
+__all__ = ["Glow", "GlowProx", "ReversibleSequence", "Unfolded", "backends", "distributions", "ops", "use_backend"]

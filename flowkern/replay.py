@@ -1,0 +1,69 @@
+"""Evaluating a module again exactly as it ran before: same random numbers, same buffers, and no second update of them.
+
+Backward passes that recompute need that of dropout (the mask must be the one that was used) and of batch norm (the
+running statistics must be updated once).
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+
+class Replay:
+    """What one evaluation of a module started from, as far as it matters.
+
+        replay = Replay(module, device)
+        with replay.recorded():
+            y = module(x)
+        with replay.restored():
+            y_again = module(x)
+
+    A state of the random number generator is kept only if the evaluation drew from it, buffers only if it changed them.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device):
+        self._module, self._device = module, device
+        self._states: list[Tensor] | None = None
+        self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+
+    @contextlib.contextmanager
+    def recorded(self):
+        """Around the first evaluation."""
+        states = self._generators()
+        before = [(m, name, b, b._version, b.clone()) for m, name, b in self._registered()] if self._changes() else []
+        yield
+        if any(not torch.equal(a, b) for a, b in zip(states, self._generators(), strict=True)):
+            self._states = states
+        # Batch norm's kernel does not count its writes to the running statistics, but its counter's increments are.
+        changed = {m for m, name, b, version, _ in before if m._buffers[name] is not b or b._version != version}
+        self._buffers = [(m, name, copy) for m, name, _, _, copy in before if m in changed]
+
+    @contextlib.contextmanager
+    def restored(self):
+        """Around any further one, which leaves generators and buffers as they were before it."""
+        own = [(m, name, m._buffers[name]) for m, name, _ in self._buffers]
+        devices = [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=self._states is not None):
+            if self._states is not None:
+                torch.set_rng_state(self._states[0])
+                if devices:
+                    torch.cuda.set_rng_state(self._states[1], self._device)
+            try:
+                for m, name, copy in self._buffers:
+                    m._buffers[name] = copy.clone()
+                yield
+            finally:
+                for m, name, buffer in own:
+                    m._buffers[name] = buffer
+
+    def _generators(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        return [*states, torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else states
+
+    def _registered(self) -> list[tuple[nn.Module, str, Tensor]]:
+        return [(m, n, b) for m in self._module.modules() for n, b in m._buffers.items() if b is not None]
+
+    def _changes(self) -> bool:
+        """Modules in evaluation mode leave their buffers alone."""
+        return any(m.training for m in self._module.modules())
