@@ -9,6 +9,7 @@ from flowkern.kernels.couple import couple, couple_vjp
 from flowkern.kernels.couple_mix import couple_mix, mix_couple
 from flowkern.kernels.mix import channel_mix
 from flowkern.kernels.mix_vjp import mix_vjp
+from flowkern.kernels.network import network_fold, network_trace, network_vjp
 from flowkern.kernels.pointwise import data_consistency, data_consistency_vjp, shrink, shrink_vjp
 
 __all__ = [
@@ -22,6 +23,9 @@ __all__ = [
     "data_consistency_vjp",
     "mix_couple",
     "mix_vjp",
+    "network_fold",
+    "network_trace",
+    "network_vjp",
     "shrink",
     "shrink_vjp",
 ]

@@ -27,34 +27,44 @@ SUM_BLOCK = 512  # elements of a program that sums taps
 
 
 @triton.jit
-def neighbour(p, k, pixels, height, width, CHANNELS: tl.constexpr, FLIPPED: tl.constexpr):
-    """Where row p of the gathered matrix finds its column k = tap * CHANNELS + channel: pixel, channel, validity.
+def position(p, pixels, height, width):
+    """Row and column in its image of pixel p, with a row far outside where there is no such pixel."""
+    row = ((p // width) % height).to(tl.int32)
+    return tl.where(p < pixels, row, -2), (p % width).to(tl.int32)
 
-    p (rows, 1), k (1, columns). Beyond the image lie zeros. FLIPPED: the taps of the transposed convolution.
+
+@triton.jit
+def neighbour(row, column, tap, height, width, FLIPPED: tl.constexpr):
+    """How many pixels on from (row, column) its neighbour of that tap lies, and whether it is inside the image.
+
+    FLIPPED: the taps of the transposed convolution.
     """
-    tap = k // CHANNELS
     dy = tap // 3 - 1
     dx = tap % 3 - 1
     if FLIPPED:
         dy = -dy
         dx = -dx
-    column = (p % width).to(tl.int32) + dx
-    row = ((p // width) % height).to(tl.int32) + dy
-    inside = (p < pixels) & (tap < 9) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    return p + (dy * width + dx), k % CHANNELS, inside
+    row += dy
+    column += dx
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & (tap < 9)
+    return dy * width + dx, inside
 
 
 @triton.jit
-def read_pixels(x, p, k, pixels, height, width, stride, K: tl.constexpr, CHANNELS: tl.constexpr, FLIPPED: tl.constexpr):
-    """Block (p, k) of x (pixels, K) or, with CHANNELS, of the neighbours of pixels `stride` apart, gathered.
+def read_pixels(
+    x, first, i, k, pixels, height, width, stride, K: tl.constexpr, CHANNELS: tl.constexpr, FLIPPED: tl.constexpr
+):
+    """Block of x (pixels, K) or, with CHANNELS, of the neighbours of pixels `stride` apart, gathered tap by tap.
 
-    p (rows, 1), k (1, columns).
+    Rows are pixels first + i, i (rows, 1), columns k (1, columns). Only `first` is wide: addresses inside a block are
+    few bits away from its own, and 64-bit ones for each number cost registers.
     """
     if CHANNELS:
-        pixel, channel, inside = neighbour(p, k, pixels, height, width, CHANNELS, FLIPPED)
-        return tl.load(x + pixel * stride + channel, mask=inside, other=0.0)
+        row, column = position(first + i, pixels, height, width)
+        on, inside = neighbour(row, column, k // CHANNELS, height, width, FLIPPED)
+        return tl.load(x + first * stride + ((i + on) * stride + k % CHANNELS), mask=inside, other=0.0)
     else:
-        return tl.load(x + p * K + k, mask=(p < pixels) & (k < K), other=0.0)
+        return tl.load(x + first * K + (i * K + k), mask=(first + i < pixels) & (k < K), other=0.0)
 
 
 @triton.jit
@@ -95,21 +105,25 @@ def _product_kernel(
 ):
     across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
-    p = (program // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    first = (program // across).to(tl.int64) * BLOCK_M
+    i = tl.arange(0, BLOCK_M)[:, None]
     n = (program % across) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, K, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        b_x = read_pixels(x, p, k[None, :], pixels, height, width, stride, K, CHANNELS, FLIPPED)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        b_x = read_pixels(x, first, i, k[None, :], pixels, height, width, stride, K, CHANNELS, FLIPPED)
         b_w = read_weight(weight, k[:, None], n, K, N, TRANSPOSED, ROWS)
         total = product(b_x, b_w, total, weight.dtype.element_ty, PRECISION)
-    inside = (p < pixels) & (n < N)
+    inside = (first + i < pixels) & (n < N)
     if RELU:
         total = tl.maximum(total + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32), 0.0)
     if GATED:
-        total = tl.where(tl.load(gate + p * N + n, mask=inside, other=0.0) > 0, total, 0.0)
-    here = (n // PLANES) * pixels.to(tl.int64) * PLANES + p * PLANES + n % PLANES if PLANES else p * N + n
-    tl.store(out + here, rounded(total, out.dtype.element_ty), mask=inside)
+        total = tl.where(tl.load(gate + first * N + (i * N + n), mask=inside, other=0.0) > 0, total, 0.0)
+    if PLANES:
+        out += first * PLANES + (n // PLANES).to(tl.int64) * pixels * PLANES + (i * PLANES + n % PLANES)
+    else:
+        out += first * N + (i * N + n)
+    tl.store(out, rounded(total, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -135,29 +149,11 @@ def _sum_taps_kernel(
         total = tl.load(here, mask=e < size, other=0.0).to(tl.float32)
     else:
         total = tl.load(bias + c).to(tl.float32)
+    row, column = position(p, pixels, height, width)
     for tap in tl.static_range(9):
-        pixel, _, inside = neighbour(p, tap, pixels, height, width, 1, FLIPPED)
-        total += tl.load(planes + tap * size + pixel * C + c, mask=inside, other=0.0)
+        on, inside = neighbour(row, column, tap, height, width, FLIPPED)
+        total += tl.load(planes + tap * size + e + on * C, mask=inside, other=0.0)
     tl.store(here, rounded(total, out.dtype.element_ty), mask=e < size)
-
-
-def tile(pixels: int, columns: int, dtype: torch.dtype, products: str) -> tuple[int, int, int]:
-    """Rows, columns and warps of a block of a (pixels, columns) product.
-
-    The largest that still gives every multiprocessor of a large GPU a block: large blocks read their operands less
-    often, but a level of few pixels would leave most of the chip idle.
-    """
-    wide = cover(min(columns, 256))
-    large = 256 if dtype.itemsize == 2 else 128
-    for rows, width, warps in ((128, min(wide, large), 8), (64, min(wide, 128), 4)):
-        if triton.cdiv(pixels, rows) * triton.cdiv(columns, width) >= MULTIPROCESSORS:
-            return rows, width, warps
-    return 32, min(wide, 64), 4
-
-
-def depth(k: int, dtype: torch.dtype) -> int:
-    """Columns of the left operand that one iteration takes: 128 bytes of them."""
-    return min(cover(k), 128 // dtype.itemsize)
 
 
 def form(kind: str, backward: bool, few: int, hidden: int) -> dict[str, object]:
@@ -179,11 +175,25 @@ def form(kind: str, backward: bool, few: int, hidden: int) -> dict[str, object]:
     )
 
 
-def blocks(columns: int, k: int, pixels: int, dtype: torch.dtype, products: str) -> tuple[dict[str, object], int, int]:
-    """Block sizes, warps and stages of the product kernel."""
-    rows, width, warps = tile(pixels, columns, dtype, products)
-    constants = dict(PRECISION=products, BLOCK_M=rows, BLOCK_N=width, BLOCK_K=depth(k, dtype))
-    return constants, warps, 3
+def blocks(told: dict[str, object], pixels: int, dtype: torch.dtype, products: str) -> tuple[dict, int, int]:
+    """Block sizes, warps and stages for a product kernel that is told the above.
+
+    The largest block that still gives every multiprocessor of a large GPU one: large blocks read their operands less
+    often, but a level of few pixels would leave most of the chip idle. None spills: three tf32 products keep thrice the
+    operands in registers, and gathering or masking beside 256 columns takes too many.
+    """
+    wide = cover(told["N"])
+    plain = not told["CHANNELS"] and not told["GATED"]
+    if products == "tf32x3":
+        choices = [(64, 64, 4), (32, 64, 4)]
+    else:
+        largest = 256 if plain and dtype.itemsize == 2 else 128
+        choices = [(128, largest, 8), (64, 128, 4), (32, 64, 4)]
+    choices = [(rows, min(columns, wide), warps) for rows, columns, warps in choices]
+    enough = (c for c in choices if triton.cdiv(pixels, c[0]) * triton.cdiv(told["N"], c[1]) >= MULTIPROCESSORS)
+    rows, columns, warps = next(enough, choices[-1])
+    depth = min(cover(told["K"]), 128 // dtype.itemsize)
+    return dict(PRECISION=products, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth), warps, 3
 
 
 def multiply(
@@ -203,7 +213,7 @@ def multiply(
     n, _, height, width = x.shape
     pixels = n * height * width
     told = form(kind, backward, few, hidden)
-    sizes, warps, stages = blocks(told["N"], told["K"], pixels, weight.dtype, products_of(weight.dtype))
+    sizes, warps, stages = blocks(told, pixels, weight.dtype, products_of(weight.dtype))
     grid = (triton.cdiv(pixels, sizes["BLOCK_M"]) * triton.cdiv(told["N"], sizes["BLOCK_N"]),)
     with on_device_of(x):
         _product_kernel[grid](
@@ -223,3 +233,52 @@ def sum_taps(planes: Tensor, bias: Tensor | None, out: Tensor, stride: int) -> N
             planes, out if bias is None else bias, out, pixels, height, width, stride,
             C=channels, FLIPPED=bias is None, ADD=bias is None, BLOCK=SUM_BLOCK,
         )  # fmt: skip
+
+
+SHAPES = {  # level of a Glow: pixels, channels in and out, hidden
+    "first": (65536, 6, 12, 512),
+    "middle": (4096, 12, 24, 512),
+    "last": (1024, 48, 96, 512),
+    "narrow": (65536, 6, 12, 128),
+    "tiny": (35, 1, 1, 5),
+}
+PRECISIONS = {  # dtype, how fp32 operands are multiplied
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "tf32x3": (torch.float32, "tf32x3"),
+}
+
+
+def cases() -> Iterator[Case]:
+    for precision, (dtype, products) in PRECISIONS.items():
+        word = "fp32" if dtype == torch.float32 else precision
+        for level, (pixels, few_in, few_out, hidden) in SHAPES.items():
+            if precision == "fp16" and level != "first":
+                continue  # takes what bf16 takes
+            for backward in (False, True):
+                for kind in KINDS:
+                    few = few_in if (kind == "taps") == backward else few_out
+                    told = form(kind, backward, few, hidden)
+                    sizes, warps, stages = blocks(told, pixels, dtype, products)
+                    state = kind == "widen" and not backward
+                    pointers = dict.fromkeys(("weight", "bias", "gate"), f"*{word}") | {
+                        "x": "*fp32" if state else f"*{word}", "out": "*fp32" if kind == "taps" else f"*{word}"
+                    }  # fmt: skip
+                    yield Case(
+                        f"{kind} {'backward' if backward else 'forward'} {precision} {level}",
+                        _product_kernel,
+                        pointers | dict.fromkeys(("pixels", "height", "width", "stride"), "i32"),
+                        told | sizes,
+                        warps,
+                        stages,
+                    )
+    for level, (_, _, few, _) in SHAPES.items():
+        for backward in (False, True):
+            yield Case(
+                f"sum_taps {'backward' if backward else 'forward'} {level}",
+                _sum_taps_kernel,
+                {"planes": "*fp32", "bias": "*bf16", "out": "*fp32" if backward else "*bf16"}
+                | dict.fromkeys(("pixels", "height", "width", "stride"), "i32"),
+                dict(C=few, FLIPPED=backward, ADD=backward, BLOCK=SUM_BLOCK),
+            )

@@ -4,9 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flowkern.kernels import launch
-
-INTERPRETED = tl.constexpr(launch.INTERPRETED)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit

@@ -4,12 +4,15 @@ Each program adds up a run of pixels and leaves its partial sums, in an order th
 kernel that carries gradients back to the parameters adds up the parts (`flowkern.kernels.folding`).
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkern.kernels.convolution import MULTIPROCESSORS, read_pixels
+from flowkern.kernels.aot import Case
+from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, SHAPES, read_pixels
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.rounding import product, products_of
 
@@ -41,10 +44,11 @@ def _weight_gradient_kernel(
     n = (tile % across) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     column = tl.zeros((BLOCK_M,), tl.float32)
-    for i in range(RUN):
-        p = (part * RUN + i) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]
-        b_left = read_pixels(left, p, m[None, :], pixels, height, width, stride, M, LEFT, True)
-        b_right = read_pixels(right, p, n[None, :], pixels, height, width, stride, N, RIGHT, False)
+    i = tl.arange(0, BLOCK_K)[:, None]
+    for k in range(RUN):
+        first = (part * RUN + k) * BLOCK_K
+        b_left = read_pixels(left, first, i, m[None, :], pixels, height, width, stride, M, LEFT, True)
+        b_right = read_pixels(right, first, i, n[None, :], pixels, height, width, stride, N, RIGHT, False)
         total = product(tl.trans(b_left), b_right, total, left.dtype.element_ty, PRECISION)
         column += tl.sum(b_left.to(tl.float32), axis=0)
     here = (part * M + m[:, None]) * N + n[None, :]
@@ -53,9 +57,10 @@ def _weight_gradient_kernel(
         tl.store(sums + part * M + m, column, mask=m < M)
 
 
-def blocks(m: int, n: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+def blocks(m: int, n: int, dtype: torch.dtype, products: str) -> tuple[int, int, int, int]:
     """Rows, columns and depth of a block, and warps."""
-    rows, columns = min(cover(m), 128), min(cover(n), 128)
+    most = 64 if products == "tf32x3" else 128
+    rows, columns = min(cover(m), most), min(cover(n), most)
     return rows, columns, 128 // dtype.itemsize, 8 if rows * columns >= 128 * 64 else 4
 
 
@@ -79,7 +84,8 @@ def weight_gradient(
     """
     images, _, height, width = left.shape
     pixels = images * height * width
-    block_m, block_n, block_k, warps = blocks(m, n, left.dtype)
+    products = products_of(left.dtype)
+    block_m, block_n, block_k, warps = blocks(m, n, left.dtype, products)
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     run, parts = runs(pixels, tiles, block_k)
     partial, sums = (torch.empty(s, dtype=torch.float32, device=left.device) for s in ((parts, m, n), (parts, m)))
@@ -87,7 +93,31 @@ def weight_gradient(
         _weight_gradient_kernel[(tiles, parts)](
             left, right, partial, sums, pixels, height, width, stride, M=m, N=n,
             LEFT=m // 9 if gathered == "left" else 0, RIGHT=n // 9 if gathered == "right" else 0,
-            PRECISION=products_of(left.dtype), RUN=run, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            PRECISION=products, RUN=run, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
             num_warps=warps, num_stages=3,
         )  # fmt: skip
     return partial, sums
+
+
+def cases() -> Iterator[Case]:
+    for precision, (dtype, products) in PRECISIONS.items():
+        word = "fp32" if dtype == torch.float32 else precision
+        for level, (pixels, few_in, few_out, hidden) in SHAPES.items():
+            if precision == "fp16" and level != "first":
+                continue  # takes what bf16 takes
+            convolutions = ((hidden, 9 * few_in, "right"), (hidden, hidden, None), (9 * few_out, hidden, "left"))
+            for i, (m, n, gathered) in enumerate(convolutions, 1):
+                rows, columns, depth, warps = blocks(m, n, dtype, products)
+                run, _ = runs(pixels, triton.cdiv(m, rows) * triton.cdiv(n, columns), depth)
+                yield Case(
+                    f"weight_gradient {i} {precision} {level}",
+                    _weight_gradient_kernel,
+                    {"left": f"*{word}", "right": "*fp32" if gathered == "right" else f"*{word}"}
+                    | dict.fromkeys(("partial", "sums"), "*fp32")
+                    | dict.fromkeys(("pixels", "height", "width", "stride"), "i32"),
+                    dict(
+                        M=m, N=n, LEFT=few_out if gathered == "left" else 0, RIGHT=few_in if gathered == "right" else 0,
+                        PRECISION=products, RUN=run, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth,
+                    ),
+                    warps,
+                )  # fmt: skip

@@ -1,0 +1,278 @@
+"""The coupling network's kernels against PyTorch's forms, with budgets from the data; and through the whole chain."""
+
+import pytest
+import torch
+from helpers import gradients, relative, small_glow
+from test_broken import edited
+
+from flowkern import network as plain
+from flowkern.kernels import network, weight_gradient
+from flowkern.kernels.convolution import KINDS, blocks, form
+from flowkern.kernels.network import _pixel_stride
+
+FLOAT, DOUBLE = torch.float32, torch.float64
+DTYPES = {"fp32": FLOAT, "bf16": torch.bfloat16, "fp16": torch.float16}
+# N, C, H, W, hidden, channels out: nothing divides a block; C/2 from 1; one output a channel of a half is additive.
+SHAPES = {
+    "two channels": (1, 2, 3, 3, 17, 2),
+    "additive": (2, 6, 5, 7, 5, 3),
+    "one row": (3, 4, 1, 6, 8, 4),
+    "one pixel": (2, 12, 1, 1, 32, 12),
+    "wide": (1, 24, 3, 5, 33, 24),
+    "many pixels": (1, 2, 13, 17, 3, 2),
+    "many hidden": (1, 6, 2, 3, 150, 6),
+}
+
+
+def parameters(few, hidden, out, seed=0, layout=torch.contiguous_format):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, size=0.3):
+        return torch.randn(*shape, generator=generator) * size
+
+    weights = normal(hidden, few, 3, 3), normal(hidden, hidden, 1, 1), normal(out, hidden, 3, 3)
+    w1, w2, w3 = (w.contiguous(memory_format=layout) for w in weights)
+    return [w1, normal(hidden), normal(hidden), w2, normal(hidden), normal(hidden), w3, normal(out), normal(out)]
+
+
+def state(n, c, height, width, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, c, height, width, generator=generator).contiguous(memory_format=torch.channels_last)
+
+
+class Forms:
+    """One implementation's three functions."""
+
+    def __init__(self, fold, trace, vjp):
+        self.fold, self.trace, self.vjp = fold, trace, vjp
+
+
+TRITON = Forms(network.network_fold, network.network_trace, network.network_vjp)
+PYTORCH = Forms(plain.fold, plain.trace, plain.vjp)
+
+
+def results(forms, shape, dtype, wide, need=(True,) * 9):
+    """Everything that the three functions compute: h, hidden activations, the gradient state, the nine gradients.
+
+    wide: the precision of parameters and states.
+    """
+    n, c, height, width, hidden, out = shape
+    given = [p.to(wide) for p in parameters(c // 2, hidden, out)]
+    a, g = (state(n, c, height, width, seed).to(wide) for seed in (1, 2))
+    dh = state(n, out, height, width, 3).to(dtype)
+    folded = forms.fold(given, dtype)
+    h, kept = forms.trace(folded, a[:, : c // 2], True)
+    saved = [k.clone() for k in kept]
+    found = forms.vjp(given, folded, a[:, : c // 2], kept, dh, need, g[:, : c // 2])
+    assert kept == []
+    return [h, *saved, g, *found]
+
+
+def assert_within_budget(got, same, exact, label):
+    """Lists of results over shapes. Each result's error, pooled over shapes so that no budget hangs on one lucky
+    number, is at most twice that of PyTorch in the same precision, plus a few units in the last place.
+    """
+    mine, theirs = [], []
+    for many in zip(got, same, exact, strict=True):
+        for i, (g, s) in enumerate(zip(*many[:2], strict=True)):
+            assert g.shape == s.shape and g.dtype == s.dtype and g.stride() == s.stride(), f"{label}: result {i}"
+            assert g.isfinite().all(), f"{label}: result {i} holds unwritten numbers"
+        mine.append([relative(g.double(), e) for g, e in zip(many[0], many[2], strict=True)])
+        theirs.append([relative(s.double(), e) for s, e in zip(many[1], many[2], strict=True)])
+    mine, theirs = (torch.tensor(errors).square().mean(dim=0).sqrt() for errors in (mine, theirs))
+    slack = torch.tensor([4 * torch.finfo(g.dtype).eps for g in got[0]])
+    assert (mine <= 2 * theirs + slack).all(), f"{label}: {mine.tolist()} where PyTorch has {theirs.tolist()}"
+
+
+def compare(forms, shapes, dtype):
+    got = [results(forms, SHAPES[shape], dtype, FLOAT) for shape in shapes]
+    same = [results(PYTORCH, SHAPES[shape], dtype, FLOAT) for shape in shapes]
+    exact = [results(PYTORCH, SHAPES[shape], DOUBLE, DOUBLE) for shape in shapes]
+    assert_within_budget(got, same, exact, dtype)
+
+
+@pytest.fixture(autouse=True)
+def small_gpu(monkeypatch):
+    """So few multiprocessors that sums over these few pixels run over several blocks and split into several parts."""
+    monkeypatch.setattr(weight_gradient, "MULTIPROCESSORS", 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_against_pytorch(dtype):
+    compare(TRITON, SHAPES, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fold_is_pytorchs(dtype):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = parameters(3, 10, 5, layout=layout)
+        for got, wanted in zip(TRITON.fold(given, DTYPES[dtype]), PYTORCH.fold(given, DTYPES[dtype]), strict=True):
+            assert got.dtype == wanted.dtype
+            assert relative(got.double(), wanted.double()) <= 4 * torch.finfo(got.dtype).eps
+
+
+def test_double_precision_is_pytorchs():
+    shape = SHAPES["additive"]
+    for got, wanted in zip(
+        results(TRITON, shape, DOUBLE, DOUBLE), results(PYTORCH, shape, DOUBLE, DOUBLE), strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
+def test_empty():
+    shape = (0, 6, 4, 4, 5, 6)
+    for g, w in zip(results(TRITON, shape, FLOAT, FLOAT), results(PYTORCH, shape, FLOAT, FLOAT), strict=True):
+        torch.testing.assert_close(g, w, rtol=0, atol=0)
+    h, *_, g1 = results(TRITON, (2, 6, 0, 4, 5, 6), FLOAT, FLOAT)
+    assert h.shape == (2, 6, 0, 4) and not g1.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keeping_hidden_activations_or_not_gives_the_same(shape, dtype):
+    n, c, height, width, hidden, out = SHAPES[shape]
+    folded = TRITON.fold(parameters(c // 2, hidden, out), DTYPES[dtype])
+    a = state(n, c, height, width)[:, : c // 2]
+    h, kept = TRITON.trace(folded, a, True)
+    alone, none = TRITON.trace(folded, a, False)
+    assert len(kept) == 2 and none == [] and alone.stride() == h.stride()
+    assert relative(alone.double(), h.double()) <= torch.finfo(h.dtype).eps
+
+
+def test_inputs_of_other_memory_layouts():
+    n, c, height, width, hidden, out = shape = SHAPES["additive"]
+    folded = TRITON.fold(parameters(c // 2, hidden, out), FLOAT)
+    a = state(n, c, height, width)[:, : c // 2]
+    expected = TRITON.trace(folded, a, True)[0]
+    for other in (a.contiguous(), a.contiguous(memory_format=torch.channels_last), a.flip(3).flip(3)):
+        assert torch.equal(TRITON.trace(folded, other, True)[0], expected)
+    dh, gradient = state(n, out, height, width), torch.zeros(n, c // 2, height, width)
+    through = state(n, c, height, width, 2)
+    before = through.clone()
+    for da in (gradient, through[:, : c // 2]):
+        TRITON.vjp(parameters(c // 2, hidden, out), folded, a, TRITON.trace(folded, a, True)[1], dh, [False] * 9, da)
+    torch.testing.assert_close(through[:, : c // 2] - before[:, : c // 2], gradient, rtol=1e-5, atol=1e-5)
+    assert torch.equal(through[:, c // 2 :], before[:, c // 2 :])
+    assert shape[0] == n
+
+
+def test_pixels_at_constant_distance():
+    x = torch.zeros(2, 6, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert _pixel_stride(x[:, :3]) == _pixel_stride(x) == 6
+    assert _pixel_stride(x[1:, :3]) == 6 and _pixel_stride(x[:, 3:]) == 6
+    assert _pixel_stride(x[:, :, 1:]) is None and _pixel_stride(x[:, :, :, ::2]) is None
+    assert _pixel_stride(torch.zeros(2, 6, 4, 5)) is None and _pixel_stride(torch.zeros(2, 1, 4, 5)) == 1
+    assert _pixel_stride(torch.zeros(1, 6, 1, 1)) == 6
+
+
+@pytest.mark.parametrize("wanted", [(), (0,), (5,), (6, 8), (1, 3)])
+def test_only_the_gradients_that_are_wanted(wanted):
+    shape = SHAPES["two channels"]
+    everything = results(TRITON, shape, FLOAT, FLOAT)
+    some = results(TRITON, shape, FLOAT, FLOAT, need=[i in wanted for i in range(9)])
+    assert torch.equal(some[3], everything[3])
+    for i in range(9):
+        assert (some[4 + i] is None) if i not in wanted else torch.equal(some[4 + i], everything[4 + i])
+
+
+def test_gradients_in_the_memory_layout_of_their_parameters():
+    n, c, height, width, hidden, out = SHAPES["additive"]
+    a, dh = state(n, c, height, width)[:, : c // 2], state(n, out, height, width)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = parameters(c // 2, hidden, out, layout=layout)
+        folded = TRITON.fold(given, FLOAT)
+        kept = TRITON.trace(folded, a, True)[1]
+        found.append(TRITON.vjp(given, folded, a, kept, dh, [True] * 9, torch.zeros_like(a)))
+        assert [g.stride() for g in found[-1]] == [p.stride() for p in given]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weights_of_unevenly_spaced_taps_are_refused():
+    given = parameters(3, 5, 6)
+    given[0] = given[0].transpose(2, 3)
+    with pytest.raises(ValueError, match="taps evenly spaced"):
+        TRITON.fold(given, FLOAT)
+
+
+def test_same_bits_again_and_inputs_left_alone():
+    n, c, height, width, hidden, out = SHAPES["wide"]
+    given = parameters(c // 2, hidden, out)
+    folded = TRITON.fold(given, torch.bfloat16)
+    x, dh = state(n, c, height, width), state(n, out, height, width).bfloat16()
+    h, kept = TRITON.trace(folded, x[:, : c // 2], True)
+    inputs = [*given, *folded, x, *kept, dh]
+    before = [t.clone() for t in inputs]
+    found = []
+    for _ in range(2):
+        g = state(n, c, height, width, 2)
+        gradients_ = TRITON.vjp(given, folded, x[:, : c // 2], list(kept), dh, [True] * 9, g[:, : c // 2])
+        found.append([TRITON.trace(folded, x[:, : c // 2], False)[0], g, *gradients_])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_large_problems_fill_a_gpu_and_none_is_split_beyond_its_pixels(monkeypatch):
+    monkeypatch.undo()
+    for pixels in (1, 31, 256, 1000, 4096, 16384, 65536, 100_000, 1 << 24):
+        for tiles in (1, 4, 16, 64, 400):
+            run, parts = weight_gradient.runs(pixels, tiles, 64)
+            assert run * parts * 64 >= pixels and (parts - 1) * run * 64 < pixels
+            assert parts * tiles <= max(132, tiles)
+            if pixels >= 132 * 64 and tiles <= 16:
+                assert parts * tiles >= 64
+        for kind in KINDS:
+            told = form(kind, False, 6, 512)
+            sizes, *_ = blocks(told, pixels, torch.bfloat16, "ieee")
+            programs = -(-pixels // sizes["BLOCK_M"]) * -(-told["N"] // sizes["BLOCK_N"])
+            assert programs >= 132 or sizes["BLOCK_M"] == 32
+
+
+MODES = [("store", None), ("recompute", None), ("recompute", 2), ("checkpoint", None)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chain_gives_the_references_gradients_in_every_mode(dtype):
+    """In low precision the modes agree among themselves, and are as far from fp64 as the reference is."""
+    options = dict(size=(2, 4, 4), levels=1, depth=2, hidden=6, compute_dtype=DTYPES[dtype])
+    x = torch.rand(2, 2, 4, 4)
+    exact = small_glow(**options | {"compute_dtype": None}, backend="reference")
+    wanted = gradients(exact, x.double(), list(exact.parameters()))
+    for memory, anchor_every in MODES:
+        errors = {}
+        for backend in ("triton", "reference"):
+            glow = small_glow(**options, dtype=FLOAT, backend=backend, memory=memory, anchor_every=anchor_every)
+            glow.load_state_dict(exact.state_dict())
+            got = gradients(glow, x, list(glow.parameters()))
+            errors[backend] = [relative(g.double(), w) for g, w in zip(got, wanted, strict=True)]
+        for mine, theirs in zip(errors["triton"], errors["reference"], strict=True):
+            assert mine <= 2 * theirs + 20 * torch.finfo(DTYPES[dtype]).eps
+
+
+MISTAKES = {
+    "a tap of the wrong side": ("convolution", "dx = tap % 3 - 1", "dx = 1 - tap % 3"),
+    "the image's edge": ("convolution", "(column < width)", "(column <= width)"),
+    "the gate of a dead unit": ("convolution", "mask=inside, other=0.0) > 0", "mask=inside, other=0.0) >= 0"),
+    "no bias": ("convolution", "total + tl.load(bias + n", "total + 0.0 * tl.load(bias + n"),
+    "a pixel too few": ("convolution", "inside = (first + i < pixels)", "inside = (first + i < pixels - 1)"),
+    "the gradient of a is set, not added": ("convolution", "if ADD:", "if ADD and C == 0:"),
+    "a part is lost": ("folding", "(part < parts)[:, None]", "(part < parts - 1)[:, None]"),
+    "the scale's factor": ("folding", "FACTOR * e * (", "e * ("),
+    "another tap's bias": ("folding", "4 * FEW_OUT, 3.0", "3 * FEW_OUT, 3.0"),
+    "taps not flipped": ("weight_gradient", "stride, M, LEFT, True)", "stride, M, LEFT, False)"),
+}
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES])
+def test_a_planted_mistake_is_found(mistake, tmp_path, monkeypatch):
+    module, old, new = MISTAKES[mistake] if mistake else ("convolution", "tl.load", "tl.load")
+    copy = edited(module, old, new, tmp_path)
+    for name in ("fold", "unfold", "multiply", "sum_taps", "weight_gradient"):
+        if hasattr(copy, name):
+            monkeypatch.setattr(network, name, getattr(copy, name))
+
+    shapes = ("additive", "many pixels")
+    if mistake is None:
+        return compare(TRITON, shapes, FLOAT)
+    with pytest.raises(AssertionError):
+        compare(TRITON, shapes, FLOAT)
