@@ -4,19 +4,26 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: run test lint unit bench
+.PHONY: run test lint unit triton triton-report bench gpu
 
 # The main job: a trained denoiser, its table and pictures.
 run: .venv/ready
 	$(BIN)/python -m train.unfolded
 
-test: lint unit
+test: lint unit triton
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 
 unit: .venv/ready
-	$(BIN)/python -m pytest tests -q --durations=15
+	$(BIN)/python -m pytest tests -q --durations=15 --ignore=tests/triton --ignore=tests/cuda --ignore=tests/gpu
+
+# The Triton kernels without a GPU: interpreted on CPU tensors, and compiled for the GPUs that there are none of.
+triton: .venv/ready
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton -q --durations=10
+
+triton-report: .venv/ready
+	$(BIN)/python -m flowkern.kernels.aot --write
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -24,6 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = (80, 90)
+REPORT = Path(__file__).resolve().parent.parent / "docs" / "triton-resources.md"
+PREFACE = """# What the Triton kernels take
+
+Registers a thread, spilled bytes and shared memory of every configuration that host code can choose, compiled without a
+GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test compiles them anew and allows no spill in a default
+configuration and no more shared memory than the chips have (163 and 227 KiB a block).
+"""
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may use
 
 
@@ -140,11 +147,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flowkern.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("pattern", nargs="?", default="", help="only cases whose name contains this")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.add_argument("--write", action="store_true", help="write the table of all cases to docs/triton-resources.md")
     arguments = parser.parse_args()
     found = compile_all(arguments.pattern)
     if arguments.json:
         print(json.dumps([{"name": r.case.name, "default": r.case.is_default, "target": r.target, "spills": r.spills,
                            "registers": r.registers, "shared": r.shared, "fits": r.fits} for r in found]))  # fmt: skip
+    elif arguments.write:
+        REPORT.write_text(f"{PREFACE}\nTriton {triton.__version__}.\n\n{table(found)}\n")
     else:
         print(table(found))
 

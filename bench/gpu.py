@@ -1,0 +1,341 @@
+"""Figures that only a GPU gives: `python -m bench.gpu` (make gpu runs it) writes bench/results/gpu-<device>.json.
+
+- "ops": GB/s of every pixel op on states of many times the L2, against the copy bandwidth of the same run.
+- "steps": a training step of L=4, K=32, hidden 512 at 64x64: images/s, allocated bytes held and at the peak, for the
+  reference (eager, torch.compile, torch.utils.checkpoint) and for ours, networks in fp32, tf32 and bf16.
+- "batches": the largest batch of that model that fits, found from two measured peaks and tried.
+- "depths": peak memory against K for 256x256, batch 8, L=3, width 256: the configuration of a published curve.
+
+What is not finished when `--seconds` have passed is left out, and said. `--trial` runs everything tiny, on any device,
+to try the program itself; it writes no file.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import flowkern
+from bench import results
+from bench.rivals import Reference
+from bench.workload import Setup
+from flowkern import backend as backends
+from flowkern import reference
+
+PARTS = ("ops", "steps", "depths", "batches")
+PUBLISHED = {4: 5.1, 8: 7.9, 16: 13.5, 32: 24.9, 48: 36.2}  # GB, normflows' Glow, InvertibleNetworks.jl's measurement
+PRECISIONS = ("bf16", "tf32", "fp32")
+
+
+class Compiled(Reference):
+    """The reference with every step of flow under torch.compile: one compilation serves a level's steps."""
+
+    def __init__(self, glow: flowkern.Glow, network_dtype: torch.dtype | None = None):
+        super().__init__(glow, network_dtype, checkpointed=False)
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64  # a level each, in training and without gradients
+        for level in self.glow.levels:
+            for i, step in enumerate(level.steps):
+                level.steps[i] = _CompiledStep(step)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        x, logdet, emitted = x - self.glow.shift, x.new_zeros(x.shape[0]), []
+        for level in self.glow.levels:
+            x = reference.squeeze(x)
+            for step in level.steps:
+                x, d = step.compiled(x)
+                logdet = logdet + d
+            if level.split is not None:
+                x, part = x.chunk(2, dim=1)
+                emitted.append(part)
+        z = torch.cat([part.flatten(1) for part in (*emitted, x)], dim=1)
+        return logdet - 0.5 * z.square().sum(dim=1)
+
+
+class _CompiledStep(nn.Module):
+    def __init__(self, step: nn.Module):
+        super().__init__()
+        self.step = step
+        self.compiled = torch.compile(self.forward, dynamic=False)
+
+    def forward(self, x: Tensor):
+        return reference.step_of_flow(x, self.step)
+
+
+def contenders(precision: str) -> dict:
+    """Name -> how to make a model with `log_prob` from a Glow."""
+    dtype = torch.bfloat16 if precision == "bf16" else None
+
+    def ours(memory, backend="auto"):
+        def make(glow):
+            glow.memory, glow.backend, glow.compute_dtype = memory, backend, dtype
+            return glow
+
+        return make
+
+    made = {
+        "PyTorch": lambda glow: Reference(glow, dtype),
+        "PyTorch, torch.compile": lambda glow: Compiled(glow, dtype),
+        "PyTorch, checkpoint": lambda glow: Reference(glow, dtype, checkpointed=True),
+        "flowkern store": ours("store"),
+        "flowkern recompute": ours("recompute"),
+    }
+    for name in ("triton", "cuda"):
+        if flowkern.backends().get(name) is True:
+            made[f"flowkern recompute, {name}"] = ours("recompute", name)
+    return made
+
+
+class Device:
+    """Clocks and counters of the device in use; on a CPU, for trials, counters read zero."""
+
+    def __init__(self, name: str):
+        self.name, self.cuda = name, name == "cuda"
+
+    def synchronize(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated() if self.cuda else 0
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.cuda else 0
+
+    def reset_peak(self) -> None:
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def seconds(self, run, repeats: int) -> list[float]:
+        """Durations of `repeats` calls, warmed up."""
+        run(), run()
+        found = []
+        for _ in range(repeats):
+            self.synchronize()
+            start = time.perf_counter()
+            run()
+            self.synchronize()
+            found.append(time.perf_counter() - start)
+        return found
+
+    def graph_seconds(self, runs: list, repeats: int) -> float:
+        """Median duration of one of `runs`, replayed in turn from a CUDA graph so that no launch gaps count."""
+        for run in runs:
+            run()
+        if not self.cuda:
+            return statistics.median(self.seconds(runs[0], repeats))
+        self.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for run in runs:
+                run()
+        return statistics.median(self.seconds(graph.replay, repeats)) / len(runs)
+
+
+def step(model: nn.Module, x: Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    (-model.log_prob(x).mean()).backward()
+
+
+def set_precision(precision: str) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def copy_bandwidth(device: Device, numbers: int) -> float:
+    """Bytes per second, read and written, of device-to-device copies of fp32 tensors."""
+    sources = [torch.randn(numbers, device=device.name) for _ in range(2)]
+    targets = [torch.empty_like(s) for s in sources]
+    runs = [lambda s=s, t=t: t.copy_(s) for s, t in zip(sources, targets, strict=True)]
+    return 8 * numbers / device.graph_seconds(runs, 20)
+
+
+def product_peak(device: Device, size: int, dtype: torch.dtype, precision: str) -> float:
+    """FLOP/s of a square matrix product on random numbers."""
+    set_precision(precision)
+    a, b = (torch.randn(size, size, device=device.name).to(dtype) for _ in range(2))
+    return 2 * size**3 / device.graph_seconds([lambda: a @ b], 20)
+
+
+def op_calls(channels: int, numbers: int, device: str) -> dict:
+    """For each op: its arguments and the bytes that it must move, for states of `numbers` fp32 numbers."""
+    side = int((numbers / (16 * channels)) ** 0.5)
+    shape = (16, channels, side, side)
+    torch.manual_seed(0)
+
+    def state(dtype=torch.float32):
+        return torch.empty(shape, device=device, memory_format=torch.channels_last).normal_().to(dtype)
+
+    x, y, g, h = state(), state(), state(), state(torch.bfloat16)
+    matrix = torch.linalg.qr(torch.randn(channels, channels, device=device))[0].contiguous()
+    inverse, offset = matrix.mT.contiguous(), torch.randn(channels, device=device)
+    gl, strength = torch.randn(16, device=device), torch.tensor(0.3, device=device)
+    s, b = 4 * x.numel(), 2 * x.numel()  # bytes of a state, and of a bf16 network's output
+    scale = ("softclamp", 1.0)
+    return {
+        "channel_mix": ((x, matrix, offset, False), 2 * s),
+        "couple": ((x, h, *scale, False), 2 * s + b),
+        "couple_mix": ((x, h, matrix, offset, *scale), 2 * s + b),
+        "mix_couple": ((x, h, inverse, offset, *scale), 2 * s + b),
+        "couple_vjp": ((x, g, h, gl, *scale, False, False), 4 * s + 2 * b),
+        "mix_vjp": ((x, g, matrix, inverse, offset, False, False), 4 * s),
+        "shrink": ((x, strength), 2 * s),
+        "shrink_vjp": ((x, g, strength), 3 * s),
+        "data_consistency": ((x, y, strength), 3 * s),
+        "data_consistency_vjp": ((x, y, g, strength), 5 * s),
+    }
+
+
+def measure_ops(device: Device, trial: bool):
+    numbers = 1 << (12 if trial else 27)
+    bandwidth = copy_bandwidth(device, numbers)
+    yield {"copy GB/s": bandwidth / 1e9}
+    names = ["reference"] + [n for n in ("triton", "cuda") if flowkern.backends().get(n) is True]
+    for channels in (12, 24, 48, 96):
+        for op, (arguments, moved) in op_calls(channels, numbers, device.name).items():
+            for name in names:
+                function = getattr(backends.table(torch.device(device.name), name), op)
+                seconds = device.graph_seconds([lambda f=function, a=arguments: f(*a)], 10)
+                yield {"op": op, "channels": channels, "backend": name, "us": 1e6 * seconds,
+                       "GB/s": moved / seconds / 1e9, "of copy": moved / seconds / bandwidth}  # fmt: skip
+
+
+def model_of(setup: Setup, device: Device) -> flowkern.Glow:
+    return setup.glow().to(device.name)
+
+
+def measure_step(model: nn.Module, x: Tensor, device: Device, repeats: int) -> dict:
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    seconds = device.seconds(lambda: step(model, x), repeats)
+    model.zero_grad(set_to_none=True)
+    device.reset_peak()
+    before = device.allocated()
+    value = -model.log_prob(x).mean()
+    device.synchronize()
+    held = device.allocated() - before
+    value.backward()
+    device.synchronize()
+    quartiles = statistics.quantiles(seconds, n=4)
+    return {"ms": 1e3 * statistics.median(seconds), "quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
+            "images/s": len(x) / statistics.median(seconds), "held MiB": held / 2**20,
+            "peak MiB": (device.peak() - before - parameters) / 2**20}  # fmt: skip
+
+
+def gradient_of(model: nn.Module, x: Tensor) -> Tensor:
+    step(model, x)
+    return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+
+def measure_steps(device: Device, trial: bool):
+    deep = Setup(levels=2, depth=2, hidden=8, size=16) if trial else Setup(levels=4, depth=32, hidden=512)
+    size = 256 if trial else 8192
+    for precision in PRECISIONS:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        yield {"precision": precision, "product TFLOP/s": product_peak(device, size, dtype, precision) / 1e12}
+    glow = model_of(deep, device)
+    exact = Reference(glow).double()
+    few = deep.images()[:2].to(device.name)
+    truth = gradient_of(exact, few.double())
+    del exact
+    for precision, batch in itertools.product(PRECISIONS, (2, 4) if trial else (16, 64)):
+        x = Setup(**{**vars(deep), "batch": batch}).images().to(device.name)
+        for name, make in contenders(precision).items():
+            set_precision(precision)
+            row = {"name": name, "precision": precision, "batch": batch}
+            try:
+                model = make(copy.deepcopy(glow))
+                error = ((gradient_of(model, few) - truth).norm() / truth.norm()).item()
+                row |= {"gradient error": error, **measure_step(model, x, device, 5)}
+                row["network TFLOP/s"] = Setup(**{**vars(deep), "batch": batch}).flops() / row["ms"] / 1e9
+            except torch.OutOfMemoryError:
+                row["unavailable"] = "out of memory"
+            model = None
+            yield row
+
+
+def measure_depths(device: Device, trial: bool):
+    set_precision("fp32")
+    for depth in (1, 2) if trial else (4, 8, 16, 32, 48, 64):
+        setup = Setup(levels=3, depth=depth, hidden=8 if trial else 256, size=16 if trial else 256, batch=8)
+        x = setup.images().to(device.name)
+        for name in ("flowkern recompute", "flowkern store", "PyTorch", "PyTorch, checkpoint"):
+            row = {"name": name, "depth": depth, "published GB": PUBLISHED.get(depth)}
+            try:
+                model = contenders("fp32")[name](model_of(setup, device))
+                row |= measure_step(model, x, device, 2)
+                row["all GB"] = device.peak() / 1e9
+            except torch.OutOfMemoryError:
+                row["unavailable"] = "out of memory"
+            model = None
+            yield row
+
+
+def measure_batches(device: Device, trial: bool):
+    deep = Setup(levels=2, depth=2, hidden=8, size=16) if trial else Setup(levels=4, depth=32, hidden=512)
+    total = torch.cuda.get_device_properties(0).total_memory if device.cuda else 1 << 30
+    images = deep.images()
+    for precision in ("bf16", "fp32"):
+        for name, make in contenders(precision).items():
+            set_precision(precision)
+            model = make(model_of(deep, device))
+            step(model, images[:2].to(device.name))
+            peaks = {}
+            try:
+                for batch in (16, 48):
+                    device.reset_peak()
+                    step(model, images[:1].to(device.name).expand(batch, -1, -1, -1).contiguous())
+                    peaks[batch] = device.peak()
+                per_image = max(1, (peaks[48] - peaks[16]) // 32)
+                batch = min(4096, int(0.93 * (total - peaks[16]) / per_image) + 16) if device.cuda else 16
+                step(model, images[:1].to(device.name).expand(batch, -1, -1, -1).contiguous())
+                yield {"name": name, "precision": precision, "MiB per image": per_image / 2**20, "batch": batch}
+            except torch.OutOfMemoryError:
+                yield {"name": name, "precision": precision, "unavailable": "the predicted batch did not fit"}
+            model = None
+
+
+MEASURES = {"ops": measure_ops, "steps": measure_steps, "depths": measure_depths, "batches": measure_batches}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seconds", type=float, default=420, help="stop starting new measurements after this long")
+    parser.add_argument("--out", type=Path, help="write the JSON here too, after every row")
+    parser.add_argument("--trial", action="store_true", help="tiny sizes, any device, nothing written")
+    arguments = parser.parse_args()
+    if not arguments.trial and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --trial tries the program on the CPU")
+    device, start = Device("cuda" if torch.cuda.is_available() else "cpu"), time.monotonic()
+    figures: dict = {part: [] for part in arguments.parts}
+    for part in arguments.parts:
+        for row in MEASURES[part](device, arguments.trial):
+            figures[part].append(row)
+            print(part, json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+            if not arguments.trial:
+                write(figures, arguments.out)
+            if time.monotonic() - start > arguments.seconds:
+                figures["cut short"] = f"after {arguments.seconds:.0f} s, in {part}"
+                break
+    if not arguments.trial:
+        print(write(figures, arguments.out))
+
+
+def write(figures: dict, extra: Path | None) -> Path:
+    """The result file of this device, and a copy."""
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    path = results.write(f"gpu-{name}", figures)
+    if extra is not None:
+        extra.mkdir(parents=True, exist_ok=True)
+        (extra / path.name).write_text(path.read_text())
+    return path
+
+
+if __name__ == "__main__":
+    main()
