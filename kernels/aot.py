@@ -27,9 +27,9 @@ TARGETS = (80, 90)
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "triton-resources.md"
 PREFACE = """# What the Triton kernels take
 
-Registers a thread, spilled bytes and shared memory of every configuration that host code can choose, compiled without a
-GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test compiles them anew and allows no spill in a default
-configuration and no more shared memory than the chips have (163 and 227 KiB a block).
+Registers a thread, spilled bytes and shared memory of every configuration that host code can choose, compiled without
+a GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test compiles them anew, allows no spill in a default
+configuration, and no more shared memory than the chips have (163 and 227 KiB a block).
 """
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may use
 

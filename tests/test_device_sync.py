@@ -1,4 +1,4 @@
-"""A training step never waits for the device: on meta tensors, which have no data, whatever reads a value is an error."""
+"""A training step never waits for the device: on meta tensors, which have no data, reading a value is an error."""
 
 import pytest
 import torch

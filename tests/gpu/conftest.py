@@ -1,29 +1,26 @@
-"""What only a GPU shows: `pytest tests/gpu` (make gpu runs it). FLOWKERN_TEST_DEVICE=cpu tries the tests themselves, with
-TRITON_INTERPRET=1, on a machine without one."""
+"""What only a GPU shows: `pytest tests/gpu`, which `make gpu` runs.
 
-import os
+FLOWKERN_TEST_DEVICE=cpu and TRITON_INTERPRET=1 try the tests themselves on a machine without one.
+"""
+
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-DEVICE = torch.device(os.environ.get("FLOWKERN_TEST_DEVICE", "cuda"))
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if FOLDER in item.path.parents:
             item.add_marker("gpu")
 
 
 @pytest.fixture
-def device():
-    return DEVICE
-
-
-@pytest.fixture
 def real_gpu():
+    from gpu_device import DEVICE
+
     if DEVICE.type != "cuda":
         pytest.skip("a trial of the tests on the CPU: this one needs CUDA's own functions")

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gpu.conftest import DEVICE
+from gpu_device import DEVICE
 from pixel_cases import COUPLINGS, FLOAT, MANY_PIXELS, SHAPES, SPREADS, arguments, compare, results
 
 import flowkern

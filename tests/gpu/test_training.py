@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gpu.conftest import DEVICE
+from gpu_device import DEVICE
 from helpers import MODES, VARIANTS, gradients, relative, small_glow
 
 import flowkern

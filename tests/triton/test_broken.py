@@ -8,18 +8,27 @@ import pytest
 from pixel_cases import compare
 
 SHAPES = ((1, 12, 9, 11), (2, 34, 3, 5))
-MISTAKES = {
-    "the tail of a block is lost": ("couple", "couple", "inside = (p < pixels)[:, None]", "inside = (p < pixels - 1)[:, None]"),
-    "half of the log-determinant": ("couple", "couple", "tl.store(logdet + program, total)", "tl.store(logdet + program, total / 2)"),
+COLUMN, ROW = "c[:, None] * column", "out[None, :] * row"
+MISTAKES = {  # what goes wrong: (module, op, text, replacement)
+    "the tail of a block is lost": (
+        "couple", "couple", "inside = (p < pixels)[:, None]", "inside = (p < pixels - 1)[:, None]"),
+    "half of the log-determinant": (
+        "couple", "couple", "tl.store(logdet + program, total)", "tl.store(logdet + program, total / 2)"),
     "the inverse's sign": ("couple", "couple", "total = -total if INVERSE else total", "total = total"),
     "a shift in place of a scale": ("couple", "couple_vjp", "db = gb * s\n", "db = gb + s\n"),
     "another sample's cotangent": ("couple", "couple_vjp", "tl.load(glogdet + sample)", "tl.load(glogdet)"),
-    "channels beyond the first products": ("couple_mix", "couple_mix", "range(0, H, DEPTH)", "range(0, DEPTH, DEPTH)"),
-    "the offset of one half": ("couple_mix", "mix_couple", "tl.load(offset + c + H,", "tl.load(offset + c,"),
-    "a transposed matrix": ("mix", "channel_mix", "matrix + out[None, :] * row + c[:, None] * column", "matrix + out[None, :] * column + c[:, None] * row"),
-    "a program's partial sums are lost": ("mix_vjp", "mix_vjp", "mask = (r < programs)[:, None]", "mask = (r < programs - 1)[:, None]"),
-    "the derivative of another mix": ("mix_vjp", "mix_vjp", "columns(matrix, out, c, column, row, C)", "columns(matrix, out, c, row, column, C)"),
-    "an unwritten gradient": ("pointwise", "data_consistency_vjp", "    tl.store(dy + i, step * b_g, mask=i < size)\n", ""),
+    "channels beyond the first products": (
+        "couple_mix", "couple_mix", "range(0, H, DEPTH)", "range(0, DEPTH, DEPTH)"),
+    "the offset of the other half": ("couple_mix", "mix_couple", "tl.load(offset + c + H,", "tl.load(offset + c,"),
+    "a transposed matrix": (
+        "mix", "channel_mix", f"{ROW} + {COLUMN}", f"{ROW} + {COLUMN}".replace("row", "_").replace(
+            "column", "row").replace("_", "column")),
+    "a program's partial sums are lost": (
+        "mix_vjp", "mix_vjp", "mask = (r < programs)[:, None]", "mask = (r < programs - 1)[:, None]"),
+    "the derivative of another mix": (
+        "mix_vjp", "mix_vjp", "columns(matrix, out, c, column, row, C)", "columns(matrix, out, c, row, column, C)"),
+    "an unwritten gradient": (
+        "pointwise", "data_consistency_vjp", "    tl.store(dy + i, step * b_g, mask=i < size)\n", ""),
 }  # fmt: skip
 
 

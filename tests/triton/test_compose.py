@@ -5,7 +5,7 @@ import torch
 
 from flowkern import backend as backends
 from flowkern.layers import StepOfFlow
-from flowkern.mix import stacked, compose, mixes, mixes_vjp
+from flowkern.mix import compose, mixes, mixes_vjp, stacked
 
 KERNELS = backends.table(torch.device("cpu"), "triton")
 

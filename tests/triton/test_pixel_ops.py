@@ -1,4 +1,4 @@
-"""Every pixel op's kernel against the specification, as other backends are tested, at sizes that an interpreter bears."""
+"""Every pixel op's kernel against the specification, as other backends are tested, at sizes an interpreter bears."""
 
 import pytest
 import torch
