@@ -295,7 +295,7 @@ class _LocalChain(Function):
     """The chain with a user's own coupling networks, in Python: local autograd can't live inside an opaque operator."""
 
     @staticmethod
-    def forward(ctx, x, matrix, offset, inverse, nets, settings, *parameters):
+    def forward(ctx, x, matrix, offset, inverse, context, nets, settings, *parameters):
         reverse, scale, alpha, backend, memory, anchor_every = settings
         out, logdet, kept = _run(
             x,
@@ -312,31 +312,26 @@ class _LocalChain(Function):
         )
         ctx.set_materialize_grads(False)
         ctx.nets, ctx.settings, ctx.kept = nets, settings, kept
-        ctx.save_for_backward(out if memory == "recompute" else x, matrix, offset, inverse, *parameters)
+        ctx.save_for_backward(out if memory == "recompute" else x, matrix, offset, inverse, context, *parameters)
         return out, logdet
 
     @staticmethod
     @without_autocast
     def backward(ctx, g, glogdet):
-        boundary, matrix, offset, inverse, *parameters = ctx.saved_tensors
+        boundary, matrix, offset, inverse, context, *parameters = ctx.saved_tensors
         g, glogdet = _materialize(g, glogdet, boundary)
         reverse, scale, alpha, backend, memory, _ = ctx.settings
+        nets = ctx.nets
         if _wants_graph():
-            return _double(
-                memory,
-                boundary,
-                matrix,
-                offset,
-                parameters,
-                ctx.nets.modules,
-                g,
-                glogdet,
-                reverse,
-                scale,
-                alpha,
-                blanks=2,
+            inputs = [*([] if context is None else [context]), *parameters]
+            again = [functools.partial(nets.evaluate, k, context=context) for k in range(len(nets.modules))]
+            dx, dmatrix, doffset, _, _, *found = _double(
+                memory, boundary, matrix, offset, inputs, again, g, glogdet, reverse, scale, alpha
             )
+            dcontext = None if context is None else found.pop(0)
+            return dx, dmatrix, doffset, None, dcontext, None, None, *found
         stored = memory != "recompute"
+        nets.dcontext = None
         dx, dmatrix, doffset, dparameters = _vjp(
             boundary if stored else None,
             None if stored else boundary,
@@ -346,15 +341,15 @@ class _LocalChain(Function):
             matrix,
             offset,
             inverse,
-            ctx.nets,
-            ctx.needs_input_grad[6:],
+            nets,
+            ctx.needs_input_grad[7:],
             reverse,
             scale,
             alpha,
-            backends.table(g.device, backend, g.dtype),
+            backends.table(g.device, backend),
             memory,
         )
-        return dx, dmatrix, doffset, None, None, None, *dparameters
+        return dx, dmatrix, doffset, None, nets.dcontext, None, None, *dparameters
 
 
 def _materialize(g, glogdet, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,7 +374,7 @@ class _Differentiable:
         return reference.coupling_network(a, self)
 
 
-def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha, blanks=1):
+def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha):
     """The first derivative as a differentiable function of everything, by the reference's formulas."""
     if memory != "store":
         raise RuntimeError(
@@ -391,7 +386,7 @@ def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, sc
     out, logdet = reference_chain(x, matrix, offset, nets, reverse, scale, alpha)
     found = iter(torch.autograd.grad([out, logdet], wanted, [g, glogdet], create_graph=True, allow_unused=True))
     dx, dmatrix, doffset, *dparameters = (next(found) if i.requires_grad else None for i in inputs)
-    return dx, dmatrix, doffset, None, *[None] * blanks, *dparameters
+    return dx, dmatrix, doffset, None, None, *dparameters
 
 
 def reference_chain(
@@ -420,6 +415,7 @@ def chain(
     inverse: Tensor,
     nets: Sequence[nn.Module],
     *,
+    context: Tensor | None = None,
     reverse: bool = False,
     scale: str = "softclamp",
     alpha: float = 1.0,
@@ -431,9 +427,9 @@ def chain(
     """Run K steps of flow, differentiably, in memory that does not grow with K (see the module's text for `memory`).
 
     x (N, C, H, W); matrix, inverse (K, C, C) and offset (K, C): the composed channel mixes, their inverses carrying no
-    gradient of their own; nets: K coupling networks. Returns the state and the couplings' log-determinant (N,) in nats;
-    the mixes' own log-determinants are constants of x that the caller adds. compute_dtype is the networks' precision
-    (default: autocast's, else the state's).
+    gradient of their own; nets: K coupling networks, of a state and, if given, a context (N, ...). Returns the
+    state and the couplings' log-determinant (N,) in nats; the mixes' own log-determinants are constants of x that the
+    caller adds. compute_dtype is the networks' precision (default: autocast's, else the state's).
     """
     x = ops.channels_last(x)
     name = backends.resolve(x.device, backend)
@@ -443,7 +439,8 @@ def chain(
     anchors = anchor_every or 0
     standard = all(hasattr(net, "flat_parameters") for net in nets)
     parameters = [p for net in nets for p in (net.flat_parameters() if standard else net.parameters())]
-    needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, matrix, offset, *parameters))
+    inputs = (x, matrix, offset, *parameters, *(() if context is None else (context,)))
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if not needed:
         memory, anchors = "recompute", 0
     with torch.autocast(x.device.type, enabled=False):
@@ -457,7 +454,6 @@ def chain(
             )
         else:
             settings = (reverse, scale, alpha, name, memory, anchors)
-            out, logdet = _LocalChain.apply(
-                x, matrix, offset, inverse, network.LocalNets(nets, dtype), settings, *parameters
-            )
+            local = network.LocalNets(nets, dtype, x.device, context)
+            out, logdet = _LocalChain.apply(x, matrix, offset, inverse, context, local, settings, *parameters)
     return out, logdet

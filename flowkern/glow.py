@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import backend as backends
-from flowkern import dialects, saving
+from flowkern import dialects, saving, transforms
 from flowkern.chain import MEMORY_MODES
 from flowkern.layers import Split, StepOfFlow, run_steps, squeeze, unsqueeze
 from flowkern.prior import Prior
@@ -45,8 +45,8 @@ class Glow(nn.Module):
     or "additive". scale: "softclamp", s = exp(alpha tanh(raw/alpha)), bounded both ways, or "sigmoid", Glow's
     sigmoid(raw + 2). split_prior: "standard" splits plainly, "learned" is Glow's conditional Gaussian, reparametrised
     so that z stays N(0, I); top_prior: the same for what the last level emits, with constants per channel. network: own
-    coupling network, (in_channels, out_channels) -> nn.Module, a deterministic function of its input: backward
-    evaluates it again, so no dropout. context_channels: numbers that the model is conditioned on, given as `context` to
+    coupling network, (in_channels, out_channels) -> nn.Module; dropout and batch norm may be in it, because backward
+    replays what ran. context_channels: how many numbers the model is conditioned on, which are given as `context` to
     every method. shift: subtracted from images first, added last. variant: what models of other libraries do
     differently, by the names of `flowkern.variants.Variant`; `from_checkpoint` sets it. memory: "recompute" rebuilds
     activations in backward, "store" keeps them, "checkpoint" keeps each step's input. anchor_every: keep an exact state
@@ -230,8 +230,8 @@ class Glow(nn.Module):
         x = x - self.shift
         logdet = x.new_zeros(x.shape[0])
         emitted = []
-        for level, local in zip(self.levels, contexts.levels, strict=True):
-            x, d = run_steps(level.steps, level.squeeze(x), context=local, **self._options())
+        for i, level in enumerate(self.levels):
+            x, d = self._steps(i, level.squeeze(x), contexts.levels[i], reverse=False)
             logdet = logdet + d
             if level.split is not None:
                 x, part, d = level.split(x, contexts.vector)
@@ -258,15 +258,19 @@ class Glow(nn.Module):
         *emitted, x = self.split_latent(z, size)
         contexts = self._contexts(context, z.shape[0], self.size[1:] if size is None else size)
         x, logdet = self.top.inverse(x, context=contexts.vector)
-        for level, local in zip(reversed(self.levels), reversed(contexts.levels), strict=True):
+        for i, level in reversed(list(enumerate(self.levels))):
             if level.split is not None:
                 x, d = level.split.inverse(x, emitted.pop(), contexts.vector)
                 logdet = logdet + d
-            x, d = run_steps(level.steps, x, reverse=True, context=local, **self._options())
+            x, d = self._steps(i, x, contexts.levels[i], reverse=True)
             logdet = logdet + d
             x = level.unsqueeze(x)
         x = x + self.shift
         return (x, logdet) if return_logdet else x
+
+    def _steps(self, level: int, x: Tensor, context: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+        """The steps of flow of a level. `flowkern.export` replaces this."""
+        return run_steps(self.levels[level].steps, x, reverse=reverse, context=context, **self._options())
 
     def split_latent(self, z: Tensor, size: Sequence[int] | None = None) -> list[Tensor]:
         """Views of z (N, C*H*W), one (N, c, h, w) per level, in the order in which levels emit them."""
@@ -402,7 +406,8 @@ class Glow(nn.Module):
             )
         wanted = self.check_finite if finite is None and self.check_finite is not None else finite
         wanted = x.device.type == "cpu" if wanted is None else wanted
-        if wanted and not torch.compiler.is_compiling() and not bool(torch.isfinite(x).all()):
+        traced = torch.compiler.is_compiling() or transforms.batched_or_forward()
+        if wanted and not traced and not bool(torch.isfinite(x).all()):
             raise ValueError(f"the {what}s contain NaN or infinite values")
 
     def _contexts(self, context: Tensor | None, n: int, size: Sequence[int]) -> "_Contexts":

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkern import ops, reference
+from flowkern import backend as backends
+from flowkern import ops, reference, transforms
 from flowkern.chain import chain
-from flowkern.mix import compose
+from flowkern.mix import compose, mixes, stacked
 from flowkern.prior import Prior
 
 MIN_STD = 1e-3  # an (almost) constant channel must not be scaled up without bound at initialisation
@@ -222,23 +223,64 @@ class StepOfFlow(nn.Module):
 def run_steps(
     steps, x: Tensor, reverse: bool = False, context: Tensor | None = None, **chain_options
 ) -> tuple[Tensor, Tensor]:
-    """Run a sequence of `StepOfFlow`s of one level as a reversible chain. Returns the state and logdet (N,)."""
+    """Run a sequence of `StepOfFlow`s of one level as a reversible chain. Returns the state and logdet (N,).
+
+    context: what the coupling networks read beside the state. Under torch.func.vmap and forward-mode differentiation
+    the chain runs as plain PyTorch, for which it wants memory="store" and backend="reference" (RuntimeError otherwise).
+    """
     _check_channels(x, len(steps[0].actnorm.bias), "a step of flow")
-    matrix, offset, inverse, mixes_logdet = compose(steps, chain_options.get("backend", "auto"))
-    coupling = steps[0].coupling
-    out, logdet = chain(
-        x,
-        matrix,
-        offset,
-        inverse,
-        [step.coupling.net for step in steps],
-        reverse=reverse,
-        scale=coupling.scale,
-        alpha=coupling.alpha,
-        **chain_options,
-    )
+    if transforms.batched_or_forward():
+        _check_plain(x.device, **chain_options)
+        matrix, offset, inverse, mixes_logdet = _plain_mixes(steps)
+        out, logdet = plain_chain(steps, x, matrix, offset, inverse, context, reverse)
+    else:
+        matrix, offset, inverse, mixes_logdet = compose(steps, chain_options.get("backend", "auto"))
+        coupling = steps[0].coupling
+        out, logdet = chain(
+            x,
+            matrix,
+            offset,
+            inverse,
+            [step.coupling.net for step in steps],
+            context=context,
+            reverse=reverse,
+            scale=coupling.scale,
+            alpha=coupling.alpha,
+            **chain_options,
+        )
     constant = mixes_logdet * _pixels(x)
     return out, logdet - constant if reverse else logdet + constant
+
+
+def plain_chain(steps, x, matrix, offset, inverse, context: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The steps by the reference's formulas, given their composed mixes. Returns state and couplings' logdet (N,)."""
+    logdet = x.new_zeros(x.shape[0])
+    for k in reversed(range(len(steps))) if reverse else range(len(steps)):
+        coupling = steps[k].coupling
+        x = x if reverse else reference.channel_mix(x, matrix[k], offset[k])
+        h = coupling.net(x[:, : x.shape[1] // 2], *_given(context))
+        x, d = reference.couple(x, h, coupling.scale, coupling.alpha, inverse=reverse)
+        x = reference.channel_mix(x, inverse[k], offset[k], inverse=True) if reverse else x
+        logdet = logdet + d
+    return x, logdet
+
+
+def _plain_mixes(steps):
+    """`compose` as plain PyTorch."""
+    parameters = [
+        p for s in steps for p in (s.conv.lower, s.conv.upper, s.conv.log_s, s.actnorm.log_scale, s.actnorm.bias)
+    ]
+    sign, permutation = (torch.stack([getattr(s.conv, name) for s in steps]) for name in ("sign", "permutation"))
+    return mixes(*stacked(parameters), sign, permutation)
+
+
+def _check_plain(device: torch.device, memory: str = "recompute", backend: str = "auto", **_) -> None:
+    name = backends.resolve(device, backend)
+    if memory != "store" or name != "reference":
+        raise RuntimeError(
+            "vmap and forward-mode differentiation want memory='store' and backend='reference', got "
+            f"memory={memory!r} and backend={name!r}"
+        )
 
 
 class Split(Prior):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import backend, ops
+from flowkern.replay import Replay
 
 PARAMETERS = 9
 
@@ -153,36 +154,56 @@ class StandardNets:
 
 
 class LocalNets:
-    """A user's own coupling networks: evaluated as they are, differentiated by local autograd."""
+    """A user's own coupling networks: evaluated as they are, differentiated by local autograd.
 
-    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None):
+    What is evaluated again in backward is a replay of how it ran in forward: same dropout, batch norm updated once.
+    context (N, ...), if not None, is the networks' second argument; `dcontext` adds up its gradient over steps.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None, device: torch.device, context=None):
         self.modules = modules
         self.dtype = dtype
+        self.context = None if context is None else context.detach()
+        self.needs_context = context is not None and context.requires_grad
+        self.dcontext: Tensor | None = None
         self.parameter_lists = [list(m.parameters()) for m in modules]
+        self.replays = [Replay(m, device) for m in modules]
 
     def forward(self, k: int, a: Tensor) -> Tensor:
-        with torch.autocast(a.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            return ops.channels_last(self.modules[k](a))
+        """The first evaluation, or one like it."""
+        return self.evaluate(k, a, self.context)
 
     def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """h and what `vjp` wants kept."""
         with torch.enable_grad():
-            a = a.detach().requires_grad_()
-            h = self.forward(k, a)
-        return h.detach(), [a, h]
+            inputs = [a.detach().requires_grad_()]
+            if self.needs_context:
+                inputs.append(self.context.detach().requires_grad_())
+            h = self.evaluate(k, inputs[0], inputs[1] if self.needs_context else self.context)
+        return h.detach(), [h, *inputs]
+
+    def evaluate(self, k: int, a: Tensor, context: Tensor | None) -> Tensor:
+        """The network k of a (and context), recorded the first time and replayed afterwards."""
+        given = (a,) if context is None else (a, context)
+        with self.replays[k].again_or_first(), torch.autocast(a.device.type, self.dtype, self.dtype is not None):
+            return ops.channels_last(self.modules[k](*given))
 
     def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool], da: Tensor):
-        a, h = kept
+        """The parameters' gradients; that of a is added to `da`."""
+        h, *inputs = kept
         wanted = [p for p, needed in zip(self.parameter_lists[k], need, strict=True) if needed]
         # The graph is retained because in store mode the caller may run backward twice; it dies with `kept`.
-        through, *found = torch.autograd.grad(h, [a, *wanted], dh, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(h, [*inputs, *wanted], dh, retain_graph=True, allow_unused=True)
+        if found[0] is not None:
+            da.add_(found[0])
+        if self.needs_context and found[1] is not None:
+            self.dcontext = found[1] if self.dcontext is None else self.dcontext + found[1]
         # In the parameter's own layout, step by step: accumulation would copy the others, for a whole level at once.
-        found = iter(
+        own = iter(
             g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
-            for g, p in zip(found, wanted, strict=True)
+            for g, p in zip(found[len(inputs) :], wanted, strict=True)
         )
-        if through is not None:
-            da.add_(through)
-        return [next(found) if needed else None for needed in need]
+        return [next(own) if needed else None for needed in need]
 
     def count(self, k: int) -> int:
         return len(self.parameter_lists[k])

@@ -24,6 +24,7 @@ class Replay:
 
     def __init__(self, module: nn.Module, device: torch.device):
         self._module, self._device = module, device
+        self._ran = False
         self._states: list[Tensor] | None = None
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
 
@@ -33,11 +34,16 @@ class Replay:
         states = self._generators()
         before = [(m, name, b, b._version, b.clone()) for m, name, b in self._registered()] if self._changes() else []
         yield
+        self._ran = True
         if any(not torch.equal(a, b) for a, b in zip(states, self._generators(), strict=True)):
             self._states = states
         # Batch norm's kernel does not count its writes to the running statistics, but its counter's increments are.
         changed = {m for m, name, b, version, _ in before if m._buffers[name] is not b or b._version != version}
         self._buffers = [(m, name, copy) for m, name, _, _, copy in before if m in changed]
+
+    def again_or_first(self):
+        """`recorded()` the first time, `restored()` afterwards."""
+        return self.restored() if self._ran else self.recorded()
 
     @contextlib.contextmanager
     def restored(self):
