@@ -47,3 +47,15 @@ def test_unfolded_network_trains_on_it():
         return [value, *(p.grad for p in net.parameters())]
 
     torch.testing.assert_close(loss("triton"), loss("reference"), rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_whole_with_the_same_numbers():
+    glow = small_glow(SIZE, levels=1, depth=2, hidden=4, dtype=torch.float32, backend="triton")
+    x = torch.rand(2, *SIZE)
+    found = []
+    for log_prob in (glow.log_prob, torch.compile(glow.log_prob, fullgraph=True, backend="aot_eager")):
+        glow.zero_grad(set_to_none=True)
+        value = log_prob(x)
+        value.sum().backward()
+        found.append([value.detach(), *(p.grad for p in glow.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
