@@ -1,12 +1,13 @@
 """What every launch shares: where kernels run, block sizes, and the device guard."""
 
 import contextlib
+import os
 
 import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SMALLEST_DOT = 16  # an edge of a block that a matrix product accepts
 
 

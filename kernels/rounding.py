@@ -4,7 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from flowkern.kernels import launch
+
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
