@@ -70,7 +70,7 @@ def _check(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None) -> 
         raise ValueError(f"{op}: a state must be float32 or float64, got {state.dtype}")
     for t in others:
         if t.dtype != state.dtype or t.device != state.device:
-            raise ValueError(f"{op}: expected {state.dtype} on {state.device} like the state, got {t.dtype} on {t.device}")
+            raise ValueError(f"{op}: expected {state.dtype} on {state.device} throughout, got {t.dtype} on {t.device}")
     if h is not None and (h.dtype not in _NETWORK[state.dtype] or h.device != state.device):
         wanted = " or ".join(str(d) for d in _NETWORK[state.dtype])
         raise ValueError(f"{op}: h must be {wanted} on {state.device}, got {h.dtype} on {h.device}")

@@ -2,35 +2,14 @@
 // write one element too far ends the program.
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <initializer_list>
-#include <memory>
 
 #include "../csrc/cpu/dispatch.h"
-#include "../csrc/params.h"
+#include "arrays.h"
 
 using namespace flowkern;
 
 namespace {
-
-// An array of its own, so that the sanitizer guards both ends.
-class Array {
-  public:
-    Array(int64_t count, Type type) : bytes_(count * size(type)), data_(new char[bytes_]) {
-        for (int64_t i = 0; i < count; i++) {
-            if (type == Type::f64) reinterpret_cast<double*>(data_.get())[i] = number();
-            if (type == Type::f32) reinterpret_cast<float*>(data_.get())[i] = float(number());
-            if (size(type) == 2) reinterpret_cast<uint16_t*>(data_.get())[i] = uint16_t(std::rand());  // any bits
-        }
-    }
-    void* get() const { return data_.get(); }
-
-  private:
-    static int64_t size(Type type) { return type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2; }
-    static double number() { return std::rand() / double(RAND_MAX) - 0.5; }
-    int64_t bytes_;
-    std::unique_ptr<char[]> data_;
-};
 
 void mixes(const cpu::InstructionSet& isa, Type type, int64_t pixels, int64_t c) {
     Array x(pixels * c, type), g(pixels * c, type), y(pixels * c, type), dv(pixels * c, type), matrix(c * c, type),

@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(THREADS) compose_kernel(const Compose m) {
             __syncthreads();
             load_panel(f.lower, channels, first, true, panel);
             __syncthreads();
+#pragma unroll 2
             for (int i = 0; i < DEPTH && first + i < channels; i++) {
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++) {
@@ -107,6 +108,7 @@ __global__ void __launch_bounds__(THREADS) compose_kernel(const Compose m) {
             __syncthreads();
             load_panel(f.upper, channels, first, false, panel);
             __syncthreads();
+#pragma unroll 2
             for (int i = (channels - first < DEPTH ? channels - first : DEPTH) - 1; i >= 0; i--) {
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++) {
@@ -147,8 +149,10 @@ template <class P>
 cudaError_t run(const Compose& m, cudaStream_t stream) {
     const int64_t blocks = m.steps * ceil_div(m.channels + 1, COLUMNS_PER_BLOCK);
     const size_t shared = size_t(shared_numbers(m.channels)) * sizeof(double);
-    if (m.channels <= 32) return launch(compose_kernel<P, 1>, blocks, THREADS, shared, stream, m);
-    if (m.channels <= 96) return launch(compose_kernel<P, 3>, blocks, THREADS, shared, stream, m);
+    if constexpr (sizeof(P) == sizeof(float)) {  // what is trained
+        if (m.channels <= 32) return launch(compose_kernel<P, 1>, blocks, THREADS, shared, stream, m);
+        if (m.channels <= 96) return launch(compose_kernel<P, 3>, blocks, THREADS, shared, stream, m);
+    }
     return launch(compose_kernel<P, 6>, blocks, THREADS, shared, stream, m);
 }
 

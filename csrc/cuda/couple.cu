@@ -1,11 +1,9 @@
 // The coupling by itself and its reverse pass: every number is read once and written once.
 #include "coupling.h"
 #include "launch.h"
+#include "mix.h"
 
 namespace flowkern::cuda {
-
-cudaError_t launch_couple_mix(const Couple&, cudaStream_t);  // couple_mix.cu
-
 namespace {
 
 constexpr int THREADS = 256;
@@ -106,14 +104,13 @@ cudaError_t run_typed(const M& m, std::initializer_list<const void*> states, std
 
 }  // namespace
 
-// Parts of about ELEMENTS numbers, so that a block has work that outweighs its start, and not more parts than keep the
-// largest GPU busy several times over.
+// As many blocks as there are tiles of pixels, until they keep the largest GPU busy several times over: then blocks take
+// up to 8 tiles, which share the reading of the mix's matrix.
 int64_t couple_parts(int64_t samples, int64_t pixels, int64_t channels) {
-    constexpr int64_t ELEMENTS = 6144, MOST_BLOCKS = 4096;
-    const int64_t length = ELEMENTS > channels ? ELEMENTS / channels : 1;
-    const int64_t most = samples > MOST_BLOCKS ? 1 : MOST_BLOCKS / (samples > 0 ? samples : 1);
-    const int64_t parts = ceil_div(pixels, length);
-    return parts < 1 ? 1 : parts < most ? parts : most;
+    constexpr int64_t BUSY = 1024, MOST_TILES = 8;
+    const int64_t tiles = ceil_div(pixels, mix_tile(channels)), each = samples * tiles / BUSY;
+    const int64_t parts = ceil_div(tiles, each < 1 ? 1 : each < MOST_TILES ? each : MOST_TILES);
+    return parts < 1 ? 1 : parts;
 }
 
 cudaError_t launch_couple(const Couple& m, cudaStream_t stream) {

@@ -67,7 +67,7 @@ __device__ __forceinline__ double load_coupled(const Couple& m, const float* x, 
     const float alpha = float(m.alpha), inverse_alpha = 1.0f / alpha;
     const Pack<float, V> offset_a = subtracted<V>(m, j), offset_b = subtracted<V>(m, HALF + j);
     double sum = 0;
-#pragma unroll 2
+#pragma unroll 1
     for (int p = first; p < pixels; p += STEP) {
         const float* pixel = x + p * K::CHANNELS + j;
         const Pack<float, V> a = load<V>(pixel);
@@ -129,6 +129,11 @@ __global__ void __launch_bounds__(K::THREADS) mix_kernel(const Couple m) {
     }
 }
 
+using Tiling12 = Tiling<12, 192, 4, 4>;
+using Tiling24 = Tiling<24, 192, 4, 4>;
+using Tiling48 = Tiling<48, 192, 8, 4>;
+using Tiling96 = Tiling<96, 192, 8, 8>;
+
 template <class K>
 cudaError_t run(const Couple& m, cudaStream_t stream) {
     const int64_t blocks = m.samples * m.parts;
@@ -140,13 +145,23 @@ cudaError_t run(const Couple& m, cudaStream_t stream) {
 
 }  // namespace
 
+int64_t mix_tile(int64_t channels) {
+    switch (channels) {
+        case 12: return Tiling12::TILE;
+        case 24: return Tiling24::TILE;
+        case 48: return Tiling48::TILE;
+        case 96: return Tiling96::TILE;
+        default: return channels < 6144 ? 6144 / channels : 1;
+    }
+}
+
 cudaError_t launch_couple_mix(const Couple& m, cudaStream_t stream) {
     if (m.type == Type::f32 && aligned(16, {m.x, m.h, m.y})) {
         switch (m.channels) {
-            case 12: return run<Tiling<12, 192, 4, 4>>(m, stream);
-            case 24: return run<Tiling<24, 192, 4, 4>>(m, stream);
-            case 48: return run<Tiling<48, 192, 8, 4>>(m, stream);
-            case 96: return run<Tiling<96, 192, 8, 8>>(m, stream);
+            case 12: return run<Tiling12>(m, stream);
+            case 24: return run<Tiling24>(m, stream);
+            case 48: return run<Tiling48>(m, stream);
+            case 96: return run<Tiling96>(m, stream);
         }
     }
     return launch_mix_any(m, stream);

@@ -29,7 +29,7 @@ __device__ __forceinline__ T coupled(const Couple& m, const T* x, const H* h, in
 }
 
 template <class T, class H, int OUTPUTS>
-__global__ void __launch_bounds__(THREADS) mix_any_kernel(const Couple m) {
+__global__ void __launch_bounds__(THREADS, 2) mix_any_kernel(const Couple m) {
     using K = Panels<T, OUTPUTS>;
     constexpr int W = LANES<T>;
     T *tile = reinterpret_cast<T*>(shared_arena), *panel = tile + K::TILE * K::STRIDE;
@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(THREADS) mix_any_kernel(const Couple m) {
             }
             double counted = 0;
             for (int in = 0; in < channels; in += DEPTH) {
+#pragma unroll(same<H, NoNetwork> ? 4 : 1)
                 for (int e = threadIdx.x; e < K::TILE * DEPTH; e += THREADS) {
                     const int p = e / DEPTH, c = in + e % DEPTH;
                     T value = 0;

@@ -162,7 +162,8 @@ bool one_kernel(Type type, int64_t channels) {
 int64_t count_parts(int64_t pixels, int64_t channels) {
     constexpr int64_t MOST = 512, NUMBERS = int64_t(1) << 22;
     const int64_t sums = channels * (channels + 1), fit = NUMBERS > sums ? NUMBERS / sums : 1;
-    const int64_t wanted = ceil_div(pixels, channels == 12 ? Tiling12::TILE : Tiling24::TILE);
+    const int64_t tile = channels == 24 ? Tiling24::TILE : channels == 48 ? Tiling48::TILE : Tiling12::TILE;
+    const int64_t wanted = ceil_div(pixels, tile);
     const int64_t parts = wanted < MOST ? wanted : MOST;
     return parts < fit ? parts : fit;
 }

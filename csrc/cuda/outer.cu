@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(K::THREADS) outer_kernel(const T* w, const T* 
 template <class K, class T>
 cudaError_t run(const void* w, const void* x, int64_t pixels, int64_t channels, int64_t parts, void* sums,
                 cudaStream_t stream) {
-    const int64_t squares = ceil_div(channels, K::EDGE), length = ceil_div(pixels, parts);
+    const int64_t squares = ceil_div(channels, K::EDGE), length = parts ? ceil_div(pixels, parts) : 0;
     return launch(outer_kernel<K, T>, parts * squares * squares, K::THREADS, K::SHARED, stream, static_cast<const T*>(w),
                   static_cast<const T*>(x), pixels, int(channels), length, static_cast<T*>(sums));
 }

@@ -1,8 +1,6 @@
 """The .cu files compiled as ordinary C++ against the emulation in emulation/, and the backend on top of that."""
 
 import contextlib
-import os
-import shlex
 import subprocess
 import sysconfig
 from importlib.util import module_from_spec, spec_from_file_location
