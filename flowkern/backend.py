@@ -5,8 +5,8 @@ itself once, with a probe that says whether it can run here and, if not, why; no
 
 Two liberties that a backend's functions have, and one duty: the log-determinant may come as partial sums (N, parts)
 instead of (N,), and the caller adds them up; `mix_vjp` writes its two reductions into the pair `into`, if given.
-Beyond the pixel ops a backend may bring its own composition of the mixes and its own coupling network (`OPTIONAL`),
-for which plain PyTorch serves otherwise.
+Beyond the pixel ops a backend may bring its own composition of the mixes, its own coupling network and a first mix
+that reads an unsqueezed image (`OPTIONAL`), for which plain PyTorch serves otherwise.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ OPS = (
     "data_consistency",
     "data_consistency_vjp",
 )
-OPTIONAL = ("compose", "compose_vjp", "network_fold", "network_trace", "network_vjp")
+OPTIONAL = ("compose", "compose_vjp", "network_fold", "network_trace", "network_vjp", "squeeze_mix")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Backend:
 
 _registry: dict[str, Backend] = {}
 _tables: dict[tuple[str, str, torch.dtype], SimpleNamespace] = {}
-_defaults: dict[str, Callable] = {}
+_defaults: dict[str, Callable | None] = {"squeeze_mix": None}  # without one, an image is squeezed before it is mixed
 _context: ContextVar[str | None] = ContextVar("flowkern_backend", default=None)
 
 

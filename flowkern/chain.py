@@ -43,7 +43,7 @@ def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory,
     if memory != "recompute":
         for position, k in enumerate(reversed(steps) if reverse else steps):
             state = [] if position == 0 else [x]
-            y = x if reverse else table.channel_mix(x, matrix[k], offset[k], False)
+            y = x if reverse else _mix(x, matrix[k], offset[k], table)
             h, hidden = nets.trace(k, _first_half(y)) if memory == "store" else (nets.forward(k, _first_half(y)), None)
             kept.append(state + ([h, *hidden] if memory == "store" else []))
             if reverse:
@@ -55,7 +55,7 @@ def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory,
     # An anchor is the input of the step's channel mix: undoing the mix is what amplifies errors most, and the network's
     # input passes through the coupling as it is. A kept state has to exist, so there coupling and mix are not fused.
     if not reverse:
-        x = table.channel_mix(x, matrix[0], offset[0], False)
+        x = _mix(x, matrix[0], offset[0], table)
         kept.append([])
     for position, k in enumerate(reversed(steps) if reverse else steps):
         h = nets.forward(k, _first_half(x))
@@ -78,6 +78,16 @@ def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory,
         del h
         logdets.append(d)
     return x, _total(logdets), kept
+
+
+def _mix(x: Tensor, matrix: Tensor, offset: Tensor, table) -> Tensor:
+    """The channel mix of a state, or of the blocks of an image that a level squeezes."""
+    return table.squeeze_mix(x, matrix, offset) if x.dim() == 6 else table.channel_mix(x, matrix, offset, False)
+
+
+def as_state(x: Tensor) -> Tensor:
+    """A state (N, C, H, W), given itself or as blocks (N, C/4, 2, 2, H, W): itself, or a channels-last copy."""
+    return ops.channels_last(x.flatten(1, 3)) if x.dim() == 6 else x
 
 
 def _total(logdets: list[Tensor]) -> Tensor:
@@ -112,7 +122,7 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
 
     for position, k in reversed(list(enumerate(reversed(steps) if reverse else steps))):
         if stored:
-            state, *rest = kept[position] if position else [x, *kept[position]]
+            state, *rest = kept[position] if position else [as_state(x), *kept[position]]
             y = state if reverse else table.channel_mix(state, matrix[k], offset[k], False)
             h, *hidden = rest if rest else _flatten(nets.trace(k, _first_half(y)))
             if reverse:
@@ -163,9 +173,9 @@ def _chain_op(x, matrix, offset, inverse, parameters, reverse, scale, alpha, bac
 
 def _chain_fake(x, matrix, offset, inverse, parameters, reverse, scale, alpha, backend, dtype, memory, anchor_every):
     def like(channels, dtype=x.dtype):
-        return x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype).to(memory_format=torch.channels_last)
+        return x.new_empty((x.shape[0], channels, *x.shape[-2:]), dtype=dtype).to(memory_format=torch.channels_last)
 
-    channels = x.shape[1]
+    channels = matrix.shape[-1]
     kept = []
     for position, size in enumerate(_sizes(len(matrix), memory, anchor_every)):
         k = len(matrix) - 1 - position if reverse else position
@@ -257,6 +267,7 @@ class _StandardChain(Function):
         ctx.set_materialize_grads(False)
         ctx.kept = len(kept)
         boundary = out if ctx.settings[5] == "recompute" else x
+        ctx.shape = x.shape
         ctx.save_for_backward(boundary, matrix, offset, inverse, *kept, *parameters)
 
     @staticmethod
@@ -288,6 +299,7 @@ class _StandardChain(Function):
             *ctx.settings,
         )
         found = iter(found)
+        dx = dx.unflatten(1, ctx.shape[1:4]) if len(ctx.shape) == 6 else dx
         return dx, dmatrix, doffset, None, None, *(next(found) if needed else None for needed in need)
 
 
@@ -395,7 +407,7 @@ def reference_chain(
     """The chain by the reference's formulas, for ordinary autograd. Same results as `chain`, every activation
     stored.
     """
-    logdet = x.new_zeros(x.shape[0])
+    x, logdet = as_state(x), x.new_zeros(x.shape[0])
     inverse = torch.linalg.inv(matrix) if reverse else None
     for k in reversed(range(len(matrix))) if reverse else range(len(matrix)):
         y = x if reverse else reference.channel_mix(x, matrix[k], offset[k])
@@ -406,6 +418,21 @@ def reference_chain(
             x, d = reference.couple(y, h, scale, alpha)
         logdet = logdet + d
     return x, logdet
+
+
+def reads_blocks(nets: Sequence[nn.Module], x: Tensor, backend: str) -> bool:
+    """Whether `chain` takes an image's blocks instead of the squeezed image, and so saves a pass over it."""
+    return _standard(nets) and _has_squeeze_mix(x.device, x.dtype, backend)
+
+
+@torch.compiler.assume_constant_result
+def _has_squeeze_mix(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+    return backends.table(device, backends.resolve(device, backend), dtype).squeeze_mix is not None
+
+
+def _standard(nets: Sequence[nn.Module]) -> bool:
+    """Whether these are Glow's own networks, whose gradient is written out."""
+    return all(hasattr(net, "flat_parameters") for net in nets)
 
 
 def chain(
@@ -426,18 +453,19 @@ def chain(
 ) -> tuple[Tensor, Tensor]:
     """Run K steps of flow, differentiably, in memory that does not grow with K (see the module's text for `memory`).
 
-    x (N, C, H, W); matrix, inverse (K, C, C) and offset (K, C): the composed channel mixes, their inverses carrying no
+    x (N, C, H, W), or forward also the blocks (N, C/4, 2, 2, H, W) of an image to squeeze, a view, where
+    `reads_blocks`; matrix, inverse (K, C, C) and offset (K, C): the composed channel mixes, their inverses carrying no
     gradient of their own; nets: K coupling networks, of a state and, if given, a context (N, ...). Returns the
     state and the couplings' log-determinant (N,) in nats; the mixes' own log-determinants are constants of x that the
     caller adds. compute_dtype is the networks' precision (default: autocast's, else the state's).
     """
-    x = ops.channels_last(x)
     name = backends.resolve(x.device, backend)
+    x = x if x.dim() == 6 else ops.channels_last(x)
     dtype = compute_dtype or (
         torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     )
     anchors = anchor_every or 0
-    standard = all(hasattr(net, "flat_parameters") for net in nets)
+    standard = _standard(nets)
     parameters = [p for net in nets for p in (net.flat_parameters() if standard else net.parameters())]
     inputs = (x, matrix, offset, *parameters, *(() if context is None else (context,)))
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)

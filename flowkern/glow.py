@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowkern import backend as backends
 from flowkern import dialects, saving, transforms
 from flowkern.chain import MEMORY_MODES
-from flowkern.layers import Split, StepOfFlow, run_steps, squeeze, unsqueeze
+from flowkern.layers import Split, StepOfFlow, blocks, run_steps, squeeze, unsqueeze
 from flowkern.prior import Prior
 from flowkern.variants import Variant
 
@@ -30,6 +30,10 @@ class Level(nn.Module):
         """(N, C, H, W) -> (N, 4C, H/2, W/2), by 2x2 blocks or, with `contiguous`, by reinterpreting memory."""
         n, c, h, w = x.shape
         return x.reshape(n, 4 * c, h // 2, w // 2) if self.contiguous else squeeze(x)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """The squeezed image as `run_steps` takes it: a view of the image where that is possible."""
+        return self.squeeze(x) if self.contiguous else blocks(x)
 
     def unsqueeze(self, x: Tensor) -> Tensor:
         """The inverse of `squeeze`."""
@@ -231,7 +235,7 @@ class Glow(nn.Module):
         logdet = x.new_zeros(x.shape[0])
         emitted = []
         for i, level in enumerate(self.levels):
-            x, d = self._steps(i, level.squeeze(x), contexts.levels[i], reverse=False)
+            x, d = self._steps(i, level.blocks(x), contexts.levels[i], reverse=False)
             logdet = logdet + d
             if level.split is not None:
                 x, part, d = level.split(x, contexts.vector)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowkern import backend as backends
 from flowkern import ops, reference, transforms
-from flowkern.chain import chain
+from flowkern.chain import as_state, chain, reads_blocks
 from flowkern.mix import compose, mixes, stacked
 from flowkern.prior import Prior
 
@@ -225,10 +225,16 @@ def run_steps(
 ) -> tuple[Tensor, Tensor]:
     """Run a sequence of `StepOfFlow`s of one level as a reversible chain. Returns the state and logdet (N,).
 
+    x (N, C, H, W), or forward also `blocks` of the image that is to be squeezed: then a backend that can does without
+    the squeezed image.
     context: what the coupling networks read beside the state. Under torch.func.vmap and forward-mode differentiation
     the chain runs as plain PyTorch, for which it wants memory="store" and backend="reference" (RuntimeError otherwise).
     """
-    _check_channels(x, len(steps[0].actnorm.bias), "a step of flow")
+    channels = len(steps[0].actnorm.bias)
+    nets = [step.coupling.net for step in steps]
+    if x.dim() != 6 or reverse or not reads_blocks(nets, x, chain_options.get("backend", "auto")):
+        x = as_state(x)
+        _check_channels(x, channels, "a step of flow")
     if transforms.batched_or_forward():
         _check_plain(x.device, **chain_options)
         matrix, offset, inverse, mixes_logdet = _plain_mixes(steps)
@@ -241,7 +247,7 @@ def run_steps(
             matrix,
             offset,
             inverse,
-            [step.coupling.net for step in steps],
+            nets,
             context=context,
             reverse=reverse,
             scale=coupling.scale,
@@ -254,7 +260,7 @@ def run_steps(
 
 def plain_chain(steps, x, matrix, offset, inverse, context: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     """The steps by the reference's formulas, given their composed mixes. Returns state and couplings' logdet (N,)."""
-    logdet = x.new_zeros(x.shape[0])
+    x, logdet = as_state(x), x.new_zeros(x.shape[0])
     for k in reversed(range(len(steps))) if reverse else range(len(steps)):
         coupling = steps[k].coupling
         x = x if reverse else reference.channel_mix(x, matrix[k], offset[k])
@@ -309,9 +315,12 @@ class Split(Prior):
 
 def squeeze(x: Tensor) -> Tensor:
     """`reference.squeeze` in one copy, into channels-last memory. (N, C, H, W) -> (N, 4C, H/2, W/2)."""
-    n, c, h, w = x.shape
-    blocks = x.reshape(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(n, h // 2, w // 2, 4 * c).permute(0, 3, 1, 2)
+    return blocks(x).permute(0, 4, 5, 1, 2, 3).flatten(3).permute(0, 3, 1, 2)
+
+
+def blocks(x: Tensor) -> Tensor:
+    """The squeezed image as a view of the image: (N, C, H, W) -> (N, C, 2, 2, H/2, W/2)."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 3, 5, 2, 4)
 
 
 def unsqueeze(x: Tensor) -> Tensor:
@@ -327,7 +336,7 @@ def _given(context: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _pixels(x: Tensor) -> int:
-    return math.prod(x.shape[2:])
+    return math.prod(x.shape[-2:])
 
 
 def _check_channels(x: Tensor, channels: int, what: str) -> None:

@@ -11,6 +11,7 @@ from flowkern.kernels.mix import channel_mix
 from flowkern.kernels.mix_vjp import mix_vjp
 from flowkern.kernels.network import network_fold, network_trace, network_vjp
 from flowkern.kernels.pointwise import data_consistency, data_consistency_vjp, shrink, shrink_vjp
+from flowkern.kernels.squeeze import squeeze_mix
 
 __all__ = [
     "channel_mix",
@@ -28,4 +29,5 @@ __all__ = [
     "network_vjp",
     "shrink",
     "shrink_vjp",
+    "squeeze_mix",
 ]

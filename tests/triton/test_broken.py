@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import test_squeeze
 from pixel_cases import compare
 
 SHAPES = ((1, 12, 9, 11), (2, 34, 3, 5))
@@ -27,6 +28,8 @@ MISTAKES = {  # what goes wrong: (module, op, text, replacement)
         "mix_vjp", "mix_vjp", "mask = (r < programs)[:, None]", "mask = (r < programs - 1)[:, None]"),
     "the derivative of another mix": (
         "mix_vjp", "mix_vjp", "columns(matrix, out, c, column, row, C)", "columns(matrix, out, c, row, column, C)"),
+    "rows of a block for its columns": (
+        "squeeze", "squeeze_mix", "(c // 2) % 2 * of_block_row", "(c // 2) % 2 * of_block_column"),
     "an unwritten gradient": (
         "pointwise", "data_consistency_vjp", "    tl.store(dy + i, step * b_g, mask=i < size)\n", ""),
 }  # fmt: skip
@@ -45,15 +48,23 @@ def edited(module: str, old: str, new: str, folder):
     return copy
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_planted_mistake_is_found(mistake, tmp_path):
-    module, op, old, new = MISTAKES[mistake]
-    function = getattr(edited(module, old, new, tmp_path), op)
-    with pytest.raises(AssertionError):
+def judge(op, function, monkeypatch):
+    """The test of that op, on one function."""
+    if op == "squeeze_mix":
+        monkeypatch.setattr(test_squeeze, "KERNELS", SimpleNamespace(squeeze_mix=function))
+        test_squeeze.test_squeeze_mix_is_squeeze_then_mix((2, 3, 6, 10))
+    else:
         compare(SimpleNamespace(**{op: function}), op, "fp32", 1.0, SHAPES)
 
 
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake, tmp_path, monkeypatch):
+    module, op, old, new = MISTAKES[mistake]
+    function = getattr(edited(module, old, new, tmp_path), op)
+    with pytest.raises(AssertionError):
+        judge(op, function, monkeypatch)
+
+
 @pytest.mark.parametrize("module,op", sorted({(m, op) for m, op, *_ in MISTAKES.values()}))
-def test_an_unchanged_copy_passes(module, op, tmp_path):
-    function = getattr(edited(module, "tl.load", "tl.load", tmp_path), op)
-    compare(SimpleNamespace(**{op: function}), op, "fp32", 1.0, SHAPES)
+def test_an_unchanged_copy_passes(module, op, tmp_path, monkeypatch):
+    judge(op, getattr(edited(module, "tl.load", "tl.load", tmp_path), op), monkeypatch)

@@ -26,9 +26,12 @@ def compiled():
 
 
 def test_every_case_compiles_for_both_targets(compiled):
-    names = [c["name"] for c in compiled]
-    assert {c["target"] for c in compiled} == {80, 90}
-    assert len(set(names)) * 2 == len(names) > 200
+    targets = {}
+    for c in compiled:
+        targets.setdefault(c["name"], []).append(c["target"])
+    assert len(targets) > 200
+    # A configuration that is chosen on one of them only says so in its name.
+    assert all(t == [80, 90] or name.endswith(f"for sm_{t[0]}") for name, t in targets.items())
 
 
 def test_shared_memory_fits_the_chips(compiled):
@@ -41,7 +44,7 @@ def test_default_configurations_spill_nothing(compiled):
 
 def test_the_committed_report_lists_these_cases(compiled):
     listed = [line.split("|")[1].strip() for line in REPORT.read_text().splitlines() if line.count("|") == 6][2:]
-    assert listed == [c["name"] for c in compiled if c["target"] == 80], "make triton-report writes it anew"
+    assert listed == list(dict.fromkeys(c["name"] for c in compiled)), "make triton-report writes it anew"
 
 
 def test_the_check_sees_spills_and_excessive_shared_memory():

@@ -6,7 +6,7 @@ from helpers import gradients, relative, small_glow
 from test_broken import edited
 
 from flowkern import network as plain
-from flowkern.kernels import network, weight_gradient
+from flowkern.kernels import fused_network, network, weight_gradient
 from flowkern.kernels.convolution import KINDS, blocks, form
 from flowkern.kernels.network import _pixel_stride
 
@@ -20,7 +20,7 @@ SHAPES = {
     "one pixel": (2, 12, 1, 1, 32, 12),
     "wide": (1, 24, 3, 5, 33, 24),
     "many pixels": (1, 2, 13, 17, 3, 2),
-    "many hidden": (1, 6, 2, 3, 150, 6),
+    "many hidden": (1, 6, 2, 3, 70, 6),
 }
 
 
@@ -97,8 +97,14 @@ def small_gpu(monkeypatch):
     monkeypatch.setattr(weight_gradient, "MULTIPROCESSORS", 3)
 
 
+@pytest.fixture(params=["separate", "fused"])
+def execution(request, monkeypatch):
+    """Both ways to evaluate the network; the fused one where it fits."""
+    monkeypatch.setattr(fused_network, "MULTIPROCESSORS", 0 if request.param == "fused" else 1 << 20)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_against_pytorch(dtype):
+def test_against_pytorch(execution, dtype):
     compare(TRITON, SHAPES, DTYPES[dtype])
 
 
@@ -128,15 +134,40 @@ def test_empty():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_keeping_hidden_activations_or_not_gives_the_same(shape, dtype):
+@pytest.mark.parametrize("shape", ["additive", "one row", "many hidden"])
+def test_keeping_hidden_activations_or_not_gives_the_same(execution, shape, dtype):
     n, c, height, width, hidden, out = SHAPES[shape]
     folded = TRITON.fold(parameters(c // 2, hidden, out), DTYPES[dtype])
     a = state(n, c, height, width)[:, : c // 2]
     h, kept = TRITON.trace(folded, a, True)
     alone, none = TRITON.trace(folded, a, False)
     assert len(kept) == 2 and none == [] and alone.stride() == h.stride()
-    assert relative(alone.double(), h.double()) <= torch.finfo(h.dtype).eps
+    assert torch.equal(alone, h)
+
+
+def test_the_fused_form_is_used_where_it_fits_and_pays(monkeypatch):
+    large, small = 65536, 1024
+    bf16, products = (torch.bfloat16, "ieee"), (torch.float32, "tf32")
+    chosen = [
+        fused_network.fused_blocks(6, 512, 12, large, *bf16, 90),
+        fused_network.fused_blocks(6, 128, 12, large, *bf16, 80),
+        fused_network.fused_blocks(6, 128, 12, large, *products, 90),
+    ]
+    assert [c and c["BLOCK_M"] for c in chosen] == [128, 64, 64]
+    for refused in (
+        (6, 512, 12, small, *bf16, 90),
+        (6, 512, 12, large, *bf16, 80),
+        (6, 512, 12, large, *products, 90),
+        (6, 128, 12, large, torch.float32, "tf32x3", 90),
+        (6, 128, 12, large, *bf16, 0),
+        (48, 512, 96, large, *bf16, 90),
+    ):
+        assert fused_network.fused_blocks(*refused) is None
+    used = []
+    monkeypatch.setattr(fused_network, "MULTIPROCESSORS", 0)
+    monkeypatch.setattr(network, "fused_trace", lambda *args: used.append(args) or fused_network.fused_trace(*args))
+    TRITON.trace(TRITON.fold(parameters(2, 5, 4), FLOAT), state(1, 4, 2, 2)[:, :2], False)
+    assert len(used) == 1
 
 
 def test_inputs_of_other_memory_layouts():
@@ -256,6 +287,9 @@ MISTAKES = {
     "no bias": ("convolution", "total + tl.load(bias + n", "total + 0.0 * tl.load(bias + n"),
     "a pixel too few": ("convolution", "inside = (first + i < pixels)", "inside = (first + i < pixels - 1)"),
     "the gradient of a is set, not added": ("convolution", "if ADD:", "if ADD and C == 0:"),
+    "fused: hidden units beyond the first block": ("fused_network", "j * BLOCK_1 + tl.arange", "tl.arange"),
+    "fused: no rectifier": ("fused_network", "rounded(tl.maximum(part, 0.0), dtype)", "rounded(part, dtype)"),
+    "fused: the second bias": ("fused_network", "tl.load(bias2 + k2", "tl.load(bias1 + k2"),
     "a part is lost": ("folding", "(part < parts)[:, None]", "(part < parts - 1)[:, None]"),
     "the scale's factor": ("folding", "FACTOR * e * (", "e * ("),
     "another tap's bias": ("folding", "4 * FEW_OUT, 3.0", "3 * FEW_OUT, 3.0"),
@@ -263,16 +297,25 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", [None, *MISTAKES])
-def test_a_planted_mistake_is_found(mistake, tmp_path, monkeypatch):
-    module, old, new = MISTAKES[mistake] if mistake else ("convolution", "tl.load", "tl.load")
-    copy = edited(module, old, new, tmp_path)
-    for name in ("fold", "unfold", "multiply", "sum_taps", "weight_gradient"):
-        if hasattr(copy, name):
+def with_copy(module, old, new, folder, monkeypatch):
+    """Let the network run on a copy of one module, with one place changed."""
+    copy = edited(module, old, new, folder)
+    for name in ("fold", "unfold", "multiply", "sum_taps", "weight_gradient", "fused_trace"):
+        if getattr(getattr(copy, name, None), "__module__", None) == copy.__name__:
             monkeypatch.setattr(network, name, getattr(copy, name))
+    if module == "fused_network":
+        monkeypatch.setattr(fused_network, "MULTIPROCESSORS", 0)
 
-    shapes = ("additive", "many pixels")
-    if mistake is None:
-        return compare(TRITON, shapes, FLOAT)
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_planted_mistake_is_found(mistake, tmp_path, monkeypatch):
+    module, old, new = MISTAKES[mistake]
+    with_copy(module, old, new, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):
-        compare(TRITON, shapes, FLOAT)
+        compare(TRITON, ("additive", "many hidden" if module == "fused_network" else "many pixels"), FLOAT)
+
+
+@pytest.mark.parametrize("module", sorted({module for module, *_ in MISTAKES.values()}))
+def test_an_unchanged_copy_passes(module, tmp_path, monkeypatch):
+    with_copy(module, "tl.load", "tl.load", tmp_path, monkeypatch)
+    compare(TRITON, ("additive", "many hidden" if module == "fused_network" else "many pixels"), FLOAT)

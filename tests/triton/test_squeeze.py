@@ -1,0 +1,48 @@
+"""The first mix of a level reads the image that the level squeezes."""
+
+import pytest
+import torch
+from helpers import relative, small_glow
+
+from flowkern import backend as backends
+from flowkern import layers, reference
+
+KERNELS = backends.table(torch.device("cpu"), "triton")
+
+
+def images(n, c, height, width):
+    """The same image in different memory: dense, channels-last, the half that a split keeps, a crop."""
+    x = torch.randn(n, c, height, width)
+    yield "dense", x
+    yield "channels-last", x.contiguous(memory_format=torch.channels_last)
+    yield "half", torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, :c]
+    yield "crop", torch.nn.functional.pad(x, (1, 2, 3, 4))[:, :, 3 : 3 + height, 1 : 1 + width]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 6, 10), (3, 6, 4, 2), (2, 18, 2, 6)])
+def test_squeeze_mix_is_squeeze_then_mix(shape):
+    c = 4 * shape[1]
+    matrix, offset = torch.randn(c, c).mT, torch.randn(c)
+    for name, x in images(*shape):
+        got = KERNELS.squeeze_mix(layers.blocks(x), matrix, offset)
+        wanted = reference.channel_mix(reference.squeeze(x.double()), matrix.double(), offset.double())
+        assert got.is_contiguous(memory_format=torch.channels_last), name
+        assert relative(got.double(), wanted) < 1e-6, name
+
+
+def test_an_empty_batch():
+    got = KERNELS.squeeze_mix(layers.blocks(torch.empty(0, 3, 4, 4)), torch.eye(12), torch.zeros(12))
+    assert got.shape == (0, 12, 2, 2)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
+def test_a_glow_squeezes_no_image_on_its_way_forward(memory, monkeypatch):
+    glow = small_glow((1, 8, 8), levels=2, depth=1, hidden=3, dtype=torch.float32, backend="triton", memory=memory)
+    same = small_glow((1, 8, 8), levels=2, depth=1, hidden=3, dtype=torch.float32, backend="reference", memory=memory)
+    monkeypatch.setattr(layers, "squeeze", None)
+    found = []
+    for model in (glow, same):
+        x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        value = model.log_prob(x).sum()
+        found.append([value.detach(), *torch.autograd.grad(value, [x, *model.parameters()])])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
