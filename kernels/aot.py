@@ -7,6 +7,7 @@ spilled bytes and shared memory. A kernel module lists what its host code can ch
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -50,6 +51,7 @@ class Case:
     num_stages: int = 3
     is_default: bool = True
     aligned: tuple[str, ...] | None = None  # arguments divisible by 16; default: all pointers
+    targets: tuple[int, ...] = TARGETS  # where the host code chooses it
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,7 @@ def _assemble(ptx: str, target: int) -> tuple[int, int]:
 
 def compile_all(pattern: str = "", workers: int | None = None) -> list[Resources]:
     """What every case whose name contains `pattern` takes on every target, in order; compiled in several processes."""
-    chosen = [i for i, case in enumerate(_every_case()) if pattern in case.name]
-    tasks = [(i, target) for i in chosen for target in TARGETS]
+    tasks = [(i, t) for i, case in enumerate(_every_case()) if pattern in case.name for t in case.targets]
     context = multiprocessing.get_context("fork")  # a worker finds the kernels declared
     with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
         found = list(pool.map(_compile_numbered, tasks, chunksize=4))
@@ -132,10 +133,11 @@ def _compile_numbered(task: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def table(found: list[Resources]) -> str:
-    """The report, a row per case: the figures for sm_80 and sm_90."""
+    """The report, a row per case: the figures for sm_80 and sm_90, or for the one where it is chosen."""
     columns = ("kernel", "registers", "spilled bytes", "shared KiB", "default")
     lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | --- |"]
-    for of_case in (found[i : i + len(TARGETS)] for i in range(0, len(found), len(TARGETS))):
+    for _, group in itertools.groupby(found, key=lambda r: r.case.name):
+        of_case = list(group)
         registers, spills = (" / ".join(str(getattr(r, n)) for r in of_case) for n in ("registers", "spills"))
         shared = " / ".join(f"{r.shared / 1024:.1f}" for r in of_case)
         default = "yes" if of_case[0].case.is_default else "no"

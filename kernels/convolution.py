@@ -128,7 +128,7 @@ def _product_kernel(
 
 @triton.jit(do_not_specialize=["pixels"])
 def _sum_taps_kernel(
-    planes,  # (9, pixels, C), fp32
+    planes,  # (9, pixels, C)
     bias,  # (C,)
     out,  # (pixels, C), pixels `stride` apart
     pixels,
@@ -152,7 +152,7 @@ def _sum_taps_kernel(
     row, column = position(p, pixels, height, width)
     for tap in tl.static_range(9):
         on, inside = neighbour(row, column, tap, height, width, FLIPPED)
-        total += tl.load(planes + tap * size + e + on * C, mask=inside, other=0.0)
+        total += tl.load(planes + tap * size + e + on * C, mask=inside, other=0.0).to(tl.float32)
     tl.store(here, rounded(total, out.dtype.element_ty), mask=e < size)
 
 
@@ -208,7 +208,7 @@ def multiply(
     hidden: int,
 ) -> None:
     """One convolution of `form`. x (N, ., H, W) with pixels `stride` numbers apart; ends: the bias forward, the gate
-    backward; out: (N, hidden, H, W) channels-last or, for "taps", fp32 (9, N, H, W, few).
+    backward; out: (N, hidden, H, W) channels-last or, for "taps", (9, N, H, W, few).
     """
     n, _, height, width = x.shape
     pixels = n * height * width
@@ -261,10 +261,10 @@ def cases() -> Iterator[Case]:
                     few = few_in if (kind == "taps") == backward else few_out
                     told = form(kind, backward, few, hidden)
                     sizes, warps, stages = blocks(told, pixels, dtype, products)
-                    state = kind == "widen" and not backward
-                    pointers = dict.fromkeys(("weight", "bias", "gate"), f"*{word}") | {
-                        "x": "*fp32" if state else f"*{word}", "out": "*fp32" if kind == "taps" else f"*{word}"
-                    }  # fmt: skip
+                    of_state = kind == "widen" and not backward
+                    wide_taps = kind == "taps" and precision != "bf16"
+                    pointers = dict.fromkeys(("weight", "bias", "gate"), f"*{word}")
+                    pointers |= {"x": "*fp32" if of_state else f"*{word}", "out": "*fp32" if wide_taps else f"*{word}"}
                     yield Case(
                         f"{kind} {'backward' if backward else 'forward'} {precision} {level}",
                         _product_kernel,
@@ -278,7 +278,7 @@ def cases() -> Iterator[Case]:
             yield Case(
                 f"sum_taps {'backward' if backward else 'forward'} {level}",
                 _sum_taps_kernel,
-                {"planes": "*fp32", "bias": "*bf16", "out": "*fp32" if backward else "*bf16"}
+                {"planes": "*bf16", "bias": "*bf16", "out": "*fp32" if backward else "*bf16"}
                 | dict.fromkeys(("pixels", "height", "width", "stride"), "i32"),
                 dict(C=few, FLIPPED=backward, ADD=backward, BLOCK=SUM_BLOCK),
             )

@@ -12,7 +12,9 @@ from torch import Tensor
 from flowkern import network
 from flowkern.kernels.convolution import multiply, sum_taps
 from flowkern.kernels.folding import fold, unfold
+from flowkern.kernels.fused_network import fused_blocks, fused_trace, generation
 from flowkern.kernels.launch import rows
+from flowkern.kernels.rounding import products_of
 from flowkern.kernels.weight_gradient import weight_gradient
 
 
@@ -32,15 +34,20 @@ def network_trace(folded: Sequence[Tensor], a: Tensor, keep: bool) -> tuple[Tens
     if not a.numel():
         return h, [_pixels(a, hidden, w1.dtype) for _ in range(2)] if keep else []
     a, stride = _strided(a)
-    h1 = _pixels(a, hidden, w1.dtype)
-    multiply("widen", False, a, stride, w1, b1, h1, few_in, hidden)
-    h2 = _pixels(a, hidden, w1.dtype)
-    multiply("pointwise", False, h1, hidden, w2, b2, h2, few_in, hidden)
-    kept = [h1, h2] if keep else []
-    del h1
-    planes = _planes(a, few_out)
-    multiply("taps", False, h2, hidden, w3, None, planes, few_out, hidden)
-    del h2
+    n, _, height, width = a.shape
+    planes = _planes(a, few_out, w1.dtype)
+    shape = few_in, hidden, few_out, n * height * width
+    if sizes := fused_blocks(*shape, w1.dtype, products_of(w1.dtype), generation(a.device)):
+        kept = [_pixels(a, hidden, w1.dtype) for _ in range(2)] if keep else []
+        fused_trace(folded, a, stride, kept, planes, sizes)
+    else:
+        h1 = _pixels(a, hidden, w1.dtype)
+        multiply("widen", False, a, stride, w1, b1, h1, few_in, hidden)
+        h2 = torch.empty_like(h1)
+        multiply("pointwise", False, h1, hidden, w2, b2, h2, few_in, hidden)
+        kept = [h1, h2] if keep else []
+        del h1
+        multiply("taps", False, h2, hidden, w3, None, planes, few_out, hidden)
     sum_taps(planes, b3, h, few_out)
     return h, kept
 
@@ -81,7 +88,7 @@ def network_vjp(
     del h1, g2
     if wanted[0]:
         parts[0] = weight_gradient(g1, a, width, 9 * few_in, "right", stride)
-    planes = _planes(a, few_in)
+    planes = _planes(a, few_in, w1.dtype)
     multiply("taps", True, g1, width, w1, None, planes, few_in, width)
     del g1
     if (found := _pixel_stride(da)) is not None:
@@ -99,9 +106,13 @@ def _pixels(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((n, channels, height, width), dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _planes(like: Tensor, channels: int) -> Tensor:
+def _planes(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Room for nine taps. In bf16 where the network is: they are as wide as half its hidden activations, and rounding
+    each costs what rounding their sum costs. fp16 might overflow where the sum does not.
+    """
     n, _, height, width = like.shape
-    return torch.empty((9, n, height, width, channels), dtype=torch.float32, device=like.device)
+    dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    return torch.empty((9, n, height, width, channels), dtype=dtype, device=like.device)
 
 
 def _strided(x: Tensor) -> tuple[Tensor, int]:
