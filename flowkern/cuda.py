@@ -246,4 +246,8 @@ def _check_permutation(op: str, permutation: Tensor, lower: Tensor) -> None:
                          f"{permutation.device}")
 
 
-backend.register(backend.Backend("cuda", devices=("cuda",), probe=probe, load=lambda: sys.modules[__name__]))
+# Where Triton runs and serves the dtype, "auto" takes that, which registers after this: predicted, not yet measured.
+backend.register(
+    backend.Backend("cuda", devices=("cuda",), probe=probe, load=lambda: sys.modules[__name__],
+                    preferred={"cuda": (*backend.OPS, "compose", "compose_vjp")})
+)

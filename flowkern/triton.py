@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from flowkern.backend import Backend, register
+from flowkern.backend import OPS, Backend, register
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -41,6 +41,9 @@ register(
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
         probe=probe,
         load=load,
+        # Predicted, not yet measured: the kernels are written to run at memory bandwidth. The coupling network stays
+        # with PyTorch until a GPU has compared the two (bench/gpu.py).
+        preferred={"cuda": (*OPS, "compose", "compose_vjp", "squeeze_mix")},
         dtypes=(torch.float32,),
     )
 )

@@ -1,5 +1,6 @@
 """The op layer: opcheck, gradients of the public forms, refusals, and the choice of a backend."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import flowkern
 from flowkern import backend as backends
-from flowkern import ops
+from flowkern import cuda, network, ops
 from flowkern.layers import StepOfFlow
 from flowkern.mix import compose
 
@@ -209,6 +210,23 @@ class TestBackendChoice:
         with pytest.raises(RuntimeError, match="backend 'elsewhere' runs on cuda tensors, got one on cpu"):
             self.run(backend="elsewhere")
         assert flowkern.backends()["absent"] == "it was left at home"
+
+    def test_auto_on_a_gpu(self, monkeypatch):
+        """Triton for fp32, native kernels for fp64 or without Triton, PyTorch's convolutions for the network."""
+        for name in ("triton", "cuda"):
+            here = dataclasses.replace(backends._registry[name], probe=lambda: None)
+            monkeypatch.setitem(backends._registry, name, here)
+        gpu = torch.device("cuda")
+        single, double = (backends.table(gpu, "auto", dtype) for dtype in (torch.float32, torch.float64))
+        for op in (*backends.OPS, "compose", "compose_vjp"):
+            assert getattr(single, op).__module__.startswith("flowkern.kernels"), op
+            assert getattr(double, op).__module__ == "flowkern.cuda", op
+        assert single.network_trace is double.network_trace is network.trace
+        monkeypatch.setitem(
+            backends._registry, "triton", dataclasses.replace(backends._registry["triton"], probe=lambda: "no Triton")
+        )
+        backends._tables.clear()
+        assert backends.table(gpu, "auto").couple_mix is cuda.couple_mix
 
     def test_auto_takes_the_latest_backend_that_prefers_the_op(self):
         backends.register(
