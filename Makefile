@@ -4,13 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: run test lint unit triton triton-report bench gpu
+.PHONY: run test lint unit triton triton-report cuda cuda-report bench gpu
 
 # The main job: a trained denoiser, its table and pictures.
 run: .venv/ready
 	$(BIN)/python -m train.unfolded
 
-test: lint unit triton
+test: lint unit triton cuda
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -24,6 +24,13 @@ triton: .venv/ready
 
 triton-report: .venv/ready
 	$(BIN)/python -m flowkern.kernels.aot --write
+
+# The CUDA kernels without a GPU: run on the CPU by an emulation, under sanitizers too, and what nvcc made of them.
+cuda: .venv/ready
+	$(BIN)/python -m pytest tests/cuda -q --durations=10
+
+cuda-report: .venv/ready
+	$(BIN)/python -m bench.cuda_resources --write
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only

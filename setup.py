@@ -128,7 +128,8 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
                else {"FLOWKERN_NO_CUDA": why_no_cuda})
     about = shlex.join(f"-D{name}={_quoted(value)}" for name, value in macros.items())
     x86 = platform.machine() in ("x86_64", "AMD64")
-    units = [(CSRC / "bindings.cpp", "bindings", "compile", f"{includes} {about}"),
+    units = [(CSRC / "about.cpp", "about", "compile", about),
+             (CSRC / "bindings.cpp", "bindings", "compile", f"{includes} {'-DFLOWKERN_BIND_CUDA' if cuda else ''}"),
              (CSRC / "cpu" / "parallel.cpp", "parallel", "compile", threads),
              (CSRC / "cpu" / "dispatch.cpp", "dispatch", "compile", "-DFLOWKERN_X86" if x86 else "")]
     for isa, flags in {"baseline": "", **(X86 if x86 else {})}.items():
@@ -136,7 +137,7 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
         units += [(CSRC / "cpu" / f"{unit}.cpp", f"{unit}.{isa}", "compile", flags) for unit in VECTORISED]
     if cuda:
         kernels = sorted((CSRC / "cuda").glob("*.cu"))
-        units += [(CSRC / "cuda" / "bindings.cpp", "cuda.bindings", "cuda", includes)]
+        units += [(CSRC / "cuda" / "bindings.cpp", "cuda.bindings", "cuda", f"{includes} {cuda.flags()}")]
         units += [(source, f"cuda.{source.stem}", "cuda", cuda.flags()) for source in kernels]
     host = f" -ccbin {shlex.join(compiler)}" if os.environ.get("CXX") and len(compiler) == 1 else ""
     link = "$cxx -bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "$cxx -shared"
@@ -154,15 +155,14 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
              f"  command = {'$nvcc -shared -cudart static' if cuda else link} $in -o $out"]
     for source, name, rule, flags in units:
         lines += [f"build {name}.o: {rule} {_escape(source)}", f"  flags = {flags.replace('$', '$$')}"]
-    host_units = [f"{name}.o" for _, name, rule, _ in units if rule == "compile"]
-    lines += [f"build host: phony {' '.join(host_units)}",
-              f"build {_escape(output)}: link {' '.join(f'{name}.o' for _, name, _, _ in units)}", ""]
+    for phase in ("compile", "cuda"):
+        lines += [f"build all.{phase}: phony {' '.join(f'{name}.o' for _, name, rule, _ in units if rule == phase)}"]
+    lines += [f"build {_escape(output)}: link {' '.join(f'{name}.o' for _, name, _, _ in units)}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
-    run_ninja = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
-    if cuda:
-        # Units without CUDA first, so that what fails afterwards is CUDA's.
-        _run([*run_ninja, "host"], "compiling the extension failed")
-    _run([*run_ninja, _escape(output)], "compiling the extension failed", CudaError if cuda else CompileError)
+    # In turn, so that what fails is known to be CUDA's or not.
+    for target, kind in ([("all.cuda", CudaError)] if cuda else []) + [
+            ("all.compile", CompileError), (str(output), CudaError if cuda else CompileError)]:
+        _run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), target], "compiling the extension failed", kind)
 
 
 def _quoted(text: str) -> str:

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "about.h"
 #include "arguments.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
@@ -119,25 +120,21 @@ void select_isa(const std::string& name) {
 
 py::dict build_config() {
     py::dict config;
-    config["version"] = FLOWKERN_VERSION;
-    config["compiler"] = FLOWKERN_COMPILER;
+    config["version"] = about.version;
+    config["compiler"] = about.compiler;
     config["openmp"] = openmp_built();
     config["isa_compiled"] = instruction_sets(false);
     config["isa_supported"] = instruction_sets(true);
     config["isa_active"] = cpu::active().name;
-#ifdef FLOWKERN_CUDA
-    config["cuda"] = FLOWKERN_CUDA;
-    config["cuda_compiler"] = FLOWKERN_NVCC;
-#else
-    config["cuda"] = py::none();
-    config["cuda_missing"] = FLOWKERN_NO_CUDA;
-#endif
+    config["cuda"] = about.cuda;
+    config["cuda_compiler"] = about.cuda_compiler;
+    config["cuda_missing"] = about.cuda_missing;
     return config;
 }
 
 }  // namespace
 
-#ifdef FLOWKERN_CUDA
+#ifdef FLOWKERN_BIND_CUDA
 void bind_cuda(py::module_ module);  // cuda/bindings.cpp
 #endif
 
@@ -153,7 +150,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("consistency", &consistency);
     module.def("build_config", &build_config, "What was compiled, and what runs: a dict.");
     module.def("select_isa", &select_isa, "Use one instruction set from now on. Raises ValueError where it can't run.");
-#ifdef FLOWKERN_CUDA
+#ifdef FLOWKERN_BIND_CUDA
     bind_cuda(module.def_submodule("cuda", "The pixel ops on a GPU."));
 #endif
 }

@@ -30,10 +30,19 @@ def report() -> str:
         lines += ["native extension",
                   f"  built by   {built['compiler']}, as version {built['version']}",
                   f"  threads    {threads}",
-                  f"  CPU        {sets}"]
+                  f"  CPU        {sets}",
+                  f"  CUDA       {cuda_built(built)}"]
     else:
         lines.append(f"native extension: none ({why})")
     return "\n".join(lines)
+
+
+def cuda_built(built: dict) -> str:
+    """What the extension holds for GPUs, or why nothing."""
+    if built["cuda"] is None:
+        return f"none: {built['cuda_missing']}"
+    targets = ", ".join(f"sm_{arch}" for arch in built["cuda"].split())
+    return f"kernels for {targets} and later, by {built['cuda_compiler']}"
 
 
 def load_glows(path: str, **options) -> dict[str, flowkern.Glow]:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = ("CXX", "PYTHONPATH", "FLOWKERN_CPU_ISA", "FLOWKERN_BACKEND")
+SETTINGS = ("CXX", "CUDACXX", "PYTHONPATH", "FLOWKERN_CPU_ISA", "FLOWKERN_BACKEND", "FLOWKERN_CUDA_ARCHS")
 
 
 def run(command, folder, **environment):
     """Output of a command in `folder`; fails the test with that output if the command fails."""
     outside = {k: v for k, v in os.environ.items() if k not in SETTINGS}
+    outside["FLOWKERN_CUDA"] = "0"  # tests/cuda is about builds with it
     result = subprocess.run([str(c) for c in command], cwd=folder, env={**outside, **environment}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert result.returncode == 0, result.stdout
@@ -37,7 +38,7 @@ def report(folder, **environment):
 def sources(folder):
     """What a source distribution holds, copied, beside folders that must not be installed."""
     left_out = shutil.ignore_patterns("_C.*", "_build_error.txt", "__pycache__")
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc", "flowkern", "tests", "train"):
+    for name in ("setup.py", "pyproject.toml", "LICENSE", "csrc", "flowkern", "kernels", "tests", "train"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=left_out)
         else:
