@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowkern import ops, reference
 from flowkern.glow import Glow
-from flowkern.layers import run_steps, squeeze
+from flowkern.layers import run_steps
 from flowkern.mix import compose
 
 # Beyond these a level is worth a word. A gradient off by 1 % is still far below the noise of a minibatch.
@@ -119,6 +119,8 @@ def smooth_fields(n: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:
 def _check(glow: Glow, x: Tensor) -> Tensor:
     if not glow.is_initialized:
         raise ValueError("this Glow is not initialised, so there is nothing to measure; call glow.initialize(x) first")
+    if glow.context_channels:
+        raise ValueError("audit and drift measure unconditioned Glows; this one has context_channels")
     x = glow._check_image(x)
     if x.shape[0] == 0:
         raise ValueError(f"expected at least one image, got a batch of shape {tuple(x.shape)}")
@@ -130,7 +132,7 @@ def _states(glow: Glow, x: Tensor) -> Iterator[tuple]:
     """Each level with the state that enters its steps."""
     x = x - glow.shift
     for level in glow.levels:
-        x = squeeze(x)
+        x = level.squeeze(x)
         yield level, x
         x, _ = run_steps(level.steps, x, **glow._options())
         if level.split is not None:

@@ -105,6 +105,8 @@ class Glow(nn.Module):
         if context_channels != 0:
             _positive_int(context_channels, "context_channels")
         options = Variant.of(variant, levels)
+        if isinstance(network, str):
+            network = _named_network(network)
         if network is not None and not (options.plain_network and context_channels == 0):
             raise ValueError("network= excludes context_channels and the coupling network's variant options")
         self.levels_count = levels
@@ -338,13 +340,13 @@ class Glow(nn.Module):
         """
         config, weights = saving.read(path, "Glow")
         try:
-            custom = config.pop("network") == "custom"
+            custom = config.pop("network", None) == "custom"
             if custom != (network is not None):
                 wants = (
                     "its own coupling network; pass the same network=" if custom else "the standard network; pass none"
                 )
                 raise ValueError(f"the Glow in {path} was made with {wants}")
-            glow = cls(**config, network=network, **options)
+            glow = cls(**{**config, **options}, network=network)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold the configuration of a Glow: {error}") from error
         dtype = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
@@ -452,6 +454,13 @@ class _Contexts(NamedTuple):
 
     vector: Tensor | None
     levels: list[Tensor | None]
+
+
+def _named_network(name: str) -> None:
+    """What a saved configuration says of the network: the standard one, or one that only its owner has."""
+    if name == "custom":
+        raise ValueError("this Glow was made with its own coupling network; pass the same network=")
+    return _choice(name, "network", ("standard",)) and None
 
 
 def _check_size_argument(size: Sequence[int]) -> tuple[int, int, int]:

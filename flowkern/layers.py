@@ -232,14 +232,14 @@ def run_steps(
     """
     channels = len(steps[0].actnorm.bias)
     nets = [step.coupling.net for step in steps]
-    if x.dim() != 6 or reverse or not reads_blocks(nets, x, chain_options.get("backend", "auto")):
-        x = as_state(x)
-        _check_channels(x, channels, "a step of flow")
     if transforms.batched_or_forward():
         _check_plain(x.device, **chain_options)
         matrix, offset, inverse, mixes_logdet = _plain_mixes(steps)
         out, logdet = plain_chain(steps, x, matrix, offset, inverse, context, reverse)
     else:
+        if x.dim() != 6 or reverse or not reads_blocks(nets, x, chain_options.get("backend", "auto")):
+            x = as_state(x)
+            _check_channels(x, channels, "a step of flow")
         matrix, offset, inverse, mixes_logdet = compose(steps, chain_options.get("backend", "auto"))
         coupling = steps[0].coupling
         out, logdet = chain(
@@ -254,13 +254,13 @@ def run_steps(
             alpha=coupling.alpha,
             **chain_options,
         )
-    constant = mixes_logdet * _pixels(x)
+    constant = mixes_logdet * _pixels(out)
     return out, logdet - constant if reverse else logdet + constant
 
 
 def plain_chain(steps, x, matrix, offset, inverse, context: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     """The steps by the reference's formulas, given their composed mixes. Returns state and couplings' logdet (N,)."""
-    x, logdet = as_state(x), x.new_zeros(x.shape[0])
+    x, logdet = x.flatten(1, 3) if x.dim() == 6 else x, x.new_zeros(x.shape[0])
     for k in reversed(range(len(steps))) if reverse else range(len(steps)):
         coupling = steps[k].coupling
         x = x if reverse else reference.channel_mix(x, matrix[k], offset[k])

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowkern import transforms
+
 CHANNELS_LAST = torch.channels_last
 SCALES = ("softclamp", "sigmoid", "additive")
 
@@ -192,7 +194,8 @@ def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[T
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=CHANNELS_LAST)
+    # Under vmap there are no memory layouts.
+    return x if transforms.batched_or_forward() else x.contiguous(memory_format=CHANNELS_LAST)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

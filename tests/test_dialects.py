@@ -353,6 +353,17 @@ def test_a_dialects_priors_per_pixel_want_their_size():
         glow(images()[:, :, :8, :8])
 
 
+def test_a_loaded_model_can_be_audited():
+    from flowkern.audit import audit
+
+    glow = flowkern.Glow.from_checkpoint(glowip.weights(2, 2), size=SIZE, squeeze_contig=True)
+    found = audit(glow, images() + 0.5)
+    assert found.reconstruction < 1e-8 and [level.steps for level in found.levels] == [2, 1]
+    conditioned = flowkern.Glow.from_checkpoint(chaiyujin.weights(2, 1, classes=3), size=SIZE)
+    with pytest.raises(ValueError, match="measure unconditioned Glows"):
+        audit(conditioned, images())
+
+
 def test_variant_options_are_checked():
     for variant, message in (
         ({"edges": "ones"}, "unknown variant option 'edges'; choose among edge"),
