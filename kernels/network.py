@@ -18,6 +18,12 @@ from flowkern.kernels.rounding import products_of
 from flowkern.kernels.weight_gradient import weight_gradient
 
 
+class Spendable(list):
+    """Hidden activations that `network_trace` just made. Handed on in this very list they are nobody else's, so that
+    `network_vjp` writes gradients over them; what is kept from forward to backward arrives in another list.
+    """
+
+
 def network_fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """As `flowkern.network.fold`, in one launch."""
     return network.fold(parameters, dtype) if dtype == torch.float64 else fold(parameters, dtype)
@@ -38,14 +44,14 @@ def network_trace(folded: Sequence[Tensor], a: Tensor, keep: bool) -> tuple[Tens
     planes = _planes(a, few_out, w1.dtype)
     shape = few_in, hidden, few_out, n * height * width
     if sizes := fused_blocks(*shape, w1.dtype, products_of(w1.dtype), generation(a.device)):
-        kept = [_pixels(a, hidden, w1.dtype) for _ in range(2)] if keep else []
+        kept = Spendable(_pixels(a, hidden, w1.dtype) for _ in range(2 * keep))
         fused_trace(folded, a, stride, kept, planes, sizes)
     else:
         h1 = _pixels(a, hidden, w1.dtype)
         multiply("widen", False, a, stride, w1, b1, h1, few_in, hidden)
         h2 = torch.empty_like(h1)
         multiply("pointwise", False, h1, hidden, w2, b2, h2, few_in, hidden)
-        kept = [h1, h2] if keep else []
+        kept = Spendable([h1, h2] if keep else [])
         del h1
         multiply("taps", False, h2, hidden, w3, None, planes, few_out, hidden)
     sum_taps(planes, b3, h, few_out)
@@ -74,16 +80,17 @@ def network_vjp(
     dh, (a, stride) = rows(dh), _strided(a)
     parts: list[tuple[Tensor, Tensor] | None] = [None] * 3
 
+    own = isinstance(hidden, Spendable)
     h2 = hidden.pop()
     if wanted[2]:
         parts[2] = weight_gradient(dh, h2, 9 * few_out, width, "left", few_out)
-    g2 = torch.empty_like(h2)
+    g2 = h2 if own else torch.empty_like(h2)
     multiply("widen", True, dh, few_out, w3, h2, g2, few_out, width)
     del h2
     h1 = hidden.pop()
     if wanted[1]:
         parts[1] = weight_gradient(g2, h1, width, width, None, width)
-    g1 = torch.empty_like(h1)
+    g1 = h1 if own else torch.empty_like(h1)
     multiply("pointwise", True, g2, width, w2, h1, g1, few_in, width)
     del h1, g2
     if wanted[0]:

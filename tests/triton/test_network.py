@@ -243,6 +243,28 @@ def test_same_bits_again_and_inputs_left_alone():
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
+def test_fresh_activations_are_written_over_and_kept_ones_are_not():
+    n, c, height, width, hidden, out = SHAPES["one row"]
+    given = parameters(c // 2, hidden, out)
+    folded = TRITON.fold(given, FLOAT)
+    a, dh = state(n, c, height, width)[:, : c // 2], state(n, out, height, width)
+    found = []
+    for fresh in (False, True):
+        _, kept = TRITON.trace(folded, a, True)
+        tensors, before = list(kept), [t.clone() for t in kept]
+        found.append(TRITON.vjp(given, folded, a, kept if fresh else list(kept), dh, [True] * 9, torch.zeros_like(a)))
+        assert all(torch.equal(t, b) != fresh for t, b in zip(tensors, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute", "checkpoint"])
+def test_backward_twice_gives_the_same_bits(memory):
+    glow = small_glow((2, 4, 4), levels=1, depth=2, hidden=6, dtype=FLOAT, backend="triton", memory=memory)
+    loss = glow.log_prob(torch.rand(2, 2, 4, 4)).sum()
+    first, second = (torch.autograd.grad(loss, list(glow.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_large_problems_fill_a_gpu_and_none_is_split_beyond_its_pixels(monkeypatch):
     monkeypatch.undo()
     for pixels in (1, 31, 256, 1000, 4096, 16384, 65536, 100_000, 1 << 24):

@@ -1,0 +1,154 @@
+"""Which coupling network is fastest on this GPU: `python -m bench.gpu_network`, to bench/results/network-<device>.json.
+
+For the steps of a Glow of four levels on 64x64 images, hidden 512 and 128, batch 16 and 64, network in bf16, fp32 and
+tf32: microseconds of a forward evaluation that keeps nothing, and of what one step of backward does in recompute mode
+(an evaluation that keeps the hidden activations, then all gradients), for
+
+- "triton": flowkern.kernels as it chooses; "triton separate": the same without the fused kernel;
+- "cudnn": PyTorch's channels-last convolutions, which "auto" uses; "cudnn relu": those with cuDNN's bias + ReLU.
+
+Beside each the share of the FLOP/s that a large matrix product reaches in the same run, and the error against fp64.
+`--trial` runs everything tiny, on any device, and writes nothing.
+"""
+
+import argparse
+import itertools
+import json
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from bench import results
+from bench.gpu import PRECISIONS, Device, product_peak, set_precision
+from flowkern import network as plain
+from flowkern.kernels import network as kernels
+
+LEVELS = ((12, 32), (24, 16), (48, 8), (96, 4))  # channels of the state and side of the image, for 64x64 images
+
+
+def cudnn_relu_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """`flowkern.network.trace` with bias and ReLU fused into cuDNN's convolutions."""
+    w1, b1, w2, b2, w3, b3 = folded
+    a = a.to(w1.dtype, memory_format=torch.channels_last)
+    h1 = torch.cudnn_convolution_relu(a, w1, b1, (1, 1), (1, 1), (1, 1), 1)
+    h2 = torch.cudnn_convolution_relu(h1, w2, b2, (1, 1), (0, 0), (1, 1), 1)
+    return F.conv2d(h2, w3, b3, padding=1), [h1, h2] if keep else []
+
+
+def separate_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    with mock.patch.object(kernels, "fused_blocks", lambda *_: None):
+        return kernels.network_trace(folded, a, keep)
+
+
+FORMS = {
+    "triton": (kernels.network_fold, kernels.network_trace, kernels.network_vjp),
+    "triton separate": (kernels.network_fold, separate_trace, kernels.network_vjp),
+    "cudnn": (plain.fold, plain.trace, plain.vjp),
+    "cudnn relu": (plain.fold, cudnn_relu_trace, plain.vjp),
+}
+
+
+class Problem:
+    """One step's network and random operands."""
+
+    def __init__(self, channels: int, side: int, hidden: int, batch: int, dtype: torch.dtype, device: Device):
+        few, shape = channels // 2, (batch, channels, side, side)
+        self.few, self.dtype, self.device = few, dtype, device
+        made = torch.Generator(device.name).manual_seed(0)
+
+        def normal(*shape, size=1.0):
+            return size * torch.randn(*shape, generator=made, device=device.name)
+
+        size = (9 * few) ** -0.5, hidden**-0.5, (9 * hidden) ** -0.5
+        self.parameters = [
+            normal(hidden, few, 3, 3, size=size[0]), normal(hidden, size=0.1), normal(hidden, size=0.1),
+            normal(hidden, hidden, 1, 1, size=size[1]), normal(hidden, size=0.1), normal(hidden, size=0.1),
+            normal(channels, hidden, 3, 3, size=size[2]), normal(channels, size=0.1), normal(channels, size=0.1),
+        ]  # fmt: skip
+        self.states, self.gradients = ([self._last(normal(*shape)) for _ in range(2)] for _ in range(2))
+        self.dh = self._last(normal(*shape)).to(dtype)
+        products = 9 * few * hidden + hidden * hidden + 9 * hidden * channels
+        self.flops = {"forward": 2 * batch * side * side * products, "backward": 6 * batch * side * side * products}
+
+    @staticmethod
+    def _last(x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, form, folded, i: int) -> Tensor:
+        return form.trace(folded, self.states[i][:, : self.few], False)[0]
+
+    def backward(self, form, folded, i: int) -> list[Tensor]:
+        a, da = (t[i][:, : self.few] for t in (self.states, self.gradients))
+        _, kept = form.trace(folded, a, True)
+        return form.vjp(self.parameters, folded, a, kept, self.dh, [True] * 9, da)
+
+    def runs(self, direction: str, form) -> list:
+        """Calls that each fold the parameters first, as a step does, on operands in turn."""
+        call = getattr(self, direction)
+        return [lambda i=i: call(form, form.fold(self.parameters, self.dtype), i) for i in range(2)]
+
+    def error(self, form) -> float:
+        """Of the gradients and h against PyTorch's in fp64, relative, on this problem's first images."""
+        wide = [p.double() for p in self.parameters]
+        a, dh = self.states[0][:2, : self.few], self.dh[:2]
+        found = []
+        for fold, trace, vjp, parameters, dtype, state in (
+            (form.fold, form.trace, form.vjp, self.parameters, self.dtype, a),
+            (plain.fold, plain.trace, plain.vjp, wide, torch.float64, a.double()),
+        ):
+            folded = fold(parameters, dtype)
+            h, kept = trace(folded, state, True)
+            da = torch.zeros_like(state, memory_format=torch.channels_last)
+            gradients = vjp(parameters, folded, state, kept, dh.to(dtype), [True] * 9, da)
+            found.append([t.double() for t in (h, da, *gradients)])
+        return max(((g - e).norm() / e.norm()).item() for g, e in zip(*found, strict=True))
+
+
+def measure(device: Device, trial: bool):
+    peaks = {}
+    for precision in PRECISIONS:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        peaks[precision] = product_peak(device, 256 if trial else 8192, dtype, precision)
+        yield {"precision": precision, "product TFLOP/s": peaks[precision] / 1e12}
+    levels = [(4, 4)] if trial else LEVELS
+    sizes = [(8, 2)] if trial else itertools.product((512, 128), (64, 16))
+    for (hidden, batch), precision, (channels, side) in itertools.product(sizes, PRECISIONS, levels):
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        set_precision(precision)
+        problem = Problem(channels, side, hidden, batch, dtype, device)
+        for name, (fold, trace, vjp) in FORMS.items():
+            row = {"form": name, "precision": precision, "hidden": hidden, "batch": batch, "channels": channels}
+            form = SimpleNamespace(fold=fold, trace=trace, vjp=vjp)
+            try:
+                row["error"] = problem.error(form)
+                for direction, flops in problem.flops.items():
+                    seconds = device.graph_seconds(problem.runs(direction, form), 10)
+                    row[f"{direction} us"] = 1e6 * seconds
+                    row[f"{direction} of product"] = flops / seconds / peaks[precision]
+            except (RuntimeError, OutOfResources) as error:  # what this device or build of PyTorch does not have
+                row["unavailable"] = str(error)[:100]
+            yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_network", description=__doc__.splitlines()[0])
+    parser.add_argument("--trial", action="store_true", help="tiny sizes, any device, nothing written")
+    arguments = parser.parse_args()
+    if not arguments.trial and not torch.cuda.is_available():
+        parser.error("torch finds no GPU; --trial tries the program on the CPU")
+    device = Device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for row in measure(device, arguments.trial):
+        rows.append(row)
+        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    if not arguments.trial:
+        name = torch.cuda.get_device_name().replace(" ", "-").lower()
+        print(results.write(f"network-{name}", {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
