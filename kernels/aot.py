@@ -50,7 +50,7 @@ class Case:
     num_warps: int = 4
     num_stages: int = 3
     is_default: bool = True
-    aligned: tuple[str, ...] | None = None  # arguments divisible by 16; default: all pointers
+    integers: dict[str, int] = field(default_factory=dict)  # examples, for which the launcher specialises a kernel
     targets: tuple[int, ...] = TARGETS  # where the host code chooses it
 
 
@@ -78,16 +78,17 @@ def cases() -> Iterator[Case]:
 
 def compile_case(case: Case, target: int) -> Resources:
     """Compile one case for compute capability `target` (80 or 90) and read what it takes from the assembler."""
-    positions = {name: (i,) for i, name in enumerate(case.kernel.arg_names)}
-    aligned = case.aligned
-    if aligned is None:
-        aligned = tuple(name for name, kind in case.signature.items() if kind.startswith("*"))
-    signature = {n: "constexpr" if n in case.constexprs else case.signature[n] for n in case.kernel.arg_names}
+    # As the launcher does: an integer 1 is a constant, one divisible by 16 is known to be, and so are addresses.
+    integers = {name: value for name, value in case.integers.items() if name in case.signature}
+    constants = case.constexprs | {name: 1 for name, value in integers.items() if value == 1}
+    aligned = {name for name, kind in case.signature.items() if kind.startswith("*")}
+    aligned |= {name for name, value in integers.items() if value % 16 == 0}
+    names = case.kernel.arg_names
     source = ASTSource(
         case.kernel,
-        signature,
-        {positions[name]: value for name, value in case.constexprs.items()},
-        {positions[name]: [["tt.divisibility", 16]] for name in aligned},
+        {name: "constexpr" if name in constants else case.signature[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     compiled = triton.compile(
         source,

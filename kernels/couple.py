@@ -166,9 +166,9 @@ NETWORK_TYPES = ("fp32", "bf16", "fp16")
 
 
 def cases() -> Iterator[Case]:
-    sizes = {"pixels": "i32", "tiles": "i32", "alpha": "fp32"}
-    forward = dict.fromkeys(("x", "y", "logdet"), "*fp32") | sizes
-    backward = dict.fromkeys(("v", "g", "glogdet", "rebuilt", "dv"), "*fp32") | sizes
+    numbers = {"pixels": "i32", "tiles": "i32", "alpha": "fp32"}
+    forward = dict.fromkeys(("x", "y", "logdet"), "*fp32") | numbers
+    backward = dict.fromkeys(("v", "g", "glogdet", "rebuilt", "dv"), "*fp32") | numbers
     kinds = [(12, s, t) for s in SCALES for t in NETWORK_TYPES] + [(96, "softclamp", t) for t in NETWORK_TYPES]
     for c, scale, kind in kinds:
         block, half, _ = _blocks(1 << 20, c // 2)
@@ -176,8 +176,10 @@ def cases() -> Iterator[Case]:
         for inverse in (False, True):
             name = f"C={c} {scale} {kind}{', inverse' if inverse else ''}"
             flags = shape | {"INVERSE": inverse}
-            yield Case(f"couple {name}", _couple_kernel, forward | {"h": f"*{kind}"}, flags)
+            sizes = {"pixels": 1024}
+            yield Case(f"couple {name}", _couple_kernel, forward | {"h": f"*{kind}"}, flags, integers=sizes)
             signature = backward | {"h": f"*{kind}", "dh": f"*{kind}"}
             for given in (False, True):
                 label = f"couple_vjp {name}{', given input' if given else ''}"
-                yield Case(label, _couple_vjp_kernel, signature, flags | {"GIVEN_INPUT": given})
+                flags = flags | {"GIVEN_INPUT": given}
+                yield Case(label, _couple_vjp_kernel, signature, flags, integers=sizes)

@@ -10,7 +10,7 @@ from flowkern.kernels.aot import Case
 from flowkern.kernels.couple import NETWORK_TYPES
 from flowkern.kernels.formulas import scale_terms
 from flowkern.kernels.launch import cover, on_device_of, rows, rows_like
-from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, columns
+from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, columns, usual
 from flowkern.reference import SCALES
 
 
@@ -106,14 +106,18 @@ def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str,
 
 
 def cases() -> Iterator[Case]:
-    state = dict.fromkeys(("x", "matrix", "offset", "y", "logdet"), "*fp32")
-    sizes = dict.fromkeys(("pixels", "tiles", "row", "column"), "i32") | {"alpha": "fp32"}
+    signature = dict.fromkeys(("x", "matrix", "offset", "y", "logdet"), "*fp32")
+    signature |= dict.fromkeys(("pixels", "tiles", "row", "column"), "i32") | {"alpha": "fp32"}
     kinds = [(12, s, t) for s in SCALES for t in NETWORK_TYPES]
     kinds += [(c, "softclamp", t) for c in REPRESENTATIVE if c != 12 for t in ("fp32", "bf16")]
     for c, scale, kind in kinds:
-        for pixels, inverse in ((1 << 20, False), (1 << 20, True), (16, False)):
-            block = _blocks(pixels, c)[0]
+        few, many = (_blocks(pixels, c)[0] for pixels in (16, 1 << 20))
+        calls = [(many, False, True), (many, True, True)]
+        calls += [(few, False, True)] * (few < many) + [(many, False, False)] * (kind == "bf16")
+        for block, inverse, ordinary in calls:
             shape = {"C": c, "PIXELS": block, "OUT": cover(c), "DEPTH": DEPTH}
-            label = f"{'mix_couple' if inverse else 'couple_mix'} C={c} {scale} {kind}, {block} pixels"
-            constexprs = {"SCALE": scale, "INVERSE": inverse, **shape}
-            yield Case(label, _couple_mix_kernel, state | sizes | {"h": f"*{kind}"}, constexprs, num_warps=warps(c))
+            label = f"{'mix_couple' if inverse else 'couple_mix'} C={c} {scale} {kind}, {block} pixels a block"
+            yield Case(
+                label if ordinary else f"{label}, any sizes", _couple_mix_kernel, signature | {"h": f"*{kind}"},
+                {"SCALE": scale, "INVERSE": inverse, **shape}, warps(c), integers=usual(c) if ordinary else {},
+            )  # fmt: skip

@@ -51,12 +51,12 @@ def _mix_kernel(
 
 
 def block_pixels(channels: int) -> int:
-    """Pixels of a block: as many as leave a program's accumulators some 32 registers a thread."""
-    return max(16, 4096 // cover(channels))
+    """Pixels of a block: as many as leave a program's accumulators some 16 registers a thread, and spill nothing."""
+    return 16 if channels > 64 else 4096 // cover(channels)
 
 
 def warps(channels: int) -> int:
-    return 4 if channels <= 128 else 8
+    return 4 if 64 < channels <= 128 else 8
 
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool = False) -> Tensor:
@@ -75,15 +75,27 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool 
     return y
 
 
-STATES = {"x": "*fp32", "matrix": "*fp32", "offset": "*fp32", "y": "*fp32"}
-STRIDES = {"row": "i32", "column": "i32"}
 REPRESENTATIVE = (4, 12, 24, 48, 96, 192)  # channels: one for every shape of block, and Glow's own
 
 
+def usual(c: int) -> dict[str, int]:
+    """Integers of an ordinary call: a number of pixels divisible by 16, a dense matrix."""
+    return {"pixels": 1024, "row": c, "column": 1, "inverse_row": c, "inverse_column": 1}
+
+
 def cases() -> Iterator[Case]:
-    signature = STATES | STRIDES | {"pixels": "i32"}
+    signature = dict.fromkeys(("x", "matrix", "offset", "y"), "*fp32")
+    signature |= dict.fromkeys(("pixels", "row", "column"), "i32")
+    kinds = {
+        "": (False, True, usual),
+        ", inverse": (True, True, usual),
+        ", transposed": (False, False, lambda c: usual(c) | {"row": 1, "column": c}),
+        ", any sizes": (True, True, lambda c: {}),
+    }
     for c in REPRESENTATIVE:
-        for kind, flags in {"": (False, True), ", inverse": (True, True), ", product": (False, False)}.items():
+        for kind, (inverse, has_offset, integers) in kinds.items():
             shape = {"C": c, "PIXELS": block_pixels(c), "OUT": cover(c), "DEPTH": DEPTH}
-            constexprs = {"INVERSE": flags[0], "HAS_OFFSET": flags[1], **shape}
-            yield Case(f"channel_mix C={c}{kind}", _mix_kernel, signature, constexprs, num_warps=warps(c))
+            constexprs = {"INVERSE": inverse, "HAS_OFFSET": has_offset, **shape}
+            yield Case(
+                f"channel_mix C={c}{kind}", _mix_kernel, signature, constexprs, warps(c), integers=integers(c)
+            )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowkern.kernels.aot import Case
 from flowkern.kernels.launch import cover, on_device_of, rows, rows_like
-from flowkern.kernels.mix import DEPTH, channel_mix, columns
+from flowkern.kernels.mix import DEPTH, channel_mix, columns, usual
 
 FUSED_CHANNELS = 64  # up to which one program holds all of dM
 EDGE = 64  # of a block of dM in the separate kernel
@@ -160,7 +160,7 @@ def mix_vjp(
     pixels = n * height * width
     v, g, offset = rows(v), rows(g), offset.contiguous()
     dmatrix, doffset = into or (v.new_empty((c, c)), v.new_empty(c))
-    block = fused_pixels(c) if c <= FUSED_CHANNELS else SEPARATE_PIXELS
+    block = fused_pixels(c, inverse, given_input) if c <= FUSED_CHANNELS else SEPARATE_PIXELS
     run = _run(pixels, block)
     programs = triton.cdiv(pixels, block * run)
     partial = v.new_empty((programs, c * c + c))
@@ -196,9 +196,11 @@ def _separately(v, g, matrix, inverse_matrix, offset, inverse, given_input) -> t
     return dv, v.new_empty(0) if given_input else x, x
 
 
-def fused_pixels(channels: int) -> int:
-    """Pixels of a block in the fused kernel: what keeps its registers under 128 a thread, mostly, and never spills."""
-    return 16 if channels > 48 else 32
+def fused_pixels(channels: int, inverse: bool, given_input: bool) -> int:
+    """Pixels of a block in the fused kernel: as many as do not spill. With both flags, both operands of the outer
+    product are results of the same program.
+    """
+    return 16 if channels > (32 if inverse and given_input else 48) else 32
 
 
 def cases() -> Iterator[Case]:
@@ -207,14 +209,17 @@ def cases() -> Iterator[Case]:
     for c in (4, 12, 24, 48, 64):
         for inverse, given, run in ((False, False, 16), (True, False, 16), (False, True, 16), (True, True, 16),
                                     (False, False, 1)):  # fmt: skip
-            shape = {"C": c, "PIXELS": fused_pixels(c), "RUN": run, "OUT": cover(c), "DEPTH": DEPTH}
+            shape = {"C": c, "PIXELS": fused_pixels(c, inverse, given), "RUN": run, "OUT": cover(c), "DEPTH": DEPTH}
             label = f"mix_vjp C={c}{', inverse' * inverse}{', given input' * given}, {run} blocks"
             constexprs = {"INVERSE": inverse, "GIVEN_INPUT": given, **shape}
-            yield Case(label, _fused_kernel, tensors | strides | {"pixels": "i32"}, constexprs, num_warps=8)
+            signature = tensors | strides | {"pixels": "i32"}
+            yield Case(label, _fused_kernel, signature, constexprs, 8, integers=usual(c))
+            if run == 1:
+                yield Case(f"{label}, any sizes", _fused_kernel, signature, constexprs, 8)
     outer = dict.fromkeys(("weight", "x", "partial"), "*fp32") | {"pixels": "i32"}
     for c, negate in ((96, False), (96, True), (192, False)):
         shape = {"C": c, "NEGATE": negate, "PIXELS": SEPARATE_PIXELS, "RUN": 16, "EDGE": EDGE}
-        yield Case(f"outer products C={c}{', negated' * negate}", _outer_kernel, outer, shape, num_warps=8)
+        yield Case(f"outer products C={c}{', negated' * negate}", _outer_kernel, outer, shape, 8, integers=usual(c))
     total = dict.fromkeys(("partial", "dmatrix", "doffset"), "*fp32") | {"programs": "i32"}
     for c in (12, 48, 192):
         yield Case(f"partial sums C={c}", _total_kernel, total, {"C": c, "ROWS": 32, "COLUMNS": 64})

@@ -106,6 +106,8 @@ def cases() -> Iterator[Case]:
     for kernel in (_shrink_kernel, _shrink_vjp_kernel, _consistency_kernel, _consistency_vjp_kernel):
         tensors = [name for name in kernel.arg_names if name not in ("size", "BLOCK")]
         signature = dict.fromkeys(tensors, "*fp32") | {"size": "i32"}
-        yield Case(kernel.__name__.strip("_").removesuffix("_kernel"), kernel, signature, {"BLOCK": BLOCK})
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
+        yield Case(name, kernel, signature, {"BLOCK": BLOCK}, integers={"size": 4096})
+        yield Case(f"{name}, any size", kernel, signature, {"BLOCK": BLOCK})
     signature = {"partial": "*fp32", "result": "*fp32", "count": "i32"}
     yield Case("partial sums, flat", _sum_kernel, signature, {"COLUMNS": COLUMNS})

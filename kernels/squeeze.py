@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowkern.kernels.aot import Case
 from flowkern.kernels.launch import cover, on_device_of
-from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, block_pixels, columns, warps
+from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, block_pixels, columns, usual, warps
 
 
 @triton.jit
@@ -74,7 +74,11 @@ def squeeze_mix(blocks: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 def cases() -> Iterator[Case]:
     tensors = dict.fromkeys(("blocks", "matrix", "offset", "y"), "*fp32")
     others = [n for n in _squeeze_mix_kernel.arg_names if n not in (*tensors, "C", "PIXELS", "OUT", "DEPTH")]
+    signature = tensors | dict.fromkeys(others, "i32")
     for c in REPRESENTATIVE:
         shape = {"C": c, "PIXELS": block_pixels(c), "OUT": cover(c), "DEPTH": DEPTH}
-        signature = tensors | dict.fromkeys(others, "i32")
-        yield Case(f"squeeze_mix C={c}", _squeeze_mix_kernel, signature, shape, num_warps=warps(c))
+        last = usual(c) | {"of_channel": 1, "of_block_column": c // 4, "of_column": c // 2}
+        first = usual(c) | {"of_block_column": 1, "of_column": 2, "of_block_row": 64, "of_row": 128}
+        for order, integers in {"channels-last": last, "channels-first": first, "any order": {}}.items():
+            label = f"squeeze_mix C={c}, {order}"
+            yield Case(label, _squeeze_mix_kernel, signature, shape, warps(c), integers=integers)
