@@ -1,5 +1,6 @@
 # Each target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 PYTHON ?= python3
+BENCH_SECONDS ?= 330
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
@@ -34,6 +35,13 @@ cuda-report: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# On a machine with a GPU, with the Python that has its PyTorch (make gpu PYTHON=...): build, test, measure, in 10 minutes.
+gpu:
+	$(PYTHON) -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m flowkern
+	$(PYTHON) -m pytest tests/gpu -q --durations=5 $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
+	$(PYTHON) -m bench.gpu --seconds $(BENCH_SECONDS) $(if $(OUT),--out $(OUT))
 
 # Other flow libraries that tests compare with, without their dependencies, which would replace the installed PyTorch.
 .venv/ready: $(INSTALLED_FROM)
