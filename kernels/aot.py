@@ -78,6 +78,13 @@ def cases() -> Iterator[Case]:
 
 def compile_case(case: Case, target: int) -> Resources:
     """Compile one case for compute capability `target` (80 or 90) and read what it takes from the assembler."""
+    compiled = compiled_for(case, GPUTarget("cuda", target, 32))
+    registers, spills = _assemble(compiled.asm["ptx"], target)
+    return Resources(case, target, registers, spills, compiled.metadata.shared)
+
+
+def compiled_for(case: Case, target: GPUTarget):
+    """The case as Triton compiles it for any target, GPUTarget("hip", "gfx942", 64) for one."""
     # As the launcher does: an integer 1 is a constant, one divisible by 16 is known to be, and so are addresses.
     integers = {name: value for name, value in case.integers.items() if name in case.signature}
     constants = case.constexprs | {name: 1 for name, value in integers.items() if value == 1}
@@ -90,13 +97,8 @@ def compile_case(case: Case, target: int) -> Resources:
         {(names.index(name),): value for name, value in constants.items()},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
-    )
-    registers, spills = _assemble(compiled.asm["ptx"], target)
-    return Resources(case, target, registers, spills, compiled.metadata.shared)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=target, options=options)
 
 
 def _assemble(ptx: str, target: int) -> tuple[int, int]:

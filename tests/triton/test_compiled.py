@@ -47,6 +47,18 @@ def test_the_committed_report_lists_these_cases(compiled):
     assert listed == list(dict.fromkeys(c["name"] for c in compiled)), "make triton-report writes it anew"
 
 
+def test_every_kernel_compiles_for_an_amd_gpu():
+    told = python("-c", """
+from triton.backends.compiler import GPUTarget
+from flowkern.kernels import aot
+first = {case.kernel: case for case in reversed(list(aot.cases()))}
+for case in first.values():
+    assert aot.compiled_for(case, GPUTarget("hip", "gfx942", 64)).asm["hsaco"], case.name
+print(len(first))
+""")
+    assert int(told) >= 15
+
+
 def test_the_check_sees_spills_and_excessive_shared_memory():
     told = python(
         "-c",
