@@ -66,7 +66,7 @@ def test_the_check_sees_spills_and_excessive_shared_memory():
 import dataclasses
 from flowkern.kernels import aot, mix
 case = next(c for c in mix.cases() if c.constexprs["C"] == 48)
-wide = dataclasses.replace(case, constexprs=case.constexprs | {"DEPTH": 64})
+wide = dataclasses.replace(case, constexprs=case.constexprs | {"DEPTH": 64}, num_warps=4)
 edges = {"C": 1024, "OUT": 1024, "PIXELS": 16, "DEPTH": 64}
 big = dataclasses.replace(case, constexprs=case.constexprs | edges, num_warps=16)
 print(aot.compile_case(case, 90).spills, aot.compile_case(wide, 90).spills, aot.compile_case(big, 80).fits)
