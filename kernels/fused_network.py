@@ -142,7 +142,7 @@ def fused_trace(
 
 def cases() -> Iterator[Case]:
     shapes = ((6, 512, 12), (12, 512, 12), (12, 256, 24), (6, 128, 12), (12, 128, 24), (1, 5, 1))
-    for (precision, (dtype, products)), target in itertools.product(PRECISIONS.items(), (80, 90)):
+    for (precision, (dtype, products, _)), target in itertools.product(PRECISIONS.items(), (80, 90)):
         word = "fp32" if dtype == torch.float32 else precision
         for (few_in, hidden, few_out), keep in itertools.product(shapes, (False, True)):
             sizes = fused_blocks(few_in, hidden, few_out, 65536, dtype, products, target)

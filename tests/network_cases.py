@@ -1,4 +1,4 @@
-"""Calls of the coupling network's functions on random operands, and the judgement of a backend's results from the data."""
+"""Calls of the coupling network's functions on random operands, and the judgement of a backend's results."""
 
 import torch
 from helpers import relative
