@@ -18,7 +18,8 @@ class _Baked(nn.Module):
         super().__init__()
         if not glow.is_initialized:
             raise ValueError("this Glow is not initialised; call glow.initialize(x) before exporting it")
-        self.glow = copy.deepcopy(glow).eval().requires_grad_(False)
+        self.glow = copy.deepcopy(glow).requires_grad_(False)
+        self.eval()
         self.glow._steps = self._steps
         for i, level in enumerate(self.glow.levels):
             matrix, offset, inverse, logdet = compose(level.steps)

@@ -176,7 +176,8 @@ class AffineCoupling(nn.Module):
 
     def _network(self, x: Tensor, context: Tensor | None) -> Tensor:
         _check_even(x)
-        return self.net(x[:, : x.shape[1] // 2], *_given(context))
+        # In one memory layout in both directions: dropout's mask follows its input's.
+        return self.net(ops.channels_last(x)[:, : x.shape[1] // 2], *_given(context))
 
 
 class StepOfFlow(nn.Module):

@@ -78,6 +78,7 @@ class _Step:
 
     def first(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output and logdet, as it runs for the first time."""
+        self.strides = x.stride()
         with self.replay.recorded():
             out = self.module.inverse(x) if self.reverse else self.module(x)
         return (out, self._logdet_of(x, out)) if self.reverse else out
@@ -89,9 +90,12 @@ class _Step:
         return (out, self._logdet_of(x, out)) if self.reverse else out
 
     def back(self, out: Tensor) -> Tensor:
-        """The input from the output."""
+        """The input from the output, in the memory layout that it had: dropout's mask follows it."""
         with self.replay.restored():
-            return self.module(out)[0] if self.reverse else self.module.inverse(out)
+            x = self.module(out)[0] if self.reverse else self.module.inverse(out)
+        if x.stride() == self.strides:
+            return x
+        return torch.empty_strided(x.shape, self.strides, dtype=x.dtype, device=x.device).copy_(x)
 
     def _logdet_of(self, y: Tensor, x: Tensor) -> Tensor:
         if not self.want_logdet:

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from dropin_memory import glows
 from helpers import MODES, relative, small_glow
 from torch import nn
 
 import flowkern
+from bench import memory as measuring
 from flowkern.layers import StepOfFlow, plain_chain, run_steps
 
 LEVELS = 2
@@ -226,3 +228,11 @@ def test_a_step_of_flow_with_a_network_of_ones_own_and_a_context(memory, anchor_
     }
     for a, b in zip(run[memory], run["store"], strict=True):
         assert relative(a, b) < 1e-8 and b.abs().sum() > 0
+
+
+def test_memory_does_not_grow_with_depth_with_a_context_and_another_librarys_padding():
+    options = {"context_channels": 5, "scale": "sigmoid", "variant": {"edge": "ones"}}
+    cases = [({**options, "memory": m}, depth) for m, depth in (("store", 12), ("recompute", 4), ("recompute", 12))]
+    store, shallow, deep = measuring.measure(glows, cases=cases)
+    assert deep["held"] <= store["held"] / 20 and deep["peak"] <= store["peak"] / 5
+    assert deep["peak"] <= 1.05 * shallow["peak"]

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from dropin_memory import network, sequences
 from helpers import relative
-from sequence_memory import footprint
 from torch import nn
 
 from bench import memory
@@ -102,6 +102,18 @@ def test_dropout_is_replayed(mode, every, reverse):
     same(run(ReversibleSequence(made, mode, every), batch(), reverse), stored)
     other = run(ReversibleSequence(made, "store"), batch(), reverse, seed=3)
     assert relative(stored[2], other[2]) > 0.01, "dropout does nothing here"
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("mode, every", MODES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_in_a_coupling_of_images_whatever_their_layout(mode, every, reverse, layout):
+    """The mask is drawn in memory order, so the order has to be that of the forward pass."""
+    torch.manual_seed(0)
+    made = [AffineCoupling(network(2, 4)).double() for _ in range(3)]
+    x = torch.rand(3, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=layout)
+    stored = run(ReversibleSequence(made, "store"), x, reverse)
+    same(run(ReversibleSequence(made, mode, every), x, reverse), stored, 1e-7)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -238,7 +250,7 @@ def test_errors():
 
 def test_memory_does_not_grow_with_depth():
     cases = [("store", 16), ("checkpoint", 16), ("recompute", 4), ("recompute", 16)]
-    store, checkpoint, shallow, deep = memory.measure(footprint, cases=cases)
+    store, checkpoint, shallow, deep = memory.measure(sequences, cases=cases)
     state = 4 * 16 * 32 * 32 * 4
     assert deep["held"] <= store["held"] / 20 and deep["peak"] <= store["peak"] / 5
     assert deep["peak"] <= 1.1 * shallow["peak"]
