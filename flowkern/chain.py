@@ -483,5 +483,10 @@ def chain(
         else:
             settings = (reverse, scale, alpha, name, memory, anchors)
             local = network.LocalNets(nets, dtype, x.device, context)
-            out, logdet = _LocalChain.apply(x, matrix, offset, inverse, context, local, settings, *parameters)
+            out, logdet = _run_local(x, matrix, offset, inverse, context, local, settings, *parameters)
     return out, logdet
+
+
+@torch.compiler.disable(reason="a chain with networks of one's own runs outside of the graph, in Python")
+def _run_local(*arguments) -> tuple[Tensor, Tensor]:
+    return _LocalChain.apply(*arguments)

@@ -163,3 +163,57 @@ def test_normflows(glow):
 
 def test_public_names():
     assert flowkern.distributions.GlowDistribution is GlowDistribution
+
+
+@pytest.fixture
+def conditioned():
+    torch.manual_seed(0)
+    glow = flowkern.Glow(SIZE, levels=2, depth=2, hidden=4, context_channels=3).double()
+    glow.initialize(torch.rand(8, *SIZE, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64))
+    with torch.no_grad():
+        for p in glow.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return glow
+
+
+def test_a_conditioned_glow_is_one_distribution_per_context(conditioned):
+    context = torch.randn(4, 3, dtype=torch.float64)
+    images = GlowDistribution(conditioned, context)
+    assert images.batch_shape == (4,)
+    x = images.rsample((2,))
+    assert x.shape == (2, 4, *SIZE)
+    found = images.log_prob(x)
+    for i in range(4):
+        torch.testing.assert_close(found[:, i], conditioned.log_prob(x[:, i], context[i : i + 1].expand(2, 3)))
+    wide = images.expand((5, 4))
+    assert wide.sample().shape == (5, 4, *SIZE)
+    torch.testing.assert_close(wide.log_prob(x[0]), found[0].expand(5, 4))
+
+    transform = GlowTransform(conditioned, context)
+    z = torch.randn(4, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(transform(z), conditioned.inverse(z, context=context))
+    torch.testing.assert_close(transform.inv(transform(z)), z)
+    one = GlowTransform(conditioned, context[0])
+    torch.testing.assert_close(one(z)[2], conditioned.inverse(z[2:3], context=context[:1])[0])
+
+
+def test_contexts_reach_a_glow_inside_other_libraries(conditioned):
+    x, context = torch.rand(4, *SIZE, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    wanted = conditioned.log_prob(x, context)
+    zeros = torch.zeros(WIDTH, dtype=torch.float64)
+    base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, zeros, zeros + 1, buffer=True)
+    flow = zuko.flows.Flow([for_zuko.LazyGlow(conditioned)], base)
+    torch.testing.assert_close(flow(context).log_prob(x), wanted)
+    assert flow(context).sample().shape == (4, *SIZE)
+    torch.testing.assert_close(for_zuko.LazyGlowDistribution(conditioned)(context).log_prob(x), wanted)
+
+    distribution = for_nflows.Distribution(conditioned)
+    torch.testing.assert_close(distribution.log_prob(x, context), wanted)
+    assert distribution.sample(3, context=context).shape == (4, 3, *SIZE)
+    flow = nflows.flows.Flow(for_nflows.Transform(conditioned), nflows.distributions.StandardNormal([WIDTH])).double()
+    torch.testing.assert_close(flow.log_prob(x, context), wanted)
+
+    base = normflows.distributions.base.ConditionalDiagGaussian(WIDTH, lambda c: torch.zeros(len(c), 2 * WIDTH).to(c))
+    model = normflows.ConditionalNormalizingFlow(base, [for_normflows.Flow(conditioned)])
+    torch.testing.assert_close(model.log_prob(x, context), wanted)
+    assert model.sample(4, context=context)[0].shape == (4, *SIZE)
