@@ -250,6 +250,12 @@ PRECISIONS = {  # dtype, how fp32 operands are multiplied, and at which levels t
 }
 
 
+def usual(level: str, stride: int) -> dict[str, int]:
+    """Integers for which the launcher specialises the kernels of a level."""
+    side = {"first": 32, "middle": 16, "last": 4, "narrow": 32, "tiny": 5}[level]
+    return {"height": side, "width": side, "stride": stride}
+
+
 def cases() -> Iterator[Case]:
     for precision, (dtype, products, levels) in PRECISIONS.items():
         word = "fp32" if dtype == torch.float32 else precision
@@ -270,6 +276,7 @@ def cases() -> Iterator[Case]:
                         told | sizes,
                         warps,
                         stages,
+                        integers=usual(level, few if backward else 2 * few),
                     )
     for level in ("first", "last"):
         few = SHAPES[level][2]
@@ -280,4 +287,5 @@ def cases() -> Iterator[Case]:
                 {"planes": "*bf16", "bias": "*bf16", "out": "*fp32" if backward else "*bf16"}
                 | dict.fromkeys(("pixels", "height", "width", "stride"), "i32"),
                 dict(C=few, FLIPPED=backward, ADD=backward, BLOCK=SUM_BLOCK),
+                integers=usual(level, 2 * few if backward else few),
             )

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern.kernels.aot import Case
-from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, read_pixels, read_weight
+from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, read_pixels, read_weight, usual
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.rounding import product, products_of, rounded
 
@@ -158,5 +158,6 @@ def cases() -> Iterator[Case]:
                 dict(FEW_IN=few_in, HIDDEN=hidden, FEW_OUT=few_out, KEEP=keep, PRECISION=products) | sizes,
                 WARPS,
                 STAGES,
+                integers=usual("first", 2 * few_in),
                 targets=(target,),
             )

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern.kernels.aot import Case
-from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, SHAPES, read_pixels
+from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, SHAPES, read_pixels, usual
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.rounding import product, products_of
 
@@ -118,4 +118,5 @@ def cases() -> Iterator[Case]:
                         PRECISION=products, RUN=run, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth,
                     ),
                     warps,
+                    integers=usual(level, few_out if gathered == "left" else 2 * few_in),
                 )  # fmt: skip
