@@ -13,8 +13,8 @@ constexpr int WARPS = 8, COLUMNS = 2, THREADS = 32 * WARPS, DEPTH = 16, PANEL = 
 constexpr int COLUMNS_PER_BLOCK = WARPS * COLUMNS;
 constexpr unsigned ALL = 0xFFFFFFFFu;
 
-// Numbers of shared memory: a panel, 1 / diag(U), the inverse permutation, scratch for sums.
-int64_t shared_numbers(int64_t channels) { return channels * (PANEL + 2) + WARPS; }
+// Numbers of shared memory: a panel, diag(U) and its inverse, the scale, the inverse permutation, scratch for sums.
+int64_t shared_numbers(int64_t channels) { return channels * (PANEL + 4) + WARPS; }
 
 // Columns first ... first + DEPTH - 1 of a factor, strictly below or above its diagonal.
 template <class P>
@@ -29,14 +29,17 @@ __device__ void load_panel(const P* factor, int channels, int first, bool below,
 template <class P, int ROWS>
 __global__ void __launch_bounds__(THREADS) compose_kernel(const Compose m) {
     const int channels = int(m.channels), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    double *panel = reinterpret_cast<double*>(shared_arena), *reciprocal = panel + channels * PANEL;
-    double *place = reciprocal + channels, *scratch = place + channels;
+    double *panel = reinterpret_cast<double*>(shared_arena), *diagonal = panel + channels * PANEL;
+    double *reciprocal = diagonal + channels, *scale = reciprocal + channels, *place = scale + channels;
+    double* scratch = place + channels;
     const int64_t tiles = ceil_div(channels + 1, COLUMNS_PER_BLOCK), step = blockIdx.x / tiles;
     const Step<P> f(m, step);
     const int column = int(blockIdx.x % tiles) * COLUMNS_PER_BLOCK + warp * COLUMNS;
 
     for (int k = threadIdx.x; k < channels; k += THREADS) {
-        reciprocal[k] = 1.0 / f.diagonal(k);
+        diagonal[k] = f.diagonal(k);
+        reciprocal[k] = 1.0 / diagonal[k];
+        scale[k] = f.scale(k);
         place[f.permutation[k]] = k;  // the row of M that holds row permutation[k] of L U
     }
     if (blockIdx.x == 0) {
@@ -58,14 +61,14 @@ __global__ void __launch_bounds__(THREADS) compose_kernel(const Compose m) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             const int k = lane + 32 * r;
-            factor[j][r] = k <= c && c < channels ? f.u(k, c) * f.scale(c) : 0.0;
+            factor[j][r] = k <= c && c < channels ? f.u(k, c, diagonal) * scale[c] : 0.0;
             solved[j][r] = c < channels && k == f.permutation[c] ? 1.0 : 0.0;
         }
         if (c == channels) {
             for (int k = 0; k < channels; k++) {
                 double sum = 0;
                 for (int i = k / 32 * 32 + lane; i < channels; i += 32) {
-                    if (i >= k) sum += f.u(k, i) * f.scale(i) * double(f.bias[i]);
+                    if (i >= k) sum += f.u(k, i, diagonal) * scale[i] * double(f.bias[i]);
                 }
                 for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(ALL, sum, bits);
 #pragma unroll
@@ -84,7 +87,7 @@ __global__ void __launch_bounds__(THREADS) compose_kernel(const Compose m) {
             __syncthreads();
             load_panel(f.lower, channels, first, true, panel);
             __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
             for (int i = 0; i < DEPTH && first + i < channels; i++) {
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++) {
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(THREADS) compose_kernel(const Compose m) {
             __syncthreads();
             load_panel(f.upper, channels, first, false, panel);
             __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
             for (int i = (channels - first < DEPTH ? channels - first : DEPTH) - 1; i >= 0; i--) {
 #pragma unroll
                 for (int j = 0; j < COLUMNS; j++) {
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(THREADS) compose_kernel(const Compose m) {
                 offset[row] = P(product[j][r]);
             } else {
                 matrix[row * channels + c] = P(product[j][r]);
-                inverse[k * channels + c] = P(solved[j][r] / f.scale(k));
+                inverse[k * channels + c] = P(solved[j][r] / scale[k]);
             }
         }
     }

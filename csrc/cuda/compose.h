@@ -25,9 +25,9 @@ struct Step {
     __device__ double diagonal(int k) const { return double(sign[k]) * exp(double(log_s[k])); }
     __device__ double scale(int k) const { return exp(double(log_scale[k])); }
 
-    // Entry (k, c) of U with its diagonal.
-    __device__ double u(int k, int c) const {
-        return k < c ? double(upper[int64_t(k) * channels + c]) : k == c ? diagonal(k) : 0.0;
+    // Entry (k, c) of U, given its diagonal.
+    __device__ double u(int k, int c, const double* diagonal) const {
+        return k < c ? double(upper[int64_t(k) * channels + c]) : k == c ? diagonal[k] : 0.0;
     }
 
     // Entry (k, c) of the unit lower triangular L.

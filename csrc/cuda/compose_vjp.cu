@@ -11,8 +11,8 @@ namespace {
 
 constexpr int EDGE = 32, STRIDE = EDGE + 1, THREADS = 256, OWN = EDGE * EDGE / THREADS, ROWS = EDGE / OWN;
 
-// Numbers of shared memory: two squares, what a strip sums up, D's last factor, bias, scale and the inverse permutation.
-int64_t shared_numbers(int64_t channels) { return 2 * EDGE * STRIDE + EDGE + 4 * channels; }
+// Numbers of shared memory: two squares, sums of 32 rows; bias, scale, diag(U), the inverse permutation and P^T dm.
+int64_t shared_numbers(int64_t channels) { return 2 * EDGE * STRIDE + EDGE + 5 * channels; }
 
 // Row k of D is row place[k] of dM + dm bias^T.
 template <class P>
@@ -50,7 +50,8 @@ template <class P>
 __global__ void __launch_bounds__(THREADS) compose_vjp_kernel(const ComposeVjp m) {
     const int channels = int(m.channels), squares = (channels + EDGE - 1) / EDGE;
     double *a = reinterpret_cast<double*>(shared_arena), *b = a + EDGE * STRIDE, *weights = b + EDGE * STRIDE;
-    double *bias = weights + EDGE, *scale = bias + channels, *place = scale + channels, *image = place + channels;
+    double *bias = weights + EDGE, *scale = bias + channels, *diagonal = scale + channels;
+    double *place = diagonal + channels, *image = place + channels;
     const int64_t step = blockIdx.x / (2 * squares), at = step * channels, square = at * channels;
     const int strip = int(blockIdx.x % (2 * squares)) / 2 * EDGE;
     const bool of_lower = blockIdx.x % 2 == 0;
@@ -60,12 +61,13 @@ __global__ void __launch_bounds__(THREADS) compose_vjp_kernel(const ComposeVjp m
     for (int k = threadIdx.x; k < channels; k += THREADS) {
         bias[k] = double(f.bias[k]);
         scale[k] = f.scale(k);
+        diagonal[k] = f.diagonal(k);
         place[f.permutation[k]] = k;
         image[f.permutation[k]] = double(d.doffset[k]);  // P^T dm
     }
     const int row = threadIdx.x / EDGE, column = threadIdx.x % EDGE;
     const auto dense = [&](int k, int c) { return d(k, c); };
-    const auto scaled = [&](int k, int c) { return f.u(k, c) * scale[c]; };
+    const auto scaled = [&](int k, int c) { return f.u(k, c, diagonal) * scale[c]; };
 
     if (of_lower) {
         P* dlower = static_cast<P*>(m.dlower) + square;
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(THREADS) compose_vjp_kernel(const ComposeVjp m
             if (r >= channels || c >= channels) continue;
             dupper[r * channels + c] = P(r < c ? sum[i] * scale[c] : 0.0);
             if (r > c) continue;
-            const double entry = f.u(r, c) * scale[c];
+            const double entry = f.u(r, c, diagonal) * scale[c];
             dlog_scale += sum[i] * entry;
             dbias += weights[row + i * ROWS] * entry;
             if (r == c) dlog_s = sum[i] * entry + dlogdet;

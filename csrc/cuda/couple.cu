@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(THREADS) couple_kernel(const Couple m) {
         Pack<T, V> b = load<V>(x + here + half), raw, t;
         load_network<V>(h + pixel * row, half, j, additive, raw, t);
         sum += double(couple_values<V>(m.scale, m.inverse, b, raw, t, alpha, inverse_alpha));
-        store(y + here, a);
-        store(y + here + half, b);
+        store_global(y + here, a);
+        store_global(y + here + half, b);
     }
     sum = block_sum(sum, reinterpret_cast<double*>(shared_arena));
     if (threadIdx.x == 0) static_cast<T*>(m.logdet)[blockIdx.x] = T(m.inverse ? -sum : sum);
@@ -56,11 +56,11 @@ __global__ void __launch_bounds__(THREADS) couple_vjp_kernel(const CoupleVjp m, 
         Pack<T, V> b = load<V>(v + here + half), g = load<V>(cotangent + here + half), raw, t;
         load_network<V>(h + pixel * row, half, j, additive, raw, t);
         couple_vjp_values<V>(m.scale, m.inverse, m.given_input, b, g, raw, t, alpha, inverse_alpha, glogdet);
-        store(dv + here, ga);
-        store(dv + here + half, g);
+        store_global(dv + here, ga);
+        store_global(dv + here + half, g);
         if (!m.given_input) {
-            store(rebuilt + here, a);
-            store(rebuilt + here + half, b);
+            store_global(rebuilt + here, a);
+            store_global(rebuilt + here + half, b);
         }
         H* network = dh + pixel * row + j;
         if (!additive) store_as<V>(network, raw);

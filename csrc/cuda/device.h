@@ -58,9 +58,38 @@ __device__ __forceinline__ Pack<T, V> load(const T* p) {
     return *reinterpret_cast<const Pack<T, V>*>(p);
 }
 
+// To shared memory.
 template <class T, int V>
 __device__ __forceinline__ void store(T* p, const Pack<T, V>& pack) {
     *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+
+template <int BYTES>
+struct VectorOf;
+template <>
+struct VectorOf<2> {
+    using type = unsigned short;
+};
+template <>
+struct VectorOf<4> {
+    using type = unsigned;
+};
+template <>
+struct VectorOf<8> {
+    using type = uint2;
+};
+template <>
+struct VectorOf<16> {
+    using type = uint4;
+};
+
+// To global memory, by an intrinsic: an assignment of computed numbers is split into one store each.
+template <class T, int V>
+__device__ __forceinline__ void store_global(T* p, const Pack<T, V>& pack) {
+    using Vector = typename VectorOf<sizeof(T) * V>::type;
+    Vector vector;
+    memcpy(&vector, &pack, sizeof vector);
+    __stwb(reinterpret_cast<Vector*>(p), vector);
 }
 
 __device__ __forceinline__ float widen(float x) { return x; }
@@ -83,7 +112,7 @@ template <int V, class T, class H>
 __device__ __forceinline__ void store_as(H* p, const Pack<T, V>& from) {
     Pack<H, V> to;
     for (int i = 0; i < V; i++) narrow(from.v[i], to.v[i]);
-    store(p, to);
+    store_global(p, to);
 }
 
 // The sum of `value` over the block's threads, added up in a fixed order; thread 0 has it. `scratch` holds a number per

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(K::THREADS) mix_kernel(const Couple m) {
             const int p = pixel + i * K::PIXEL_GROUPS;
             if (p >= pixels) break;
 #pragma unroll
-            for (int v = 0; v < VECTORS; v++) store(y + p * C + (output + v * K::OUTPUT_GROUPS) * 4, products.sum[i][v]);
+            for (int v = 0; v < VECTORS; v++) store_global(y + p * C + (output + v * K::OUTPUT_GROUPS) * 4, products.sum[i][v]);
         }
         __syncthreads();
     }

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(THREADS, 2) mix_any_kernel(const Couple m) {
             }
             double counted = 0;
             for (int in = 0; in < channels; in += DEPTH) {
-#pragma unroll(same<H, NoNetwork> ? 4 : 1)
+#pragma unroll(same<H, NoNetwork> && sizeof(T) == 4 ? 4 : 1)
                 for (int e = threadIdx.x; e < K::TILE * DEPTH; e += THREADS) {
                     const int p = e / DEPTH, c = in + e % DEPTH;
                     T value = 0;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(THREADS, 2) mix_any_kernel(const Couple m) {
                 for (int v = 0; v < K::OWN / W; v++) {
                     const int o = out + (output + v * K::OUTPUT_GROUPS) * W;
                     if (wide && o < channels) {
-                        store(y + p * channels + o, products.sum[i][v]);
+                        store_global(y + p * channels + o, products.sum[i][v]);
                     } else {
 #pragma unroll
                         for (int j = 0; j < W; j++) {

@@ -75,7 +75,7 @@ __device__ __forceinline__ void store_image(const Products<float, K::OWN, K::OWN
 #pragma unroll
     for (int i = 0; i < K::OWN; i++) {
         const int p = pixel + i * K::PIXEL_GROUPS;
-        if (p < pixels) store(image + p * K::CHANNELS + output * 4, products.sum[i][0]);
+        if (p < pixels) store_global(image + p * K::CHANNELS + output * 4, products.sum[i][0]);
     }
 }
 

@@ -28,7 +28,7 @@ struct ShrinkMap {
         } else {
             for (int j = 0; j < V; j++) result.v[j] = z.v[j] / divisor;
         }
-        store(static_cast<T*>(m.result) + i, result);
+        store_global(static_cast<T*>(m.result) + i, result);
         return sum;
     }
 
@@ -54,11 +54,11 @@ struct ConsistencyMap {
                 dy.v[j] = mu * g.v[j];
                 sum += double(g.v[j]) * double(x.v[j] - y.v[j]);
             }
-            store(static_cast<T*>(m.dy) + i, dy);
+            store_global(static_cast<T*>(m.dy) + i, dy);
         } else {
             for (int j = 0; j < V; j++) result.v[j] = x.v[j] - mu * (x.v[j] - y.v[j]);
         }
-        store(static_cast<T*>(m.result) + i, result);
+        store_global(static_cast<T*>(m.result) + i, result);
         return sum;
     }
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import EMULATION
+from emulation_build import EMULATION
 from test_install import python, report, run, sources
 
 BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import EMULATION, ROOT, SANITIZED, compile_emulated, kernels
+from emulation_build import EMULATION, ROOT, SANITIZED, compile_emulated, kernels
 
 PROGRAM = Path(__file__).resolve().parent / "sanitized.cpp"
 
