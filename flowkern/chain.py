@@ -124,7 +124,8 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
         if stored:
             state, *rest = kept[position] if position else [as_state(x), *kept[position]]
             y = state if reverse else table.channel_mix(state, matrix[k], offset[k], False)
-            h, *hidden = rest if rest else _flatten(nets.trace(k, _first_half(y)))
+            # The list that `trace` made is handed on as it is: a backend may write over what only this list holds.
+            h, hidden = (rest[0], rest[1:]) if rest else nets.trace(k, _first_half(y))
             if reverse:
                 uncoupled, _ = table.couple(y, h, scale, alpha, True)
                 _, g = through_mix(k, uncoupled, g, True)
@@ -144,10 +145,6 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
             v, g = through_mix(k, v, g, False) if anchor is None else (anchor, through_mix(k, anchor, g, True)[1])
         del h, hidden
     return g, dmatrix, doffset, [d for step in dparameters for d in step]
-
-
-def _flatten(traced: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
-    return [traced[0], *traced[1]]
 
 
 def _sizes(count: int, memory: str, anchor_every: int) -> list[int]:
