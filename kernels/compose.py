@@ -224,7 +224,8 @@ def compose_vjp(
 def cases() -> Iterator[Case]:
     for kernel, label in ((_compose_kernel, "compose"), (_compose_vjp_kernel, "compose_vjp")):
         sizes = ("C", "ROWS", "COLUMNS", "SUMMED", "numbers")
-        signature = {name: "*fp32" for name in kernel.arg_names if name not in sizes} | {"numbers": "i32"}
+        signature = {name: "*fp32" for name in kernel.arg_names if name not in sizes}
+        signature |= {"numbers": "i32"} if "numbers" in kernel.arg_names else {}
         signature["permutation"] = "*i64"
         for c in REPRESENTATIVE:
             rows = max(2, triton.next_power_of_2(c))

@@ -140,7 +140,7 @@ def _sum_taps_kernel(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    size = pixels.to(tl.int64) * C
+    size = tl.cast(pixels, tl.int64) * C  # an argument of 1 is a Python integer
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     p = e // C
     c = e % C

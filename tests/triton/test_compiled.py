@@ -59,6 +59,22 @@ print(len(first))
     assert int(told) >= 15
 
 
+def test_integers_of_one_and_of_64_bits():
+    """An argument of 1 becomes a constant of Python's, one beyond 2^31 a long: every kernel compiles with either."""
+    told = python("-c", """
+import dataclasses
+from flowkern.kernels import aot
+first = {case.kernel: case for case in reversed(list(aot.cases()))}
+for case in first.values():
+    integers = [name for name, kind in case.signature.items() if kind == "i32"]
+    aot.compile_case(dataclasses.replace(case, integers=dict.fromkeys(integers, 1)), 90)
+    long = case.signature | dict.fromkeys(integers, "i64")
+    aot.compile_case(dataclasses.replace(case, signature=long, integers={}), 90)
+print(len(first))
+""")
+    assert int(told) >= 15
+
+
 def test_the_check_sees_spills_and_excessive_shared_memory():
     told = python(
         "-c",
