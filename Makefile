@@ -42,6 +42,7 @@ gpu:
 	$(PYTHON) -m flowkern
 	$(PYTHON) -m pytest tests/gpu -q --durations=5 $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
 	$(PYTHON) -m bench.gpu --seconds $(BENCH_SECONDS) $(if $(OUT),--out $(OUT))
+	$(PYTHON) -m bench.gpu_report $$(ls -t bench/results/gpu-*.json | head -1) $(if $(OUT),--folder $(OUT))
 
 # Other flow libraries that tests compare with, without their dependencies, which would replace the installed PyTorch.
 .venv/ready: $(INSTALLED_FROM)

@@ -303,38 +303,35 @@ def measure_batches(device: Device, trial: bool):
 MEASURES = {"ops": measure_ops, "steps": measure_steps, "depths": measure_depths, "batches": measure_batches}
 
 
+def rows(parts, device: Device, trial: bool):
+    """(part, row) of every measurement, one after the other."""
+    for part in parts:
+        for row in MEASURES[part](device, trial):
+            yield part, row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seconds", type=float, default=420, help="stop starting new measurements after this long")
-    parser.add_argument("--out", type=Path, help="write the JSON here too, after every row")
-    parser.add_argument("--trial", action="store_true", help="tiny sizes, any device, nothing written")
+    parser.add_argument("--out", type=Path, help="a folder in which the JSON is written too")
+    parser.add_argument("--trial", action="store_true", help="tiny sizes, any device, nothing written but to --out")
     arguments = parser.parse_args()
     if not arguments.trial and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --trial tries the program on the CPU")
     device, start = Device("cuda" if torch.cuda.is_available() else "cpu"), time.monotonic()
+    name = "trial" if arguments.trial else torch.cuda.get_device_name().lower().replace(" ", "-")
+    folders = ([] if arguments.trial else [results.RESULTS]) + ([arguments.out] if arguments.out else [])
     figures: dict = {part: [] for part in arguments.parts}
-    for part in arguments.parts:
-        for row in MEASURES[part](device, arguments.trial):
-            figures[part].append(row)
-            print(part, json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-            if not arguments.trial:
-                write(figures, arguments.out)
-            if time.monotonic() - start > arguments.seconds:
-                figures["cut short"] = f"after {arguments.seconds:.0f} s, in {part}"
-                break
-    if not arguments.trial:
-        print(write(figures, arguments.out))
-
-
-def write(figures: dict, extra: Path | None) -> Path:
-    """The result file of this device, and a copy."""
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    path = results.write(f"gpu-{name}", figures)
-    if extra is not None:
-        extra.mkdir(parents=True, exist_ok=True)
-        (extra / path.name).write_text(path.read_text())
-    return path
+    for part, row in rows(arguments.parts, device, arguments.trial):
+        figures[part].append(row)
+        print(part, json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        if time.monotonic() - start > arguments.seconds:
+            figures["cut short"] = f"after {arguments.seconds:.0f} s, in {part}"
+        for folder in folders:  # after every row, so that a call that is cut off loses nothing
+            results.write(f"gpu-{name}", figures, folder)
+        if "cut short" in figures:
+            break
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ def environment() -> dict:
             "backends": flowkern.backends(), "versions": versions, "commit": _commit()}
 
 
-def write(name: str, figures: dict) -> Path:
-    """Write bench/results/<name>.json and return its path. What is not finite becomes null."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, figures: dict, folder: Path = RESULTS) -> Path:
+    """Write <name>.json into a folder and return its path. What is not finite becomes null."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(_finite({"environment": environment(), **figures}), indent=1, allow_nan=False) + "\n")
     return path
 
