@@ -121,7 +121,12 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
     # OpenMP's runtime is never linked: its symbols come from the one that torch has loaded.
     threads = "-fopenmp" if _compiles(compiler, "-fopenmp", folder) else ""
 
-    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+    # pip's isolated build finds pybind11 in another folder every time: behind a link, as headers of the system, that is
+    # no reason to compile anew.
+    headers = folder / "headers"
+    headers.unlink(missing_ok=True)
+    headers.symlink_to(pybind11.get_include())
+    includes = f"-isystem headers -DFLOWKERN_PYBIND11={pybind11.__version__} -I{sysconfig.get_paths()['include']}"
     version = _run([*compiler, "--version"], "").splitlines()[0]
     macros = {"FLOWKERN_VERSION": VERSION, "FLOWKERN_COMPILER": version}
     macros |= ({"FLOWKERN_CUDA": " ".join(cuda.archs), "FLOWKERN_NVCC": cuda.version} if cuda
