@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flowkern import reference
 from flowkern.layers import ActNorm
 from flowkern.prior import edge_term
+from flowkern.transforms import batched_or_forward
 
 CHOICES = {
     "edge": (None, "ones", "indicator"),
@@ -150,13 +151,16 @@ class VariantNet(nn.Module):
         self.norm2.initialize(F.conv2d(h, self.weight2))
 
     def forward(self, a: Tensor, context: Tensor | None = None) -> Tensor:
-        h = self._activation(reference.actnorm(self._first(a, context), self.norm1))
-        h = self._activation(reference.actnorm(F.conv2d(h, self.weight2), self.norm2))
-        h = F.conv2d(h, self.weight3, self.bias3, padding=1)
-        edge = self.weight3.sum(dim=1, keepdim=True) if self.tied_edge else self.edge3
-        if edge is not None:
-            h = h + edge_term(edge, *h.shape[2:])
-        h = h * torch.exp(3 * self.logs)[None, :, None, None]
+        # ActNorms and the last scale are folded into the convolutions: fewer hidden activations for autograd to keep.
+        e1, e2, e3 = torch.exp(self.norm1.log_scale), torch.exp(self.norm2.log_scale), torch.exp(3 * self.logs)
+        h = self._activation(self._first(a, context, e1, self.norm1.bias))
+        h = self._activation(F.conv2d(h, self.weight2 * _rows(e2), e2 * self.norm2.bias))
+        weight3 = self.weight3 * _rows(e3)
+        h = F.conv2d(h, weight3, self.bias3 * e3, padding=1)
+        if self.tied_edge:
+            h = h + edge_term(weight3.sum(dim=1, keepdim=True), *h.shape[2:])
+        elif self.edge3 is not None:
+            h = h + edge_term(self.edge3 * _rows(e3), *h.shape[2:])
         if self.scale == "additive" or not (self.scale_map or self.shift_after):
             return h
         raw, t = h.to(self.bias3.dtype).chunk(2, dim=1)
@@ -168,11 +172,14 @@ class VariantNet(nn.Module):
             t = t * torch.exp(-log_s)
         return torch.cat([raw, t], dim=1)
 
-    def _first(self, a: Tensor, context: Tensor | None) -> Tensor:
-        h = F.conv2d(a, self.weight1, padding=1)
+    def _first(self, a: Tensor, context: Tensor | None, scale: Tensor | None = None, bias: Tensor | None = None):
+        """The first convolution, of a, the border and the context; with scale and bias, scale (. + bias)."""
+        rows = 1 if scale is None else _rows(scale)
+        a = a if batched_or_forward() else a.contiguous(memory_format=torch.channels_last)
+        h = F.conv2d(a, self.weight1 * rows, None if scale is None else scale * bias, padding=1)
         if self.edge1 is not None:
-            h = h + edge_term(self.edge1, *h.shape[2:])
-        return h if self.context is None else h + F.conv2d(context, self.context)
+            h = h + edge_term(self.edge1 * rows, *h.shape[2:])
+        return h if self.context is None else h + F.conv2d(context, self.context * rows)
 
     def _activation(self, h: Tensor) -> Tensor:
         return F.leaky_relu(h, self.leaky) if self.leaky else F.relu(h)
@@ -185,3 +192,7 @@ class VariantNet(nn.Module):
         if self.scale_map == "inverse_sigmoid":
             return -F.logsigmoid(raw + 2)
         return torch.log(torch.sigmoid(raw + 2) + self.scale_bias) if self.scale_bias else F.logsigmoid(raw + 2)
+
+
+def _rows(scale: Tensor) -> Tensor:
+    return scale[:, None, None, None]

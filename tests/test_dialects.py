@@ -341,6 +341,13 @@ def test_what_cannot_be_loaded_says_why(tmp_path):
         load(normflows_model(1, 1).state_dict(), scale_map="tanh")
     with pytest.raises(ValueError, match="split_mode 'checkerboard' has no counterpart"):
         load(normflows_model(1, 1).state_dict(), split_mode="checkerboard")
+    weights = rosinality.weights(1, 1)
+    weights["blocks.0.flows.0.actnorm.scale"][0, 3] = 0
+    with pytest.raises(ValueError, match="blocks.0.flows.0.actnorm.scale has a zero"):
+        load(weights, size=SIZE)
+    del weights["blocks.0.flows.0.actnorm.scale"]
+    with pytest.raises(ValueError, match=r"1 missing \(blocks.0.flows.0.actnorm.scale \(1, 12, 1, 1\)\)"):
+        load(weights, size=SIZE)
     weights = glowip.weights(1, 1)
     weights["glow_modules.1.invconv.W"][0] = 0
     with pytest.raises(ValueError, match=r"1x1 convolution that becomes levels.0.steps.0.conv is singular"):

@@ -103,12 +103,15 @@ class Reader:
         self._used.update(names)
 
     def reject(self, reason: str):
-        """Raise ValueError for a model that can't be represented or whose file lacks something."""
+        """Raise ValueError for a model that can't be represented; for missing tensors, if that is why."""
+        if self._missing or self._misshapen:
+            self.check(everything_read=False)
         raise ValueError(f"{self._what} can't be loaded: {reason}")
 
-    def check(self) -> None:
+    def check(self, everything_read: bool = True) -> None:
         """Raise ValueError, in one sentence, that lists every tensor that was missing, misshapen or never used."""
-        left = {name: tuple(t.shape) for name, t in self._tensors.items() if name not in self._used}
+        unused = [name for name in self._tensors if everything_read and name not in self._used]
+        left = {name: tuple(self._tensors[name].shape) for name in unused}
         problems = [
             f"{len(found)} {kind} ({', '.join(map(describe, found.items()))})"
             for kind, found, describe in (

@@ -51,6 +51,8 @@ def convert(file) -> tuple[dict, dict]:
 
 def _step(file, theirs: str, ours: str, c: int, hidden: int, affine: bool) -> dict:
     scale, loc = (file.take(f"{theirs}.actnorm.{name}", 1, c, 1, 1).flatten() for name in ("scale", "loc"))
+    if bool((scale == 0).any()):
+        file.reject(f"{theirs}.actnorm.scale has a zero")
     flag = f"{theirs}.actnorm.initialized"
     initialized = flag not in file or bool(file.take(flag))
     state = parts.actnorm(f"{ours}.actnorm", scale.abs().log(), loc, initialized)
