@@ -27,10 +27,13 @@ SUM_BLOCK = 512  # elements of a program that sums taps
 
 
 @triton.jit
-def position(p, pixels, height, width):
-    """Row and column in its image of pixel p, with a row far outside where there is no such pixel."""
-    row = ((p // width) % height).to(tl.int32)
-    return tl.where(p < pixels, row, -2), (p % width).to(tl.int32)
+def position(first, i, pixels, height, width):
+    """Row and column in its image of pixel first + i, with a row far outside where there is no such pixel.
+
+    Only `first` takes 64 bits: to divide every pixel's number in 64 bits would cost more than the products.
+    """
+    into = (first % (height * width)).to(tl.int32) + i
+    return tl.where(first + i < pixels, (into // width) % height, -2), into % width
 
 
 @triton.jit
@@ -60,7 +63,7 @@ def read_pixels(
     few bits away from its own, and 64-bit ones for each number cost registers.
     """
     if CHANNELS:
-        row, column = position(first + i, pixels, height, width)
+        row, column = position(first, i, pixels, height, width)
         on, inside = neighbour(row, column, k // CHANNELS, height, width, FLIPPED)
         return tl.load(x + first * stride + ((i + on) * stride + k % CHANNELS), mask=inside, other=0.0)
     else:
@@ -141,19 +144,22 @@ def _sum_taps_kernel(
     BLOCK: tl.constexpr,
 ):
     size = tl.cast(pixels, tl.int64) * C  # an argument of 1 is a Python integer
-    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    p = e // C
-    c = e % C
-    here = out + p * stride + c
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    first = start // C
+    e = tl.arange(0, BLOCK)
+    inside_out = start + e < size
+    i = ((start % C).to(tl.int32) + e) // C
+    c = ((start % C).to(tl.int32) + e) % C
+    here = out + first * stride + (i * stride + c)
     if ADD:
-        total = tl.load(here, mask=e < size, other=0.0).to(tl.float32)
+        total = tl.load(here, mask=inside_out, other=0.0).to(tl.float32)
     else:
         total = tl.load(bias + c).to(tl.float32)
-    row, column = position(p, pixels, height, width)
+    row, column = position(first, i, pixels, height, width)
     for tap in tl.static_range(9):
         on, inside = neighbour(row, column, tap, height, width, FLIPPED)
-        total += tl.load(planes + tap * size + e + on * C, mask=inside, other=0.0).to(tl.float32)
-    tl.store(here, rounded(total, out.dtype.element_ty), mask=e < size)
+        total += tl.load(planes + tap * size + start + (e + on * C), mask=inside, other=0.0).to(tl.float32)
+    tl.store(here, rounded(total, out.dtype.element_ty), mask=inside_out)
 
 
 def form(kind: str, backward: bool, few: int, hidden: int) -> dict[str, object]:

@@ -43,24 +43,28 @@ def _weight_gradient_kernel(
     m = (tile // across) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile % across) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    column = tl.zeros((BLOCK_M,), tl.float32)
+    column = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     i = tl.arange(0, BLOCK_K)[:, None]
     for k in range(RUN):
         first = (part * RUN + k) * BLOCK_K
         b_left = read_pixels(left, first, i, m[None, :], pixels, height, width, stride, M, LEFT, True)
         b_right = read_pixels(right, first, i, n[None, :], pixels, height, width, stride, N, RIGHT, False)
         total = product(tl.trans(b_left), b_right, total, left.dtype.element_ty, PRECISION)
-        column += tl.sum(b_left.to(tl.float32), axis=0)
+        if tile % across == 0:
+            # Number by number: summing over pixels here would make the threads wait for each other at every block.
+            column += b_left.to(tl.float32)
     here = (part * M + m[:, None]) * N + n[None, :]
     tl.store(partial + here, total, mask=(m < M)[:, None] & (n < N)[None, :])
     if tile % across == 0:
-        tl.store(sums + part * M + m, column, mask=m < M)
+        tl.store(sums + part * M + m, tl.sum(column, axis=0), mask=m < M)
 
 
-def blocks(m: int, n: int, dtype: torch.dtype, products: str) -> tuple[int, int, int, int]:
-    """Rows, columns and depth of a block, and warps."""
+def blocks(m: int, n: int, gathered: str | None, dtype: torch.dtype, products: str) -> tuple[int, int, int, int]:
+    """Rows, columns and depth of a block, and warps. Gathering costs more instructions and registers than the products
+    that follow: where the left operand is gathered, few of its rows meet many columns.
+    """
     most = 64 if products == "tf32x3" else 128
-    rows, columns = min(cover(m), most), min(cover(n), most)
+    rows, columns = min(cover(m), 64 if gathered == "left" else most), min(cover(n), most)
     return rows, columns, 128 // dtype.itemsize, 8 if rows * columns >= 128 * 64 else 4
 
 
@@ -85,7 +89,7 @@ def weight_gradient(
     images, _, height, width = left.shape
     pixels = images * height * width
     products = products_of(left.dtype)
-    block_m, block_n, block_k, warps = blocks(m, n, left.dtype, products)
+    block_m, block_n, block_k, warps = blocks(m, n, gathered, left.dtype, products)
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     run, parts = runs(pixels, tiles, block_k)
     partial, sums = (torch.empty(s, dtype=torch.float32, device=left.device) for s in ((parts, m, n), (parts, m)))
@@ -105,7 +109,7 @@ def cases() -> Iterator[Case]:
         for level, (pixels, few_in, few_out, hidden) in ((level, SHAPES[level]) for level in levels):
             convolutions = ((hidden, 9 * few_in, "right"), (hidden, hidden, None), (9 * few_out, hidden, "left"))
             for i, (m, n, gathered) in enumerate(convolutions, 1):
-                rows, columns, depth, warps = blocks(m, n, dtype, products)
+                rows, columns, depth, warps = blocks(m, n, gathered, dtype, products)
                 run, _ = runs(pixels, triton.cdiv(m, rows) * triton.cdiv(n, columns), depth)
                 yield Case(
                     f"weight_gradient {i} {precision} {level}",
