@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowkern.kernels.aot import Case
 from flowkern.kernels.launch import cover, on_device_of
-from flowkern.kernels.rounding import product, products_of, rounded
+from flowkern.kernels.rounding import product, products_of, rounded, small_blocks
 
 KINDS = ("widen", "pointwise", "taps")
 MULTIPROCESSORS = 132  # of a large GPU; not asked of the device, so that results are the same bits on every one
@@ -185,12 +185,12 @@ def blocks(told: dict[str, object], pixels: int, dtype: torch.dtype, products: s
     """Block sizes, warps and stages for a product kernel that is told the above.
 
     The largest block that still gives every multiprocessor of a large GPU one: large blocks read their operands less
-    often, but a level of few pixels would leave most of the chip idle. None spills: three tf32 products keep thrice the
-    operands in registers, and gathering or masking beside 256 columns takes too many.
+    often, but a level of few pixels would leave most of the chip idle. None spills: gathering or masking beside 256
+    columns would.
     """
     wide = cover(told["N"])
     plain = not told["CHANNELS"] and not told["GATED"]
-    if products == "tf32x3":
+    if small_blocks(products):
         choices = [(64, 64, 4), (32, 64, 4)]
     else:
         largest = 256 if plain and dtype.itemsize == 2 else 128

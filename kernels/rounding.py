@@ -28,10 +28,17 @@ def product(left, right, total, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(left, right, total, input_precision=PRECISION)
 
 
+def small_blocks(products: str) -> bool:
+    """Whether blocks have to be small: three tf32 products keep thrice the operands in registers, and AMD's chips have
+    64 KiB of shared memory.
+    """
+    return products == "tf32x3" or bool(torch.version.hip)
+
+
 def products_of(dtype: torch.dtype) -> str:
     """How fp32 operands are multiplied: in tf32 where PyTorch allows it for convolutions, else in three tf32 parts."""
-    if dtype != torch.float32:
-        return "ieee"  # has no meaning for operands of 16 bits
+    if dtype != torch.float32 or torch.version.hip:
+        return "ieee"  # has no meaning for operands of 16 bits; what AMD's matrix units do anyway
     convolution = getattr(torch.backends.cudnn, "conv", None)  # newer versions of PyTorch; they refuse the old question
     if hasattr(convolution, "fp32_precision"):
         return "tf32" if convolution.fp32_precision == "tf32" else "tf32x3"

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowkern.kernels.aot import Case
 from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, SHAPES, read_pixels, usual
 from flowkern.kernels.launch import cover, on_device_of
-from flowkern.kernels.rounding import product, products_of
+from flowkern.kernels.rounding import product, products_of, small_blocks
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -63,7 +63,7 @@ def blocks(m: int, n: int, gathered: str | None, dtype: torch.dtype, products: s
     """Rows, columns and depth of a block, and warps. Gathering costs more instructions and registers than the products
     that follow: where the left operand is gathered, few of its rows meet many columns.
     """
-    most = 64 if products == "tf32x3" else 128
+    most = 64 if small_blocks(products) else 128
     rows, columns = min(cover(m), 64 if gathered == "left" else most), min(cover(n), most)
     return rows, columns, 128 // dtype.itemsize, 8 if rows * columns >= 128 * 64 else 4
 
