@@ -2,8 +2,8 @@
 
     python examples/digits.py --picture digits.png
 
-Writes a picture of samples, one row a class, and prints the bits per dimension of held-out digits, under their own class
-and, as the comparison that tells whether the class is used, under a wrong one.
+Writes a picture of samples, one row a class, and prints the bits per dimension of held-out digits, under their own
+class and, as the comparison that tells whether the class is used, under a wrong one.
 """
 
 import argparse

@@ -38,6 +38,7 @@ class _Baked(nn.Module):
 class LogProb(_Baked):
     """log p(x) (N,) in nats of images x (N, C, H, W), with a context if the Glow is conditioned.
 
+    >>> import torch
     >>> glow = Glow((1, 4, 4), levels=1, depth=2, hidden=4)
     >>> glow.initialize(torch.rand(8, 1, 4, 4))
     >>> x = torch.rand(2, 1, 4, 4)

@@ -232,7 +232,7 @@ def test_a_step_of_flow_with_a_network_of_ones_own_and_a_context(memory, anchor_
 
 def test_memory_does_not_grow_with_depth_with_a_context_and_another_librarys_padding():
     options = {"context_channels": 5, "scale": "sigmoid", "variant": {"edge": "ones"}}
-    cases = [({**options, "memory": m}, depth) for m, depth in (("store", 12), ("recompute", 4), ("recompute", 12))]
+    cases = [({**options, "memory": m}, depth) for m, depth in (("store", 8), ("recompute", 2), ("recompute", 8))]
     store, shallow, deep = measuring.measure(glows, cases=cases)
-    assert deep["held"] <= store["held"] / 20 and deep["peak"] <= store["peak"] / 5
+    assert deep["held"] <= store["held"] / 20 and deep["peak"] <= store["peak"] / 4
     assert deep["peak"] <= 1.05 * shallow["peak"]

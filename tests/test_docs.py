@@ -1,6 +1,7 @@
 """The how-to pages: what they show is what happens."""
 
 import doctest
+import importlib
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,10 @@ def test_page(page, tmp_path, monkeypatch):
 
 def test_pages_are_found():
     assert "checkpoints.md" in PAGES
+
+
+@pytest.mark.parametrize("name", ["glow", "sequence", "distributions", "export", "groups"])
+def test_examples_in_docstrings(name):
+    torch.manual_seed(0)
+    found = doctest.testmod(importlib.import_module(f"flowkern.{name}"))
+    assert found.attempted > 0 and found.failed == 0

@@ -19,9 +19,9 @@ def test_class_conditional_digits(examples, tmp_path, monkeypatch):
     import digits
 
     picture = tmp_path / "digits.png"
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--steps", "40", "--seconds", "1000", "--picture", str(picture)])
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--steps", "25", "--seconds", "1000", "--picture", str(picture)])
     found = digits.main()
-    assert found["steps"] == 40 and matplotlib.image.imread(picture).shape == (480, 480, 4)
+    assert found["steps"] == 25 and matplotlib.image.imread(picture).shape == (480, 480, 4)
     # log2(17) = 4.09 bits is what uniform grey levels cost.
     assert found["own"] < 3.9 and found["own"] < found["wrong"]
 
