@@ -9,9 +9,9 @@
 namespace flowkern::cuda {
 namespace {
 
-template <int C, int N, int P, int O>
+template <int C, int N, int P, int O, int B>
 struct Tiling {
-    static constexpr int CHANNELS = C, THREADS = N, PIXELS = P, OUTPUTS = O;
+    static constexpr int CHANNELS = C, THREADS = N, PIXELS = P, OUTPUTS = O, BLOCKS = B;
     static constexpr int OUTPUT_GROUPS = C / O, PIXEL_GROUPS = N / OUTPUT_GROUPS, TILE = PIXEL_GROUPS * P;
     static constexpr int STRIDE = tile_stride<float>(C), MATRIX_STRIDE = C + 4;
     static constexpr int COUPLED = C / 2 % 4 ? 2 : 4;  // width of accesses to half rows
@@ -81,7 +81,7 @@ __device__ __forceinline__ double load_coupled(const Couple& m, const float* x, 
 }
 
 template <class K, class H>
-__global__ void __launch_bounds__(K::THREADS) mix_kernel(const Couple m) {
+__global__ void __launch_bounds__(K::THREADS, K::BLOCKS) mix_kernel(const Couple m) {
     constexpr int C = K::CHANNELS;
     float *matrix = reinterpret_cast<float*>(shared_arena), *tile = matrix + C * K::MATRIX_STRIDE;
     const int64_t sample = blockIdx.x / m.parts, part = blockIdx.x % m.parts;
@@ -129,10 +129,13 @@ __global__ void __launch_bounds__(K::THREADS) mix_kernel(const Couple m) {
     }
 }
 
-using Tiling12 = Tiling<12, 192, 4, 4>;
-using Tiling24 = Tiling<24, 192, 4, 4>;
-using Tiling48 = Tiling<48, 192, 8, 4>;
-using Tiling96 = Tiling<96, 192, 8, 8>;
+// Threads, the pixels and outputs of one, and the blocks for which a multiprocessor's registers must suffice. More results
+// for a thread are more arithmetic for every operand that it reads, which is what bounds the wider mixes; narrow ones are
+// bounded by memory, and rather have more threads.
+using Tiling12 = Tiling<12, 192, 4, 4, 5>;
+using Tiling24 = Tiling<24, 96, 8, 4, 5>;
+using Tiling48 = Tiling<48, 96, 8, 8, 4>;
+using Tiling96 = Tiling<96, 192, 8, 8, 2>;
 
 template <class K>
 cudaError_t run(const Couple& m, cudaStream_t stream) {

@@ -8,20 +8,21 @@
 namespace flowkern::cuda {
 namespace {
 
-template <int C, int N>
+// C channels, N threads; a thread's share are P pixels by 4 outputs of a mix, and S x S entries of the outer products.
+template <int C, int N, int P, int S>
 struct Tiling {
-    static constexpr int CHANNELS = C, THREADS = N, OWN = 4;
-    static constexpr int OUTPUT_GROUPS = C / OWN, PIXEL_GROUPS = N / OUTPUT_GROUPS, TILE = PIXEL_GROUPS * OWN;
+    static constexpr int CHANNELS = C, THREADS = N, PIXELS = P;
+    static constexpr int OUTPUT_GROUPS = C / 4, PIXEL_GROUPS = N / OUTPUT_GROUPS, TILE = PIXEL_GROUPS * P;
     static constexpr int STRIDE = tile_stride<float>(C), MATRIX_STRIDE = C + 4;
     static constexpr int TILES = 2 * TILE * STRIDE, MATRICES = 2 * C * MATRIX_STRIDE;
     static constexpr size_t SHARED = (TILES + MATRICES) * sizeof(float);
-    using Outer = OuterProducts<float, OWN, C / OWN, N / (C / OWN * (C / OWN)), N>;
+    using Outer = OuterProducts<float, S, C / S, N / (C / S * (C / S)), N>;
     static_assert(N % OUTPUT_GROUPS == 0 && TILE % PIXEL_GROUPS == 0 && Outer::SCRATCH <= TILES, "whole groups");
 };
 
-using Tiling12 = Tiling<12, 192>;
-using Tiling24 = Tiling<24, 192>;
-using Tiling48 = Tiling<48, 288>;
+using Tiling12 = Tiling<12, 192, 4, 4>;
+using Tiling24 = Tiling<24, 144, 8, 4>;
+using Tiling48 = Tiling<48, 144, 8, 8>;
 
 // What v is multiplied by, if anything, to reach the other end of the mix; g is multiplied by `back`.
 struct Plan {
@@ -70,21 +71,21 @@ __device__ __forceinline__ void load_tiles(const float* v, const float* g, int p
 
 // A thread's results into the image, and into a tile that every thread has finished reading.
 template <class K>
-__device__ __forceinline__ void store_image(const Products<float, K::OWN, K::OWN>& products, int pixel, int output,
+__device__ __forceinline__ void store_image(const Products<float, K::PIXELS, 4>& products, int pixel, int output,
                                             int pixels, float* image) {
 #pragma unroll
-    for (int i = 0; i < K::OWN; i++) {
+    for (int i = 0; i < K::PIXELS; i++) {
         const int p = pixel + i * K::PIXEL_GROUPS;
         if (p < pixels) store_global(image + p * K::CHANNELS + output * 4, products.sum[i][0]);
     }
 }
 
 template <class K>
-__device__ __forceinline__ void replace_tile(const Products<float, K::OWN, K::OWN>& products, int pixel, int output,
+__device__ __forceinline__ void replace_tile(const Products<float, K::PIXELS, 4>& products, int pixel, int output,
                                              float* tile) {
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < K::OWN; i++) {
+    for (int i = 0; i < K::PIXELS; i++) {
         store(tile + (pixel + i * K::PIXEL_GROUPS) * K::STRIDE + output * 4, products.sum[i][0]);
     }
 }
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(K::THREADS) mix_vjp_kernel(const MixVjp m, int
                       plan.v_is_x ? nullptr : offset, v_tile, g_tile);
         __syncthreads();
         if (plan.map) {
-            Products<float, K::OWN, K::OWN> products;
+            Products<float, K::PIXELS, 4> products;
             Pack<float, 4> start = {};
             if (plan.v_is_x) {
                 for (int i = 0; i < 4; i++) start.v[i] = offset[output * 4 + i];
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(K::THREADS) mix_vjp_kernel(const MixVjp m, int
             if (!m.given_input) store_image<K>(products, pixel, output, pixels, static_cast<float*>(m.rebuilt) + at);
             if (!plan.v_is_x) replace_tile<K>(products, pixel, output, v_tile);
         }
-        Products<float, K::OWN, K::OWN> products;
+        Products<float, K::PIXELS, 4> products;
         products.set(0, {});
         products.template add<C, K::STRIDE, K::MATRIX_STRIDE, K::PIXEL_GROUPS, K::OUTPUT_GROUPS>(g_tile, back, pixel, output);
         store_image<K>(products, pixel, output, pixels, static_cast<float*>(m.dv) + at);

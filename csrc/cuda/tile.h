@@ -67,11 +67,12 @@ __device__ __forceinline__ void load_transposed(const Matrix& matrix, T* to) {
 }
 
 // The sum over pixels of w x^T, EDGE x EDGE numbers, and of w alone. Threads stand in GROUPS x GRID x GRID: a thread owns
-// a square of SIDE x SIDE numbers for every GROUPS-th pixel. What is added at a time is summed apart, so that rounding
-// errors don't pile up over many tiles.
+// a square of SIDE x SIDE numbers for every GROUPS-th pixel. Without groups it would add too many pixels one by one for
+// rounding errors to stay small: then what is added at a time is summed apart.
 template <class T, int SIDE, int GRID, int GROUPS, int THREADS>
 struct OuterProducts {
     static constexpr int W = LANES<T>, VECTORS = SIDE / W, EDGE = SIDE * GRID, ROWS = THREADS / EDGE;
+    static constexpr bool APART = GROUPS == 1;
     static_assert(GRID * GRID * GROUPS <= THREADS && SIDE % W == 0, "a thread for every square");
     T total[SIDE][SIDE] = {};
     T total_w = 0;  // of column threadIdx.x % EDGE, every ROWS-th pixel
@@ -80,7 +81,8 @@ struct OuterProducts {
         const int group = threadIdx.x / (GRID * GRID), square = threadIdx.x % (GRID * GRID);
         if (group < GROUPS) {
             const T *wo = w + square / GRID * SIDE, *xi = x + square % GRID * SIDE;
-            T sum[SIDE][SIDE] = {};
+            T apart[SIDE][SIDE] = {};
+            T(&sum)[SIDE][SIDE] = APART ? apart : total;
 #pragma unroll 2
             for (int p = group; p < pixels; p += GROUPS) {
                 Pack<T, W> a[VECTORS], b[VECTORS];
@@ -95,10 +97,12 @@ struct OuterProducts {
                     for (int j = 0; j < SIDE; j++) sum[i][j] += a[i / W].v[i % W] * b[j / W].v[j % W];
                 }
             }
+            if (APART) {
 #pragma unroll
-            for (int i = 0; i < SIDE; i++) {
+                for (int i = 0; i < SIDE; i++) {
 #pragma unroll
-                for (int j = 0; j < SIDE; j++) total[i][j] += sum[i][j];
+                    for (int j = 0; j < SIDE; j++) total[i][j] += apart[i][j];
+                }
             }
         }
     }
