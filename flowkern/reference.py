@@ -253,7 +253,7 @@ def step_of_flow(x: Tensor, step, inverse: bool = False) -> tuple[Tensor, Tensor
 
 
 def _evaluate(net, a: Tensor) -> Tensor:
-    return coupling_network(a, net) if hasattr(net, "weight1") else net(a)
+    return coupling_network(a, net) if hasattr(net, "flat_parameters") else net(a)
 
 
 def split_prior(x: Tensor, split) -> tuple[Tensor, Tensor]:
@@ -265,8 +265,9 @@ def split_prior(x: Tensor, split) -> tuple[Tensor, Tensor]:
 def glow_forward(glow, x: Tensor) -> tuple[Tensor, Tensor]:
     """Image to latent. x (N, C, H, W) -> z (N, C*H*W) and log|det| (N,), with the parameters of a `flowkern.Glow`.
 
-    A level's part of z is flattened pixel by pixel (channels fastest).
+    A level's part of z is flattened pixel by pixel (channels fastest). Raises ValueError for options beyond these.
     """
+    _check_options(glow)
     x = x - glow.shift
     logdet = x.new_zeros(x.shape[0])
     emitted = []
@@ -290,6 +291,7 @@ def glow_inverse(glow, z: Tensor) -> tuple[Tensor, Tensor]:
     """Latent to image: the inverse of `glow_forward`. Returns x (N, C, H, W) and the log|det| of this direction
     (N,).
     """
+    _check_options(glow)
     *emitted, x = glow.split_latent(z)
     logdet = z.new_zeros(z.shape[0])
     for level in reversed(glow.levels):
@@ -305,3 +307,11 @@ def glow_inverse(glow, z: Tensor) -> tuple[Tensor, Tensor]:
             logdet = logdet + d
         x = unsqueeze(x)
     return x + glow.shift, logdet
+
+
+def _check_options(glow) -> None:
+    beyond = {name: glow.config[name] for name in ("variant", "context_channels") if glow.config[name]}
+    if glow.config["top_prior"] == "learned":
+        beyond["top_prior"] = "learned"
+    if beyond:
+        raise ValueError(f"the reference states Glow with plain and learned splits alone, this one has {beyond}")

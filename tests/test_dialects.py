@@ -12,6 +12,7 @@ from oracles import chaiyujin, glowip, openai, rosinality
 
 import flowkern
 from bench.rivals import NormFlows
+from flowkern import reference
 
 SHAPES = [(3, 4), (4, 8)]
 SIZE = 16
@@ -369,6 +370,17 @@ def test_a_loaded_model_can_be_audited():
     conditioned = flowkern.Glow.from_checkpoint(chaiyujin.weights(2, 1, classes=3), size=SIZE)
     with pytest.raises(ValueError, match="measure unconditioned Glows"):
         audit(conditioned, images())
+
+
+def test_the_reference_does_not_ignore_options():
+    for glow in (
+        flowkern.Glow((1, 4, 4), levels=1, depth=1, hidden=2, variant={"edge": "ones"}),
+        flowkern.Glow((1, 4, 4), levels=1, depth=1, hidden=2, top_prior="learned"),
+    ):
+        with pytest.raises(ValueError, match="plain and learned splits alone, this one has"):
+            reference.glow_forward(glow, torch.rand(1, 1, 4, 4))
+        with pytest.raises(ValueError, match="plain and learned splits alone, this one has"):
+            reference.glow_inverse(glow, torch.rand(1, 16))
 
 
 def test_variant_options_are_checked():
