@@ -1,11 +1,11 @@
 # Each target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 PYTHON ?= python3
-BENCH_SECONDS ?= 330
+BENCH_SECONDS ?= 240
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: run test lint unit triton triton-report cuda cuda-report bench gpu
+.PHONY: run test lint unit triton triton-report cuda cuda-report bench gpu gpu-sanitize
 
 # The main job: a trained denoiser, its table and pictures.
 run: .venv/ready
@@ -42,7 +42,12 @@ gpu:
 	$(PYTHON) -m flowkern
 	$(PYTHON) -m pytest tests/gpu -q --durations=5 $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
 	$(PYTHON) -m bench.gpu --seconds $(BENCH_SECONDS) $(if $(OUT),--out $(OUT))
+	$(PYTHON) -m bench.gpu_network
 	$(PYTHON) -m bench.gpu_report $$(ls -t bench/results/gpu-*.json | head -1) $(if $(OUT),--folder $(OUT))
+
+# The CUDA kernels under compute-sanitizer's memory and race checkers, after make gpu has built them.
+gpu-sanitize:
+	$(PYTHON) -m bench.cuda_sanitizer
 
 # Other flow libraries that tests compare with, without their dependencies, which would replace the installed PyTorch.
 .venv/ready: $(INSTALLED_FROM)

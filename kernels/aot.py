@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every kernel configuration, on a machine without a GPU.
 
 `python -m flowkern.kernels.aot` compiles each case for sm_80 and sm_90 and prints a Markdown table of registers,
-spilled bytes and shared memory. A kernel module lists what its host code can choose in a function `cases()`.
+stack and shared memory. A kernel module lists what its host code can choose in a function `cases()`.
 """
 
 import argparse
@@ -24,44 +24,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGETS = (80, 90)
+from flowkern.kernels.case import Case
+
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "triton-resources.md"
 PREFACE = """# What the Triton kernels take
 
-Registers a thread, spilled bytes and shared memory of every configuration that host code can choose, compiled without
-a GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test compiles them anew, allows no spill in a default
-configuration, and no more shared memory than the chips have (163 and 227 KiB a block).
+Registers a thread, stack (where registers are spilled to) and shared memory of every configuration that host code can
+choose, compiled without a GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test compiles them anew,
+allows no stack in a default configuration, and no more shared memory than the chips have (163 and 227 KiB a block).
 """
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may use
 
 
 @dataclass(frozen=True)
-class Case:
-    """One specialisation that the host code can choose.
-
-    signature: kernel argument -> "*fp32", "i32", ... without the constexprs. constexprs: argument -> value. is_default:
-    whether an ordinary call can end up here, rather than an alternative that has to be asked for.
-    """
-
-    name: str
-    kernel: object
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    num_warps: int = 4
-    num_stages: int = 3
-    is_default: bool = True
-    integers: dict[str, int] = field(default_factory=dict)  # examples, for which the launcher specialises a kernel
-    targets: tuple[int, ...] = TARGETS  # where the host code chooses it
-
-
-@dataclass(frozen=True)
 class Resources:
-    """What one compiled case takes: registers a thread, spilled bytes (stores plus loads), shared memory in bytes."""
+    """What one compiled case takes: registers a thread; stack, where they are spilled to, and shared memory in bytes."""
 
     case: Case = field(repr=False)
     target: int
     registers: int
-    spills: int
+    stack: int
     shared: int
 
     @property
@@ -79,8 +61,7 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case, target: int) -> Resources:
     """Compile one case for compute capability `target` (80 or 90) and read what it takes from the assembler."""
     compiled = compiled_for(case, GPUTarget("cuda", target, 32))
-    registers, spills = _assemble(compiled.asm["ptx"], target)
-    return Resources(case, target, registers, spills, compiled.metadata.shared)
+    return Resources(case, target, *_registers_and_stack(compiled.asm["cubin"]), compiled.metadata.shared)
 
 
 def compiled_for(case: Case, target: GPUTarget):
@@ -101,17 +82,13 @@ def compiled_for(case: Case, target: GPUTarget):
     return triton.compile(source, target=target, options=options)
 
 
-def _assemble(ptx: str, target: int) -> tuple[int, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    architecture = re.search(r"^\.target (\S+)", ptx, re.MULTILINE).group(1).split(",")[0]
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        command = [tool, "-v", f"--gpu-name={architecture}", path, "-o", Path(folder, "kernel.cubin")]
-        told = subprocess.run(command, capture_output=True, text=True, check=True)
-    text = told.stdout + told.stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", text))
-    return int(re.search(r"Used (\d+) registers", text).group(1)), spills
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        told = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    return tuple(int(re.search(rf"{name}:(\d+)", told).group(1)) for name in ("REG", "STACK"))
 
 
 def compile_all(pattern: str = "", workers: int | None = None) -> list[Resources]:
@@ -132,19 +109,19 @@ def _compile_numbered(task: tuple[int, int]) -> tuple[int, int, int, int]:
     """A kernel can't be sent to another process, so its number is."""
     index, target = task
     r = compile_case(_every_case()[index], target)
-    return r.target, r.registers, r.spills, r.shared
+    return r.target, r.registers, r.stack, r.shared
 
 
 def table(found: list[Resources]) -> str:
     """The report, a row per case: the figures for sm_80 and sm_90, or for the one where it is chosen."""
-    columns = ("kernel", "registers", "spilled bytes", "shared KiB", "default")
+    columns = ("kernel", "registers", "stack bytes", "shared KiB", "default")
     lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | --- |"]
     for _, group in itertools.groupby(found, key=lambda r: r.case.name):
         of_case = list(group)
-        registers, spills = (" / ".join(str(getattr(r, n)) for r in of_case) for n in ("registers", "spills"))
+        registers, stack = (" / ".join(str(getattr(r, n)) for r in of_case) for n in ("registers", "stack"))
         shared = " / ".join(f"{r.shared / 1024:.1f}" for r in of_case)
         default = "yes" if of_case[0].case.is_default else "no"
-        lines.append(f"| {of_case[0].case.name} | {registers} | {spills} | {shared} | {default} |")
+        lines.append(f"| {of_case[0].case.name} | {registers} | {stack} | {shared} | {default} |")
     return "\n".join(lines)
 
 
@@ -156,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = compile_all(arguments.pattern)
     if arguments.json:
-        print(json.dumps([{"name": r.case.name, "default": r.case.is_default, "target": r.target, "spills": r.spills,
+        print(json.dumps([{"name": r.case.name, "default": r.case.is_default, "target": r.target, "stack": r.stack,
                            "registers": r.registers, "shared": r.shared, "fits": r.fits} for r in found]))  # fmt: skip
     elif arguments.write:
         REPORT.write_text(f"{PREFACE}\nTriton {triton.__version__}.\n\n{table(found)}\n")

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkern.kernels.aot import Case
+from flowkern.kernels.case import Case
 from flowkern.kernels.launch import on_device_of
 from flowkern.kernels.mix import REPRESENTATIVE
 

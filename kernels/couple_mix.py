@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkern.kernels.aot import Case
+from flowkern.kernels.case import Case
 from flowkern.kernels.couple import NETWORK_TYPES
 from flowkern.kernels.formulas import scale_terms
 from flowkern.kernels.launch import cover, on_device_of, rows, rows_like

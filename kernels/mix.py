@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkern.kernels.aot import Case
+from flowkern.kernels.case import Case
 from flowkern.kernels.launch import cover, on_device_of, rows, rows_like
 
 DEPTH = 16  # channels of one partial product: longer ones spill, because fp32 products keep their operands in registers

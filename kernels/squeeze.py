@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flowkern.kernels.aot import Case
+from flowkern.kernels.case import Case
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, block_pixels, columns, usual, warps
 

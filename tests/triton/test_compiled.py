@@ -39,7 +39,7 @@ def test_shared_memory_fits_the_chips(compiled):
 
 
 def test_default_configurations_spill_nothing(compiled):
-    assert [c for c in compiled if c["default"] and c["spills"]] == []
+    assert [c for c in compiled if c["default"] and c["stack"]] == []
 
 
 def test_the_committed_report_lists_these_cases(compiled):
@@ -85,7 +85,7 @@ case = next(c for c in mix.cases() if c.constexprs["C"] == 48)
 wide = dataclasses.replace(case, constexprs=case.constexprs | {"DEPTH": 64}, num_warps=4)
 edges = {"C": 1024, "OUT": 1024, "PIXELS": 16, "DEPTH": 64}
 big = dataclasses.replace(case, constexprs=case.constexprs | edges, num_warps=16)
-print(aot.compile_case(case, 90).spills, aot.compile_case(wide, 90).spills, aot.compile_case(big, 80).fits)
+print(aot.compile_case(case, 90).stack, aot.compile_case(wide, 90).stack, aot.compile_case(big, 80).fits)
 """,
     ).split()
     assert told[0] == "0" and int(told[1]) > 0 and told[2] == "False"
