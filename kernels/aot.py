@@ -38,7 +38,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may use
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled case takes: registers a thread; stack, where they are spilled to, and shared memory in bytes."""
+    """What one compiled case takes: registers a thread, stack for those spilled, shared memory in bytes."""
 
     case: Case = field(repr=False)
     target: int
