@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: run test lint unit triton triton-report cuda cuda-report bench gpu gpu-sanitize
+.PHONY: run test lint unit triton triton-interpreted triton-compiled triton-report cuda cuda-report bench gpu gpu-sanitize
 
 # The main job: a trained denoiser, its table and pictures.
 run: .venv/ready
@@ -19,9 +19,15 @@ lint: .venv/ready
 unit: .venv/ready
 	$(BIN)/python -m pytest tests -q --durations=15 --ignore=tests/triton --ignore=tests/cuda --ignore=tests/gpu
 
-# The Triton kernels without a GPU: interpreted on CPU tensors, and compiled for the GPUs that there are none of.
+# The Triton kernels without a GPU: interpreted on CPU tensors, and beside that compiled for GPUs that are not there.
 triton: .venv/ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton -q --durations=10
+	@$(MAKE) --no-print-directory --output-sync -j2 triton-interpreted triton-compiled
+
+triton-interpreted:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton -q --durations=10 --ignore=tests/triton/test_compiled.py
+
+triton-compiled:
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/test_compiled.py -q
 
 triton-report: .venv/ready
 	$(BIN)/python -m flowkern.kernels.aot --write
