@@ -17,8 +17,11 @@ def glows(**options):
     return mine, exact
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("memory,anchor_every", MODES)
+# Modes and variants meet in the other backends' tests: here every mode once, and every variant.
+CASES = [("softclamp", *mode) for mode in MODES] + [(v, *MODES[0]) for v in VARIANTS if v != "softclamp"]
+
+
+@pytest.mark.parametrize("variant,memory,anchor_every", CASES)
 def test_gradients_in_every_mode(variant, memory, anchor_every):
     mine, exact = glows(memory=memory, anchor_every=anchor_every, **VARIANTS[variant])
     x = torch.rand(2, *SIZE)
