@@ -274,7 +274,7 @@ class _StandardChain(Function):
         kept, parameters = rest[: ctx.kept], rest[ctx.kept :]
         g, glogdet = _materialize(g, glogdet, boundary)
         reverse, scale, alpha, _, _, memory, _ = ctx.settings
-        if _wants_graph():
+        if ops.wants_graph():
             nets = [
                 _Differentiable(parameters[i : i + network.PARAMETERS])
                 for i in range(0, len(parameters), network.PARAMETERS)
@@ -331,7 +331,7 @@ class _LocalChain(Function):
         g, glogdet = _materialize(g, glogdet, boundary)
         reverse, scale, alpha, backend, memory, _ = ctx.settings
         nets = ctx.nets
-        if _wants_graph():
+        if ops.wants_graph():
             inputs = [*([] if context is None else [context]), *parameters]
             again = [functools.partial(nets.evaluate, k, context=context) for k in range(len(nets.modules))]
             dx, dmatrix, doffset, _, _, *found = _double(
@@ -364,11 +364,6 @@ class _LocalChain(Function):
 def _materialize(g, glogdet, like: Tensor) -> tuple[Tensor, Tensor]:
     g = torch.zeros_like(like, memory_format=torch.channels_last) if g is None else ops.channels_last(g)
     return g, like.new_zeros(like.shape[0]) if glogdet is None else glogdet.contiguous()
-
-
-def _wants_graph() -> bool:
-    """Whether backward runs under create_graph=True."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class _Differentiable:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flowkern.backend import OPS, Backend, register
+from flowkern.layout import channels_last, empty_channels_last, in_order_of
 
-_CHANNELS_LAST = torch.channels_last
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
 
@@ -59,17 +59,9 @@ def _native():
     return _C
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.contiguous(memory_format=_CHANNELS_LAST)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=_CHANNELS_LAST)
-
-
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False) -> Tensor:
     n, c, height, width = x.shape
-    x, offset, y = _rows(x), offset.contiguous(), _like(x)
+    x, offset, y = channels_last(x), offset.contiguous(), empty_channels_last(x)
     _native().mix(torch.get_num_threads(), _TYPES[x.dtype], n * height * width, c, inverse, x.data_ptr(),
                   matrix.data_ptr(), *matrix.stride(), offset.data_ptr(), y.data_ptr())
     return y
@@ -91,7 +83,7 @@ def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str,
 
 def _couple(x, h, scale, alpha, inverse, mix) -> tuple[Tensor, Tensor]:
     n, c, height, width = x.shape
-    x, h, y, logdet = _rows(x), _rows(h), _like(x), x.new_empty(n)
+    x, h, y, logdet = channels_last(x), channels_last(h), empty_channels_last(x), x.new_empty(n)
     _native().couple(torch.get_num_threads(), _TYPES[x.dtype], _TYPES[h.dtype], n, height * width, c, _SCALES[scale],
                      alpha, inverse, x.data_ptr(), h.data_ptr(), *mix, y.data_ptr(), logdet.data_ptr())
     return y, logdet
@@ -100,9 +92,9 @@ def _couple(x, h, scale, alpha, inverse, mix) -> tuple[Tensor, Tensor]:
 def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alpha: float,
                inverse: bool = False, given_input: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     n, c, height, width = v.shape
-    v, g, h, glogdet = _rows(v), _rows(g), _rows(h), glogdet.contiguous()
-    rebuilt = v.new_empty(0) if given_input else _like(v)
-    dv, dh = _like(v), _like(h)
+    v, g, h, glogdet = channels_last(v), channels_last(g), channels_last(h), glogdet.contiguous()
+    rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
+    dv, dh = empty_channels_last(v), empty_channels_last(h)
     _native().couple_vjp(torch.get_num_threads(), _TYPES[v.dtype], _TYPES[h.dtype], n, height * width, c,
                          _SCALES[scale], alpha, inverse, given_input, v.data_ptr(), g.data_ptr(), h.data_ptr(),
                          glogdet.data_ptr(), rebuilt.data_ptr(), dv.data_ptr(), dh.data_ptr())
@@ -113,20 +105,15 @@ def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset
             inverse: bool = False, given_input: bool = False,
             into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, height, width = v.shape
-    v, g, offset = _rows(v), _rows(g), offset.contiguous()
-    rebuilt = v.new_empty(0) if given_input else _like(v)
+    v, g, offset = channels_last(v), channels_last(g), offset.contiguous()
+    rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
     dmatrix, doffset = into or (v.new_empty((c, c)), v.new_empty(c))
-    dv = _like(v)
+    dv = empty_channels_last(v)
     _native().mix_vjp(torch.get_num_threads(), _TYPES[v.dtype], n * height * width, c, inverse, given_input,
                       v.data_ptr(), g.data_ptr(), matrix.data_ptr(), *matrix.stride(), inverse_matrix.data_ptr(),
                       *inverse_matrix.stride(), offset.data_ptr(), rebuilt.data_ptr(), dv.data_ptr(),
                       dmatrix.data_ptr(), doffset.data_ptr())
     return rebuilt, dv, dmatrix, doffset
-
-
-def _dense(x: Tensor, like: Tensor) -> Tensor:
-    """x in the memory order of `like`, a dense tensor."""
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 def _shrink(z, g, lam, result, dlam) -> None:
@@ -136,20 +123,20 @@ def _shrink(z, g, lam, result, dlam) -> None:
 
 def shrink(z: Tensor, lam: Tensor) -> Tensor:
     result = torch.empty_like(z)
-    _shrink(_dense(z, result), 0, lam, result, 0)
+    _shrink(in_order_of(z, result), 0, lam, result, 0)
     return result
 
 
 def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     dz, dlam = torch.empty_like(z), torch.empty_like(lam)
-    z, g = _dense(z, dz), _dense(g, dz)
+    z, g = in_order_of(z, dz), in_order_of(g, dz)
     _shrink(z, g.data_ptr(), lam, dz, dlam.data_ptr())
     return dz, dlam
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
     result = torch.empty_like(x)
-    x, y = _dense(x, result), _dense(y, result)
+    x, y = in_order_of(x, result), in_order_of(y, result)
     _native().consistency(torch.get_num_threads(), _TYPES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(), 0,
                           mu.data_ptr(), result.data_ptr(), 0, 0)
     return result
@@ -157,7 +144,7 @@ def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
 
 def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dx, dy, dmu = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)
-    x, y, g = _dense(x, dx), _dense(y, dx), _dense(g, dx)
+    x, y, g = in_order_of(x, dx), in_order_of(y, dx), in_order_of(g, dx)
     _native().consistency(torch.get_num_threads(), _TYPES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(),
                           g.data_ptr(), mu.data_ptr(), dx.data_ptr(), dy.data_ptr(), dmu.data_ptr())
     return dx, dy, dmu

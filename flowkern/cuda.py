@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flowkern import backend, cpp
+from flowkern.layout import channels_last, empty_channels_last, in_order_of
 
-_CHANNELS_LAST = torch.channels_last
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
 _NETWORK = {torch.float32: (torch.float32, torch.bfloat16, torch.float16), torch.float64: (torch.float64,)}
@@ -78,18 +78,14 @@ def _check(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None) -> 
 
 def _rows(x: Tensor) -> Tensor:
     """x with a pixel's channels contiguous, pixel after pixel, and at an address that suits accesses of 16 bytes."""
-    x = x if x.is_contiguous(memory_format=_CHANNELS_LAST) else x.contiguous(memory_format=_CHANNELS_LAST)
+    x = channels_last(x)
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.preserve_format)
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=_CHANNELS_LAST)
 
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False) -> Tensor:
     _check("channel_mix", x, matrix, offset)
     n, c, height, width = x.shape
-    x, offset, y = _rows(x), offset.contiguous(), _like(x)
+    x, offset, y = _rows(x), offset.contiguous(), empty_channels_last(x)
     with _launching("channel_mix", x, matrix) as (native, where):
         native.mix(*where, _TYPES[x.dtype], n * height * width, c, inverse, x.data_ptr(), matrix.data_ptr(),
                    *matrix.stride(), offset.data_ptr(), y.data_ptr())
@@ -118,7 +114,7 @@ def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str,
 def _couple(op, x, h, scale, alpha, inverse, mix) -> tuple[Tensor, Tensor]:
     n, c, height, width = x.shape
     parts = _native().couple_parts(n, height * width, c)
-    x, h, y, logdet = _rows(x), _rows(h), _like(x), x.new_empty((n, parts))
+    x, h, y, logdet = _rows(x), _rows(h), empty_channels_last(x), x.new_empty((n, parts))
     with _launching(op, x, h) as (native, where):
         native.couple(*where, _TYPES[x.dtype], _TYPES[h.dtype], n, height * width, c, _SCALES[scale], alpha, inverse,
                       x.data_ptr(), h.data_ptr(), *mix, y.data_ptr(), logdet.data_ptr(), parts)
@@ -130,8 +126,8 @@ def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alp
     _check("couple_vjp", v, g, glogdet, h=h)
     n, c, height, width = v.shape
     v, g, h, glogdet = _rows(v), _rows(g), _rows(h), glogdet.contiguous()
-    rebuilt = v.new_empty(0) if given_input else _like(v)
-    dv, dh = _like(v), _like(h)
+    rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
+    dv, dh = empty_channels_last(v), empty_channels_last(h)
     with _launching("couple_vjp", v, h) as (native, where):
         native.couple_vjp(*where, _TYPES[v.dtype], _TYPES[h.dtype], n, height * width, c, _SCALES[scale], alpha,
                           inverse, given_input, v.data_ptr(), g.data_ptr(), h.data_ptr(), glogdet.data_ptr(),
@@ -148,8 +144,8 @@ def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset
         raise ValueError("mix_vjp: `into` must be dense tensors")
     n, c, height, width = v.shape
     v, g, offset = _rows(v), _rows(g), offset.contiguous()
-    rebuilt = v.new_empty(0) if given_input else _like(v)
-    dv, kind, pixels = _like(v), _TYPES[v.dtype], n * height * width
+    rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
+    dv, kind, pixels = empty_channels_last(v), _TYPES[v.dtype], n * height * width
     scratch = _native().mix_vjp_workspace(kind, pixels, c, inverse, given_input)
     workspace = torch.empty(scratch, dtype=torch.uint8, device=v.device)
     with _launching("mix_vjp", v, matrix) as (native, where):
@@ -157,11 +153,6 @@ def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset
                        *matrix.stride(), inverse_matrix.data_ptr(), *inverse_matrix.stride(), offset.data_ptr(),
                        rebuilt.data_ptr(), dv.data_ptr(), dmatrix.data_ptr(), doffset.data_ptr(), workspace.data_ptr())
     return rebuilt, dv, dmatrix, doffset
-
-
-def _dense(x: Tensor, like: Tensor) -> Tensor:
-    """x in the memory order of `like`, a dense tensor."""
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 def _partial_sums(x: Tensor) -> Tensor:
@@ -172,7 +163,7 @@ def _partial_sums(x: Tensor) -> Tensor:
 def shrink(z: Tensor, lam: Tensor) -> Tensor:
     _check("shrink", z, lam)
     result = torch.empty_like(z)
-    z = _dense(z, result)
+    z = in_order_of(z, result)
     with _launching("shrink", z) as (native, where):
         native.shrink(*where, _TYPES[z.dtype], z.numel(), z.data_ptr(), 0, lam.data_ptr(), result.data_ptr(), 0, 0)
     return result
@@ -181,7 +172,7 @@ def shrink(z: Tensor, lam: Tensor) -> Tensor:
 def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     _check("shrink_vjp", z, g, lam)
     dz, dlam, sums = torch.empty_like(z), torch.empty_like(lam), _partial_sums(z)
-    z, g = _dense(z, dz), _dense(g, dz)
+    z, g = in_order_of(z, dz), in_order_of(g, dz)
     with _launching("shrink_vjp", z) as (native, where):
         native.shrink(*where, _TYPES[z.dtype], z.numel(), z.data_ptr(), g.data_ptr(), lam.data_ptr(), dz.data_ptr(),
                       dlam.data_ptr(), sums.data_ptr())
@@ -191,7 +182,7 @@ def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
     _check("data_consistency", x, y, mu)
     result = torch.empty_like(x)
-    x, y = _dense(x, result), _dense(y, result)
+    x, y = in_order_of(x, result), in_order_of(y, result)
     with _launching("data_consistency", x) as (native, where):
         native.consistency(*where, _TYPES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(), 0, mu.data_ptr(),
                            result.data_ptr(), 0, 0, 0)
@@ -201,7 +192,7 @@ def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
 def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check("data_consistency_vjp", x, y, g, mu)
     dx, dy, dmu, sums = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu), _partial_sums(x)
-    x, y, g = _dense(x, dx), _dense(y, dx), _dense(g, dx)
+    x, y, g = in_order_of(x, dx), in_order_of(y, dx), in_order_of(g, dx)
     with _launching("data_consistency_vjp", x) as (native, where):
         native.consistency(*where, _TYPES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(), g.data_ptr(), mu.data_ptr(),
                            dx.data_ptr(), dy.data_ptr(), dmu.data_ptr(), sums.data_ptr())

@@ -12,6 +12,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from flowkern import backend as backends
+from flowkern.layout import channels_last, empty_channels_last, in_order_of
 
 LIBRARY = torch.library.Library("flowkern", "DEF")
 _RESULTS = {1: "Tensor", 2: "(Tensor, Tensor)", 3: "(Tensor, Tensor, Tensor)", 4: "(Tensor, Tensor, Tensor, Tensor)"}
@@ -40,6 +41,11 @@ def _needs_grad(value) -> bool:
     return isinstance(value, (list, tuple)) and any(_needs_grad(v) for v in value)
 
 
+def wants_graph() -> bool:
+    """Whether backward runs under create_graph=True."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _define_pixel_op(name: str, arguments: str, results: int, fake) -> None:
     has_logdet = name in ("couple", "couple_mix", "mix_couple")
 
@@ -51,17 +57,12 @@ def _define_pixel_op(name: str, arguments: str, results: int, fake) -> None:
     define(f"{name}({arguments}, str backend) -> {_RESULTS[results]}", run, lambda *args: fake(*args[:-1]))
 
 
-def _like(x: Tensor) -> Tensor:
-    """What a pixel op returns for a state: same shape and dtype, dense channels-last."""
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
 def _logdet(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0])
 
 
 def _rebuilt(v: Tensor, given_input: bool) -> Tensor:
-    return v.new_empty(0) if given_input else _like(v)
+    return v.new_empty(0) if given_input else empty_channels_last(v)
 
 
 _COUPLING = "str scale, float alpha"
@@ -69,26 +70,28 @@ _define_pixel_op(
     "channel_mix",
     "Tensor x, Tensor matrix, Tensor offset, bool inverse",
     1,
-    lambda x, matrix, offset, inverse: _like(x),
+    lambda x, matrix, offset, inverse: empty_channels_last(x),
 )
 _define_pixel_op(
     "couple",
     f"Tensor x, Tensor h, {_COUPLING}, bool inverse",
     2,
-    lambda x, h, scale, alpha, inverse: (_like(x), _logdet(x)),
+    lambda x, h, scale, alpha, inverse: (empty_channels_last(x), _logdet(x)),
 )
 for _fused in ("couple_mix", "mix_couple"):
     _define_pixel_op(
         _fused,
         f"Tensor x, Tensor h, Tensor matrix, Tensor offset, {_COUPLING}",
         2,
-        lambda x, h, matrix, offset, scale, alpha: (_like(x), _logdet(x)),
+        lambda x, h, matrix, offset, scale, alpha: (empty_channels_last(x), _logdet(x)),
     )
 _define_pixel_op(
     "couple_vjp",
     f"Tensor v, Tensor g, Tensor h, Tensor glogdet, {_COUPLING}, bool inverse, bool given_input",
     3,
-    lambda v, g, h, glogdet, scale, alpha, inverse, given_input: (_rebuilt(v, given_input), _like(v), _like(h)),
+    lambda v, g, h, glogdet, scale, alpha, inverse, given_input: (
+        _rebuilt(v, given_input), empty_channels_last(v), empty_channels_last(h)
+    ),
 )
 _define_pixel_op(
     "mix_vjp",
@@ -96,7 +99,7 @@ _define_pixel_op(
     4,
     lambda v, g, matrix, inverse_matrix, offset, inverse, given_input: (
         _rebuilt(v, given_input),
-        _like(v),
+        empty_channels_last(v),
         torch.empty_like(matrix),
         torch.empty_like(offset),
     ),
@@ -198,7 +201,7 @@ class _Shrink(Function):
     @once_differentiable
     def backward(ctx, g):
         z, lam = ctx.saved_tensors
-        return *raw.shrink_vjp(z, _as(g, z), lam, ctx.backend), None
+        return *raw.shrink_vjp(z, in_order_of(g, z), lam, ctx.backend), None
 
 
 class _DataConsistency(Function):
@@ -215,17 +218,7 @@ class _DataConsistency(Function):
     @once_differentiable
     def backward(ctx, g):
         x, y, mu = ctx.saved_tensors
-        return *raw.data_consistency_vjp(x, y, _as(g, x), mu, ctx.backend), None
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """x itself if its channels are dense per pixel (NHWC memory), else a copy that is."""
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _as(g: Tensor, like: Tensor) -> Tensor:
-    """g in the memory layout of `like`, so that an elementwise op may walk both as flat arrays."""
-    return g if g.stride() == like.stride() else torch.empty_like(like).copy_(g)
+        return *raw.data_consistency_vjp(x, y, in_order_of(g, x), mu, ctx.backend), None
 
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False, backend: str = "auto") -> Tensor:
@@ -313,7 +306,7 @@ def data_consistency(x: Tensor, y: Tensor, mu: Tensor, backend: str = "auto") ->
     if x.shape != y.shape:
         raise ValueError(f"data_consistency: x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape")
     x = _dense(x)
-    return _DataConsistency.apply(x, _as(y, x), mu, _resolve(x, backend))
+    return _DataConsistency.apply(x, in_order_of(y, x), mu, _resolve(x, backend))
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -8,10 +8,24 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.formulas import scale_terms
-from flowkern.kernels.launch import on_device_of, rows, rows_like
+from flowkern.kernels.launch import on_device_of
+from flowkern.layout import channels_last, empty_channels_last
 from flowkern.reference import SCALES
 
 ELEMENTS = 2048  # of one half in a block
+
+
+@triton.jit
+def _places(pixels, tiles, H: tl.constexpr, PIXELS: tl.constexpr, HALF: tl.constexpr):
+    """What a program works on: its sample, which elements of the block exist, where they stand in the first half of the
+    state, and where in a tensor of half as many channels."""
+    program = tl.program_id(0)
+    sample = program // tiles
+    p = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, HALF)
+    inside = (p < pixels)[:, None] & (c < H)[None, :]
+    row = sample.to(tl.int64) * pixels + p
+    return sample, inside, row[:, None] * (2 * H) + c[None, :], row[:, None] * H + c[None, :]
 
 
 @triton.jit
@@ -29,17 +43,11 @@ def _couple_kernel(
     PIXELS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    sample = program // tiles
-    p = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
-    c = tl.arange(0, HALF)
-    inside = (p < pixels)[:, None] & (c < H)[None, :]
-    row = sample.to(tl.int64) * pixels + p
-    state = row[:, None] * (2 * H) + c[None, :]
+    sample, inside, state, shift = _places(pixels, tiles, H, PIXELS, HALF)
     tl.store(y + state, tl.load(x + state, mask=inside), mask=inside)
     b = tl.load(x + state + H, mask=inside)
     if SCALE == "additive":
-        t = tl.load(h + row[:, None] * H + c[None, :], mask=inside).to(tl.float32)
+        t = tl.load(h + shift, mask=inside).to(tl.float32)
         b = b - t if INVERSE else b + t
         total = 0.0
     else:
@@ -50,7 +58,7 @@ def _couple_kernel(
         total = tl.sum(tl.sum(tl.where(inside, log_s, 0.0), axis=1), axis=0)
         total = -total if INVERSE else total
     tl.store(y + state + H, b, mask=inside)
-    tl.store(logdet + program, total)
+    tl.store(logdet + tl.program_id(0), total)
 
 
 @triton.jit
@@ -72,18 +80,11 @@ def _couple_vjp_kernel(
     PIXELS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    sample = program // tiles
-    p = (program % tiles) * PIXELS + tl.arange(0, PIXELS)
-    c = tl.arange(0, HALF)
-    inside = (p < pixels)[:, None] & (c < H)[None, :]
-    row = sample.to(tl.int64) * pixels + p
-    state = row[:, None] * (2 * H) + c[None, :]
+    sample, inside, state, shift = _places(pixels, tiles, H, PIXELS, HALF)
     tl.store(dv + state, tl.load(g + state, mask=inside), mask=inside)
     b = tl.load(v + state + H, mask=inside)
     gb = tl.load(g + state + H, mask=inside)
     if SCALE == "additive":
-        shift = row[:, None] * H + c[None, :]
         t = tl.load(h + shift, mask=inside).to(tl.float32)
         before = b + t if INVERSE else b - t
         db = gb
@@ -126,7 +127,7 @@ def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False
     n, c, height, width = x.shape
     pixels = height * width
     block, half, tiles = _blocks(pixels, c // 2)
-    x, h, y = rows(x), rows(h), rows_like(x)
+    x, h, y = channels_last(x), channels_last(h), empty_channels_last(x)
     logdet = x.new_empty((n, tiles))
     if n * tiles:
         with on_device_of(x):
@@ -150,9 +151,9 @@ def couple_vjp(
     n, c, height, width = v.shape
     pixels = height * width
     block, half, tiles = _blocks(pixels, c // 2)
-    v, g, h, glogdet = rows(v), rows(g), rows(h), glogdet.contiguous()
-    rebuilt = v.new_empty(0) if given_input else rows_like(v)
-    dv, dh = rows_like(v), rows_like(h)
+    v, g, h, glogdet = channels_last(v), channels_last(g), channels_last(h), glogdet.contiguous()
+    rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
+    dv, dh = empty_channels_last(v), empty_channels_last(h)
     if n * tiles:
         with on_device_of(v):
             _couple_vjp_kernel[(n * tiles,)](

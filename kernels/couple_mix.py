@@ -9,8 +9,9 @@ from torch import Tensor
 from flowkern.kernels.case import Case
 from flowkern.kernels.couple import NETWORK_TYPES
 from flowkern.kernels.formulas import scale_terms
-from flowkern.kernels.launch import cover, on_device_of, rows, rows_like
+from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, columns, usual
+from flowkern.layout import channels_last, empty_channels_last
 from flowkern.reference import SCALES
 
 
@@ -86,7 +87,7 @@ def _run(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha
     n, c, height, width = x.shape
     pixels = height * width
     block, tiles = _blocks(pixels, c)
-    x, h, offset, y = rows(x), rows(h), offset.contiguous(), rows_like(x)
+    x, h, offset, y = channels_last(x), channels_last(h), offset.contiguous(), empty_channels_last(x)
     logdet = x.new_empty((n, tiles))
     if n * tiles:
         with on_device_of(x):

@@ -16,16 +16,6 @@ def on_device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def rows(x: Tensor) -> Tensor:
-    """x (N, C, H, W) with a pixel's channels contiguous, pixel after pixel: itself, or a copy that is."""
-    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous(memory_format=torch.channels_last)
-
-
-def rows_like(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape and dtype in that memory order."""
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
 def cover(size: int) -> int:
     """The smallest power of two that a block of a matrix product may have and that covers `size`."""
     return max(SMALLEST_DOT, triton.next_power_of_2(size))

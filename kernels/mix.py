@@ -7,7 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern.kernels.case import Case
-from flowkern.kernels.launch import cover, on_device_of, rows, rows_like
+from flowkern.kernels.launch import cover, on_device_of
+from flowkern.layout import channels_last, empty_channels_last
 
 DEPTH = 16  # channels of one partial product: longer ones spill, because fp32 products keep their operands in registers
 
@@ -62,7 +63,7 @@ def warps(channels: int) -> int:
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool = False) -> Tensor:
     """As the reference; without an offset, the product alone."""
     n, c, height, width = x.shape
-    x, y = rows(x), rows_like(x)
+    x, y = channels_last(x), empty_channels_last(x)
     pixels = n * height * width
     if pixels:
         block = block_pixels(c)

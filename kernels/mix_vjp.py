@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern.kernels.case import Case
-from flowkern.kernels.launch import cover, on_device_of, rows, rows_like
+from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.mix import DEPTH, channel_mix, columns, usual
+from flowkern.layout import channels_last, empty_channels_last
 
 FUSED_CHANNELS = 64  # up to which one program holds all of dM
 EDGE = 64  # of a block of dM in the separate kernel
@@ -158,16 +159,16 @@ def mix_vjp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, c, height, width = v.shape
     pixels = n * height * width
-    v, g, offset = rows(v), rows(g), offset.contiguous()
+    v, g, offset = channels_last(v), channels_last(g), offset.contiguous()
     dmatrix, doffset = into or (v.new_empty((c, c)), v.new_empty(c))
     block = fused_pixels(c, inverse, given_input) if c <= FUSED_CHANNELS else SEPARATE_PIXELS
     run = _run(pixels, block)
     programs = triton.cdiv(pixels, block * run)
     partial = v.new_empty((programs, c * c + c))
-    rebuilt = v.new_empty(0) if given_input else rows_like(v)
+    rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
     with on_device_of(v):
         if c <= FUSED_CHANNELS:
-            dv = rows_like(v)
+            dv = empty_channels_last(v)
             if programs:
                 _fused_kernel[(programs,)](
                     v, g, matrix, inverse_matrix, offset, rebuilt, dv, partial, pixels,

@@ -13,9 +13,9 @@ from flowkern import network
 from flowkern.kernels.convolution import multiply, sum_taps
 from flowkern.kernels.folding import fold, unfold
 from flowkern.kernels.fused_network import fused_blocks, fused_trace, generation
-from flowkern.kernels.launch import rows
 from flowkern.kernels.rounding import products_of
 from flowkern.kernels.weight_gradient import weight_gradient
+from flowkern.layout import channels_last
 
 
 class Spendable(list):
@@ -77,7 +77,7 @@ def network_vjp(
         return [torch.zeros_like(p) if needed else None for p, needed in zip(parameters, need, strict=True)]
     width, few_in = w1.shape[:2]
     few_out = len(w3)
-    dh, (a, stride) = rows(dh), _strided(a)
+    dh, (a, stride) = channels_last(dh), _strided(a)
     parts: list[tuple[Tensor, Tensor] | None] = [None] * 3
 
     own = isinstance(hidden, Spendable)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import on_device_of
+from flowkern.layout import in_order_of
 
 BLOCK = 2048
 COLUMNS = 1024  # partial sums that the second kernel reads at a time
@@ -60,11 +61,6 @@ def _sum_kernel(partial, result, count, COLUMNS: tl.constexpr):
     tl.store(result, tl.sum(total, axis=0))
 
 
-def _like(x: Tensor, dense: Tensor) -> Tensor:
-    """x in the memory order of a dense tensor, so that both are walked as flat arrays."""
-    return x if x.stride() == dense.stride() else torch.empty_like(dense).copy_(x)
-
-
 def _launch(kernel, *arguments, like: Tensor, total: Tensor | None = None) -> None:
     """Run an elementwise kernel, and with `total` add up the partial sums that it takes as one more argument."""
     programs = triton.cdiv(like.numel(), BLOCK)
@@ -78,26 +74,26 @@ def _launch(kernel, *arguments, like: Tensor, total: Tensor | None = None) -> No
 
 def shrink(z: Tensor, lam: Tensor) -> Tensor:
     result = torch.empty_like(z)
-    _launch(_shrink_kernel, _like(z, result), lam, result, like=result)
+    _launch(_shrink_kernel, in_order_of(z, result), lam, result, like=result)
     return result
 
 
 def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     dz, dlam = torch.empty_like(z), torch.empty_like(lam)
-    _launch(_shrink_vjp_kernel, _like(z, dz), _like(g, dz), lam, dz, like=dz, total=dlam)
+    _launch(_shrink_vjp_kernel, in_order_of(z, dz), in_order_of(g, dz), lam, dz, like=dz, total=dlam)
     return dz, dlam
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
     result = torch.empty_like(x)
-    _launch(_consistency_kernel, _like(x, result), _like(y, result), mu, result, like=result)
+    _launch(_consistency_kernel, in_order_of(x, result), in_order_of(y, result), mu, result, like=result)
     return result
 
 
 def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dx, dy, dmu = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)
     _launch(
-        _consistency_vjp_kernel, *(_like(t, dx) for t in (x, y, g)), mu, dx, dy, like=dx, total=dmu
+        _consistency_vjp_kernel, *(in_order_of(t, dx) for t in (x, y, g)), mu, dx, dy, like=dx, total=dmu
     )  # fmt: skip
     return dx, dy, dmu
 

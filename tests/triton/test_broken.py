@@ -14,7 +14,7 @@ MISTAKES = {  # what goes wrong: (module, op, text, replacement)
     "the tail of a block is lost": (
         "couple", "couple", "inside = (p < pixels)[:, None]", "inside = (p < pixels - 1)[:, None]"),
     "half of the log-determinant": (
-        "couple", "couple", "tl.store(logdet + program, total)", "tl.store(logdet + program, total / 2)"),
+        "couple", "couple", "logdet + tl.program_id(0), total)", "logdet + tl.program_id(0), total / 2)"),
     "the inverse's sign": ("couple", "couple", "total = -total if INVERSE else total", "total = total"),
     "a shift in place of a scale": ("couple", "couple_vjp", "db = gb * s\n", "db = gb + s\n"),
     "another sample's cotangent": ("couple", "couple_vjp", "tl.load(glogdet + sample)", "tl.load(glogdet)"),
