@@ -5,9 +5,10 @@ import torch  # noqa: F401  first: the native extension uses the OpenMP runtime 
 from flowkern import cpp, cuda, distributions, ops, triton  # noqa: F401  backends register themselves
 from flowkern.backend import backends, use_backend
 from flowkern.glow import Glow
-from flowkern.prox import GlowProx
+from flowkern.prox import GlowProx, ResNetProx, UNetProx
 from flowkern.sequence import ReversibleSequence
 from flowkern.unfolded import Unfolded
 
 __version__ = "0.1.0"
-__all__ = ["Glow", "GlowProx", "ReversibleSequence", "Unfolded", "backends", "distributions", "ops", "use_backend"]
+__all__ = ["Glow", "GlowProx", "ResNetProx", "ReversibleSequence", "UNetProx", "Unfolded", "backends", "distributions",
+           "ops", "use_backend"]

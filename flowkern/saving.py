@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ def write(path: str | Path, module: nn.Module, config: dict) -> None:
     """Write the folder `path`, made if missing. An interruption leaves previous files whole."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    weights = {name: t.detach().cpu().contiguous() for name, t in module.state_dict().items()}
+    # Copies, because safetensors refuses tensors that share memory, as those of tied folds do.
+    weights = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, t in module.state_dict().items()}
     save_file(weights, path / f"{WEIGHTS}.partial", metadata={"format": "pt"})
     (path / f"{CONFIG}.partial").write_text(json.dumps(config, indent=2) + "\n")
     for name in (WEIGHTS, CONFIG):

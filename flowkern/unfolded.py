@@ -22,7 +22,9 @@ class Unfolded(nn.Module):
     Fold k, from x: `x~ = x - mu_k A^T (A x - y)` (equation 7, with the gradient's sign: the paper prints
     `x - mu (y - x)`, the same family with mu of the opposite sign), then `x = prox_k(x~)` (equations 8-10).
 
-    prox: one module, copied for each fold (the folds are untied), or a sequence of `folds` modules, used as they are.
+    prox: one module, copied for each fold, or a sequence of `folds` modules, used as they are.
+    tied: the copies of a single prox share their weights; each fold keeps its own mu, lambda and batch norm, whose
+        statistics differ from fold to fold. Default: untied, every fold has weights of its own.
     operator: an object with `forward` and `adjoint`, default `Identity()` (denoising).
     init: where x starts: "mode", the prior's most likely image g(0) through fold 1's flow, computed once per batch;
         "adjoint", A^T y; or a function of y. Default: "mode" where the prox has one, else "adjoint".
@@ -43,6 +45,7 @@ class Unfolded(nn.Module):
         folds: int = 4,
         operator=None,
         *,
+        tied: bool = False,
         init: str | Callable[[Tensor], Tensor] | None = None,
         final: str = "prox",
         mu: float = 0.5,
@@ -56,7 +59,8 @@ class Unfolded(nn.Module):
         if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
             raise TypeError(f"operator must have the methods forward and adjoint, got {type(operator).__name__}")
         self.operator = operator
-        self.proxes = nn.ModuleList(_one_per_fold(prox, folds))
+        self.tied = tied
+        self.proxes = nn.ModuleList(_one_per_fold(prox, folds, tied))
         self.mu = nn.Parameter(torch.full((folds,), float(mu)))
         has_mode = hasattr(self.proxes[0], "mode")
         self.init = ("mode" if has_mode else "adjoint") if init is None else init
@@ -112,6 +116,7 @@ class Unfolded(nn.Module):
             )
         config = {
             "folds": len(configs),
+            "tied": self.tied,
             "init": self.init,
             "final": self.final,
             "kind": type(self.proxes[0]).__name__,
@@ -128,7 +133,9 @@ class Unfolded(nn.Module):
         config, weights = saving.read(path, "Unfolded")
         try:
             made = PROXES[config["kind"]].from_config(config["prox"], **options)
-            net = cls(made, config["folds"], init=config["init"], final=config["final"])
+            net = cls(
+                made, config["folds"], tied=config.get("tied", False), init=config["init"], final=config["final"]
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold the configuration of an Unfolded: {error}") from error
         dtype = weights["mu"].dtype if "mu" in weights else torch.float32
@@ -149,11 +156,23 @@ class Unfolded(nn.Module):
         return x - mu * self.operator.adjoint(self.operator.forward(x) - y)
 
 
-def _one_per_fold(prox, folds: int) -> list[nn.Module]:
+def _one_per_fold(prox, folds: int, tied: bool) -> list[nn.Module]:
     if isinstance(prox, nn.Module) and not isinstance(prox, nn.ModuleList):
-        return [copy.deepcopy(prox) for _ in range(folds)]
+        first = copy.deepcopy(prox)
+        return [first, *(copy.deepcopy(first, _shared(first) if tied else {}) for _ in range(folds - 1))]
     if not isinstance(prox, Sequence | nn.ModuleList) or not all(isinstance(p, nn.Module) for p in prox):
         raise TypeError(f"prox must be a module, or a sequence of one module a fold, got {type(prox).__name__}")
+    if tied:
+        raise ValueError("tied=True shares the weights of a single prox; got a sequence of modules")
     if len(prox) != folds:
         raise ValueError(f"got {len(prox)} prox modules for {folds} folds; pass one a fold, or a single one to copy")
     return list(prox)
+
+
+def _shared(prox: nn.Module) -> dict[int, nn.Module]:
+    """What a tied copy takes instead of copying, as deepcopy's memo: the inner modules that hold no batch norm."""
+
+    def has_batch_norm(module: nn.Module) -> bool:
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+    return {id(module): module for module in prox.modules() if module is not prox and not has_batch_norm(module)}

@@ -11,7 +11,7 @@ class Budget(L.Callback):
 
     Saved with the checkpoint, so that a resumed run has what was left. Progress is the larger of the two fractions:
     on a slow machine a cosine schedule ends with the time instead of being cut off. With steps alone (or a machine fast
-    enough) a run is repeatable to the bit.
+    enough) a run is repeatable to the bit. All processes go by the first one's clock.
     """
 
     def __init__(self, steps: int | None, seconds: float | None):
@@ -41,7 +41,9 @@ class Budget(L.Callback):
         self._since = time.monotonic() - self.used_seconds
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        self.used_steps += 1
+        self.used_steps = trainer.global_step
         self.used_seconds = time.monotonic() - self._since
+        if self.seconds and trainer.world_size > 1:
+            self.used_seconds = trainer.strategy.broadcast(self.used_seconds)
         if self.progress >= 1:
             trainer.should_stop = True

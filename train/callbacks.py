@@ -48,45 +48,63 @@ class ProgressBar(TQDMProgressBar):
 class Recorder(L.Callback):
     """Measures speed (of the steps alone) and peak memory for the bar, and appends one row per epoch to metrics.csv.
 
-    A resumed stage first drops its rows beyond the checkpoint. echo: print each row, for logs that can't show a bar.
+    Only the first process writes. A resumed stage first drops its rows beyond the checkpoint, which holds what had been
+    measured of the epoch. echo: print each row, for logs that can't show a bar.
     """
 
     def __init__(self, path: Path, echo: bool):
         self.path, self.echo = path, echo
+        self._begin()
+
+    def _begin(self) -> None:
+        self._losses, self._images, self._seconds = [], 0, 0.0
+
+    def state_dict(self) -> dict:
+        return {"losses": [float(x) for x in self._losses], "images": self._images, "seconds": self._seconds}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._losses, self._images, self._seconds = state["losses"], state["images"], state["seconds"]
 
     def on_train_start(self, trainer, stage) -> None:
+        if not trainer.is_global_zero:
+            return
         rows = [r for r in read_metrics(self.path) if r["stage"] != stage.name or int(r["step"]) <= trainer.global_step]
-        with self.path.open("w", newline="") as file:
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
+        partial.replace(self.path)
 
     def on_train_epoch_start(self, trainer, stage) -> None:
-        self._losses, self._images, self._seconds = [], 0, 0.0
+        self._begin()
 
     def on_train_batch_start(self, trainer, stage, batch, batch_idx: int) -> None:
         self._start = time.monotonic()
 
     def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx: int) -> None:
-        seconds, images = time.monotonic() - self._start, len(batch["clean"])
-        self._losses.append(outputs["loss"].detach())
+        seconds, images = time.monotonic() - self._start, len(batch["clean"]) * trainer.world_size
+        self._losses.append(outputs["loss"].detach() * stage.config.accumulate)
         self._seconds += seconds
         self._images += images
-        stage.log("img/s", images / seconds, prog_bar=True)
-        stage.log("MiB", peak_memory_mib(stage.device), prog_bar=True)
+        stage.log("img/s", images / seconds, prog_bar=True, logger=False)
+        stage.log("MiB", peak_memory_mib(stage.device), prog_bar=True, logger=False)
 
     def on_train_epoch_end(self, trainer, stage) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        loss = trainer.strategy.reduce(torch.tensor([float(x) for x in self._losses]).mean(), reduce_op="mean")
         row = {
             "stage": stage.name,
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "seconds": round(stage.budget.used_seconds, 2),
-            "loss": float(torch.stack(self._losses).mean()),
+            "loss": float(loss),
             **{k: metrics.get(k, "") for k in ("val_loss", "val_psnr", "val_ssim")},
             "images_per_second": round(self._images / self._seconds, 2),
             "peak_mib": round(peak_memory_mib(stage.device), 1),
         }
+        if not trainer.is_global_zero:
+            return
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(row)
         if self.echo:
@@ -104,8 +122,8 @@ def line(row: dict) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """The rows of metrics.csv, none if there is no file."""
+    """The rows of metrics.csv, none if there is no file; a row that an interruption cut off is left out."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if None not in row.values()]

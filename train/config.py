@@ -13,116 +13,171 @@ PRESETS = Path(__file__).parent / "presets"
 FLOW = ("levels", "depth", "hidden", "coupling", "scale", "alpha", "split_prior")
 
 
-def _setting(group: str, default, text: str):
+def setting(group: str, default, text: str):
+    """A field of a dataclass of settings: its group in --help, default and explanation."""
     return field(default=default, metadata={"group": group, "help": text})
 
 
 @dataclass
 class Config:
-    """The settings of `python -m train.unfolded`. The defaults are the paper's where it states one."""
+    """The settings of a training run. The defaults are the paper's where it states one."""
 
-    data: str = _setting(
+    data: str = setting(
         "data",
         "photos",
         "Folder or zip of images; folder or zip with train, val and test inside (or "
         "train.zip, val.zip, test.zip); or 'photos', the photographs that scikit-image installs.",
     )
-    size: int = _setting("data", 64, "Side of the training images, in pixels; a multiple of 2^levels.")
-    eval_size: int | None = _setting("data", None, "Side of the validation and test images (default: as size).")
-    fit: Literal["resize", "crop"] = _setting(
+    size: int = setting("data", 64, "Side of the training images, in pixels; for a Glow a multiple of 2^levels.")
+    eval_size: int | None = setting("data", None, "Side of the validation and test images (default: as size).")
+    fit: Literal["resize", "crop"] = setting(
         "data",
         "resize",
         "How an image becomes size x size: its centre square "
         "resized, or random crops at its own resolution ('photos' is always cropped).",
     )
-    augment: Literal["none", "mirror", "all"] = _setting(
+    augment: Literal["none", "mirror", "all"] = setting(
         "data",
         "mirror",
         "Random changes of training images: left-right mirroring; 'all' also turns them by quarters and permutes the "
         "colour channels, for sets of few pictures without an upright.",
     )
-    epoch_images: int | None = _setting("data", None, "Training images per epoch (default: every image once).")
-    val_images: int | None = _setting("data", None, "Validation images at most (default: all; cropped: 64).")
-    test_images: int | None = _setting("data", None, "Test images at most (default: all; cropped: 96).")
-    workers: int = _setting("data", 0, "Processes that load data; 0 loads in the training process.")
+    epoch_images: int | None = setting(
+        "data", None, "Training images between two validations; pictures are taken in turn (default: every one once)."
+    )
+    val_images: int | None = setting("data", None, "Validation images at most (default: all; cropped: 64).")
+    test_images: int | None = setting("data", None, "Test images at most (default: all; cropped: 96).")
+    workers: int = setting("data", 0, "Processes that load data; 0 loads in the training process.")
 
-    levels: int = _setting("flow", 4, "Levels of the Glow.")
-    depth: int | list[int] = _setting("flow", 32, "Steps of flow per level: one number, or one per level.")
-    hidden: int = _setting("flow", 512, "Width of the coupling networks.")
-    coupling: Literal["affine", "additive"] = _setting("flow", "affine", "Kind of coupling.")
-    scale: Literal["softclamp", "sigmoid"] = _setting(
+    levels: int = setting("flow", 4, "Levels of the Glow.")
+    depth: int | list[int] = setting("flow", 32, "Steps of flow per level: one number, or one per level.")
+    hidden: int = setting("flow", 512, "Width of the coupling networks.")
+    coupling: Literal["affine", "additive"] = setting("flow", "affine", "Kind of coupling.")
+    scale: Literal["softclamp", "sigmoid"] = setting(
         "flow", "softclamp", "Scale map of the affine coupling; Glow's sigmoid is unstable when trained end to end."
     )
-    alpha: float = _setting(
+    alpha: float = setting(
         "flow", 1.0, "Bound of the softclamped log-scale; smaller is steadier where learning rates are large."
     )
-    split_prior: Literal["standard", "learned"] = _setting("flow", "standard", "Prior of the halves that levels emit.")
-    memory: Literal["recompute", "store", "checkpoint"] = _setting(
+    split_prior: Literal["standard", "learned"] = setting("flow", "standard", "Prior of the halves that levels emit.")
+    memory: Literal["recompute", "store", "checkpoint"] = setting(
         "flow", "recompute", "What backward does about activations."
     )
-    anchor_every: int | None = _setting(
+    anchor_every: int | None = setting(
         "flow", None, "Keep an exact state every so many steps of flow, to bound the drift."
     )
-    backend: str = _setting("flow", "auto", "Which implementation of the pixel ops runs.")
-    compute_dtype: Literal["float32", "bfloat16"] | None = _setting("flow", None, "Precision of the coupling networks.")
+    backend: str = setting("flow", "auto", "Which implementation of the pixel ops runs.")
+    compute_dtype: Literal["float32", "bfloat16"] | None = setting(
+        "flow", None, "Precision of the coupling networks (default: that of --precision)."
+    )
 
-    folds: int = _setting("unfolded", 4, "Folds K of the unfolded network.")
-    final: Literal["prox", "consistency"] = _setting(
+    prox: Literal["glow", "resnet", "unet"] = setting(
+        "unfolded", "glow", "The proximal map: a Glow (Wei et al.), a ResNet (Mardani et al.), a U-Net (Ronneberger)."
+    )
+    folds: int = setting("unfolded", 4, "Folds K of the unfolded network.")
+    tied: bool = setting(
+        "unfolded", False, "All folds share the weights of one prox; mu, lambda and batch norm stay each fold's own."
+    )
+    final: Literal["prox", "consistency"] = setting(
         "unfolded", "prox", "What the last fold ends with; 'consistency' is the paper's equation 11 as printed."
     )
-    init: Literal["mode", "adjoint"] = _setting(
-        "unfolded", "mode", "Where the iteration starts: the flow's most likely image, or the noisy image."
+    init: Literal["mode", "adjoint"] | None = setting(
+        "unfolded",
+        None,
+        "Where the iteration starts: the flow's most likely image, or the noisy image "
+        "(default: mode for a Glow, adjoint for the others).",
     )
-    mu: float = _setting("unfolded", 0.5, "Start value of the step sizes.")
-    lam: float = _setting("unfolded", 0.05, "Start value of the shrinkage.")
+    mu: float = setting("unfolded", 0.5, "Start value of the step sizes.")
+    lam: float = setting("unfolded", 0.05, "Start value of the shrinkage.")
+    resnet_width: int = setting("unfolded", 128, "Maps of the ResNet.")
+    resnet_blocks: int = setting("unfolded", 2, "Residual blocks of the ResNet.")
+    unet_width: int = setting("unfolded", 64, "Maps of the U-Net at full resolution.")
 
-    prior_checkpoint: str | None = _setting(
-        "prior",
+    prior_checkpoint: str | None = setting(
+        "start",
         None,
         "A Glow saved with save_pretrained, or the prior of an earlier run; "
-        "skips pre-training and the flow settings above.",
+        "skips pre-training and takes the place of the flow settings above.",
     )
-    prior_noise: float = _setting(
+    pretrain: bool = setting("start", True, "Pre-train the Glow; otherwise its ActNorms are initialised, no more.")
+
+    bits: Literal[5, 8] = setting("prior", 8, "Bits per channel that pixels are quantised to before dequantisation.")
+    prior_noise: float = setting(
         "prior", 0.0, "Pre-train on images with Gaussian noise of random sigma up to this added."
     )
-    prior_lr: float = _setting("prior", 1e-4, "Learning rate of the pre-training (Adam).")
-    prior_steps: int | None = _setting("prior", None, "Pre-training stops after so many steps at the latest.")
-    prior_seconds: float | None = _setting("prior", None, "Pre-training stops after so many seconds at the latest.")
+    prior_lr: float = setting("prior", 1e-4, "Learning rate of the pre-training (Adam).")
+    prior_steps: int | None = setting("prior", None, "Pre-training stops after so many steps at the latest.")
+    prior_seconds: float | None = setting("prior", None, "Pre-training stops after so many seconds at the latest.")
 
-    sigma: float = _setting("training", 0.2, "Standard deviation of the noise to train for, on pixels in [0, 1].")
-    sigma_max: float | None = _setting(
-        "training", None, "Train for a range: each image's noise level is drawn between sigma and this."
+    sigma: float = setting("denoising", 0.2, "Standard deviation of the noise to train for, on pixels in [0, 1].")
+    sigma_max: float | None = setting(
+        "denoising", None, "Train for a range: each image's noise level is drawn between sigma and this."
     )
-    lr: float = _setting("training", 1e-5, "Learning rate of the flow weights (Adam).")
-    lr_steps: float = _setting("training", 1e-2, "Learning rate of the step sizes mu and the shrinkage lambda.")
-    schedule: Literal["constant", "cosine"] = _setting(
+    lr: float = setting("denoising", 1e-5, "Learning rate of the proxes' weights (Adam).")
+    lr_steps: float = setting("denoising", 1e-2, "Learning rate of the step sizes mu and the shrinkage lambda.")
+    steps: int | None = setting("denoising", None, "End-to-end training stops after so many steps at the latest.")
+    seconds: float | None = setting(
+        "denoising", None, "End-to-end training stops after so many seconds at the latest."
+    )
+
+    batch: int = setting("training", 16, "Images per step, over all processes.")
+    accumulate: int = setting("training", 1, "Work through each batch in so many parts, to fit in memory.")
+    schedule: Literal["constant", "cosine"] = setting(
         "training",
         "constant",
         "Learning rates stay, or fall to 0 along a cosine over the steps or seconds given, whichever run out first.",
     )
-    warmup: int = _setting("training", 0, "Steps over which learning rates rise from 0, in both stages.")
-    steps: int | None = _setting("training", None, "End-to-end training stops after so many steps at the latest.")
-    seconds: float | None = _setting("training", None, "End-to-end training stops after so many seconds at the latest.")
-    batch: int = _setting("training", 16, "Images per step.")
-    patience: int = _setting("training", 5, "Either stage stops after so many epochs without a better validation loss.")
-    clip: float | None = _setting("training", None, "Gradients are scaled down to this norm.")
-    seed: int = _setting("training", 0, "Seed of weights, crops, flips and noise.")
+    warmup: int = setting("training", 0, "Steps over which learning rates rise from 0, in both stages.")
+    patience: int = setting("training", 5, "A stage stops after so many validations without a better loss.")
+    clip: float | None = setting("training", None, "Gradients are scaled down to this norm.")
+    ema: float | None = setting(
+        "training", None, "Validate and keep an exponential moving average of the weights with this decay, e.g. 0.999."
+    )
+    precision: Literal["32", "bf16-mixed"] = setting(
+        "training", "32", "Of the networks; a flow's state stays in 32 bits either way."
+    )
+    compile: bool = setting("training", False, "Run the network through torch.compile.")
+    checkpoint_steps: int | None = setting(
+        "training", None, "Save the state of training every so many steps, beside once an epoch."
+    )
+    tensorboard: bool = setting("training", True, "Write event files for TensorBoard into the run's folder.")
+    seed: int = setting("training", 0, "Seed of weights, crops, flips and noise.")
 
-    eval_sigmas: list[float] = _setting("evaluation", (0.10, 0.15, 0.20, 0.25), "Noise levels to evaluate at.")
-    figure_images: int = _setting("evaluation", 4, "Test images shown in denoised.png.")
+    references: list[Literal["tv", "denoiser", "map"]] = setting(
+        "evaluation",
+        ("tv",),
+        "Methods to compare with: total variation; BM3D where installed, else non-local means; the MAP estimate "
+        "in the latent space of the pre-trained Glow.",
+    )
+    eval_sigmas: list[float] = setting("evaluation", (0.10, 0.15, 0.20, 0.25), "Noise levels to evaluate at.")
+    figure_images: int = setting("evaluation", 4, "Test images shown in the figure.")
 
-    out: str | None = _setting("run", None, "Run folder (default: runs/unfolded-NNN, the next free number).")
-    resume: bool = _setting("run", False, "Continue the interrupted run in --out, or the latest in runs/.")
+    trial_lrs: list[float] = setting(
+        "comparison",
+        (1e-5,),
+        "Learning rates tried with every prox; the one with the best validation loss is used. A single one: no trials.",
+    )
+    trial_steps: int | None = setting("comparison", None, "Steps of a trial (default: those of a run).")
+    seeds: list[int] = setting("comparison", (0,), "Everything is trained from scratch with each of these seeds.")
+    figure_sigmas: list[float] = setting("comparison", (0.20, 0.25), "Noise levels of the figure.")
+
+    out: str | None = setting("run", None, "The run's folder (default: the next free number in runs/).")
+    resume: bool = setting("run", False, "Continue the latest run of this command in runs/, or the one in --out.")
 
     def __post_init__(self):
-        self.eval_sigmas = [float(s) for s in self.eval_sigmas]
-        eval_size = self.eval_size or self.size
-        for name, value in (("size", self.size), ("eval_size", eval_size)):
-            if value < 1 or value % 2**self.levels:
-                raise ValueError(f"{name} must be a positive multiple of 2^levels = {2**self.levels}, got {value}")
-        for name in ("batch", "folds", "levels", "hidden", "patience", "figure_images"):
+        for name in ("eval_sigmas", "figure_sigmas", "trial_lrs"):
+            values = [float(value) for value in getattr(self, name)]
+            _require(name, values, values and min(values) > 0, "one or more positive numbers")
+            setattr(self, name, values)
+        self.references, self.seeds = list(self.references), list(self.seeds)
+        unit = 2**self.levels if self.prox == "glow" else 1
+        for name, value in (("size", self.size), ("eval_size", self.eval_size or self.size)):
+            if value < 1 or value % unit:
+                raise ValueError(f"{name} must be a positive multiple of 2^levels = {unit}, got {value}")
+        widths = ("resnet_width", "resnet_blocks", "unet_width")
+        for name in ("batch", "folds", "levels", "hidden", "patience", "figure_images", "accumulate", *widths):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        limits = ("steps", "seconds", "prior_steps", "prior_seconds", "clip")
+        limits = ("steps", "seconds", "prior_steps", "prior_seconds", "clip", "checkpoint_steps", "trial_steps")
         for name in ("epoch_images", "val_images", "test_images", *limits):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "positive")
@@ -132,12 +187,24 @@ class Config:
             raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")
         for name in ("prior_noise", "warmup", "workers"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        sigmas = self.eval_sigmas
-        _require("eval_sigmas", sigmas, sigmas and min(sigmas) > 0, "one or more positive numbers")
+        _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1")
+        _require("seeds", self.seeds, self.seeds and len(set(self.seeds)) == len(self.seeds), "different numbers")
+        if self.init == "mode" and self.prox != "glow":
+            raise ValueError(f"init='mode' needs the most likely image of a Glow; prox is {self.prox!r}")
+        if "map" in self.references and self.prox != "glow":
+            raise ValueError(f"the reference 'map' needs a run with a Glow; prox is {self.prox!r}")
 
-        prior_ends = self.prior_checkpoint or self.prior_steps or self.prior_seconds
-        if self.schedule == "cosine" and not (prior_ends and (self.steps or self.seconds)):
-            raise ValueError("schedule='cosine' needs steps or seconds, and prior_steps or prior_seconds")
+    def check_schedule(self, *stages: str) -> None:
+        """Raise ValueError if the schedule needs a limit that a stage ("prior", "unfolded") does not have."""
+        limits = {"prior": ("prior_steps", "prior_seconds"), "unfolded": ("steps", "seconds")}
+        for stage in stages:
+            if self.schedule == "cosine" and not any(getattr(self, name) for name in limits[stage]):
+                raise ValueError(f"schedule='cosine' needs {' or '.join(limits[stage])}")
+
+    @property
+    def has_prior_stage(self) -> bool:
+        """Whether a Glow is pre-trained before end-to-end training."""
+        return self.prox == "glow" and self.pretrain and not self.prior_checkpoint
 
     def trained_at(self) -> str:
         """The noise levels of training, for people."""
@@ -162,45 +229,71 @@ def _require(name: str, value, holds, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
-def parser(preset: str) -> jsonargparse.ArgumentParser:
-    """The command line: an option per field of `Config`, over the settings of --config, over the preset's."""
-    result = jsonargparse.ArgumentParser(
-        prog="python -m train.unfolded",
-        default_config_files=[str(PRESETS / f"{preset}.yaml")],
-        description="Train a deep-unfolded denoiser with a Glow prior (Wei et al.), evaluate it beside total "
-        "variation, and write a run folder with the table, figures, metrics and checkpoints.",
-    )
-    result.add_argument(
-        "--preset", type=str, default=preset, help=f"Named settings to start from: {', '.join(presets())}."
-    )
-    result.add_argument("--config", action="config", help="YAML file of settings, over the preset's.")
+def add_settings(result: jsonargparse.ArgumentParser, settings: type, hidden: tuple[str, ...] = ()) -> None:
+    """An option per field of a dataclass of settings. Those of `hidden` groups are accepted, but not in --help."""
     groups = {}
-    for f in fields(Config):
+    for f in fields(settings):
         group = f.metadata["group"]
-        groups.setdefault(group, result.add_argument_group(group))
+        # An empty group would print its title: settings that are not shown go to the parser itself.
+        place = result if group in hidden else groups.setdefault(group, result.add_argument_group(group))
         option = "--" + f.name.replace("_", "-")
-        if f.type is bool and f.default is False:
-            groups[group].add_argument(option, action="store_true", help=f.metadata["help"])
+        text = jsonargparse.SUPPRESS if group in hidden else f.metadata["help"]
+        default = list(f.default) if isinstance(f.default, tuple) else f.default
+        if f.type is bool:
+            switch = jsonargparse.ActionYesNo(yes_prefix="", no_prefix="no-")
+            place.add_argument(option, action=switch, default=default, help=text)
         else:
-            default = list(f.default) if isinstance(f.default, tuple) else f.default
-            groups[group].add_argument(option, type=f.type, default=default, help=f.metadata["help"])
-    return result
+            place.add_argument(option, type=f.type, default=default, help=text)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command that trains: its name after `python -m train.`, what it does, and the groups of settings it ignores."""
+
+    name: str
+    description: str
+    hidden: tuple[str, ...] = ("comparison",)
+
+    def parser(self, preset: str) -> jsonargparse.ArgumentParser:
+        """The command line: an option per setting, over the settings of --config, over the preset's."""
+        result = jsonargparse.ArgumentParser(
+            prog=f"python -m train.{self.name}",
+            default_config_files=[str(PRESETS / f"{preset}.yaml")],
+            description=self.description,
+        )
+        result.add_argument(
+            "--preset", type=str, default=preset, help=f"Named settings to start from: {', '.join(presets())}."
+        )
+        result.add_argument("--config", action="config", help="YAML file of settings, over the preset's.")
+        add_settings(result, Config, self.hidden)
+        return result
+
+    def parse(self, arguments: list[str] | None = None) -> Config:
+        """The settings that a command line asks for. Exits with a message on unknown options and values."""
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        early.add_argument("--preset", default="demo")
+        preset = early.parse_known_args(arguments)[0].preset
+        if preset not in presets():
+            raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(presets())}")
+        values = self.parser(preset).parse_args(arguments)
+        return Config(**{f.name: values[f.name] for f in fields(Config)})
 
 
 def presets() -> list[str]:
-    """The names of the presets that come with the command."""
+    """The names of the presets that come with the commands."""
     return sorted(p.stem for p in PRESETS.glob("*.yaml"))
 
 
-def parse(arguments: list[str] | None = None) -> Config:
-    """The configuration that a command line asks for. Exits with a message on unknown options and values."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--preset", default="demo")
-    preset = early.parse_known_args(arguments)[0].preset
-    if preset not in presets():
-        raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(presets())}")
-    values = parser(preset).parse_args(arguments)
-    return Config(**{f.name: values[f.name] for f in fields(Config)})
+def load(path: Path) -> Config:
+    """The settings that `save` wrote, or that another run's folder holds.
+
+    Raises ValueError in one sentence for a file that holds something else.
+    """
+    try:
+        saved = yaml.safe_load(path.read_text())
+        return Config(**saved)
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"{path} does not hold the settings of a run: {str(error).splitlines()[0]}") from error
 
 
 def save(config: Config, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""From pictures to training samples. Crops, flips, noise and dequantisation are pure functions of (seed, epoch, index).
+"""From pictures to training samples: an endless sequence in which everything random follows from (seed, position).
 
 So a resumed run, or several processes, see exactly the samples that an uninterrupted one sees.
 """
@@ -11,10 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from train import images
+from train import images, ranks
 from train.config import Config
+from train.images import Pictures
 
 # Cropped pictures are kept whole in memory, at most this many pixels on their long side.
 LONGEST = 1024
@@ -24,9 +25,9 @@ CROPS = {"val_images": 64, "test_images": 96}
 SHUFFLE, TRAIN, VAL, TEST = range(4)
 
 
-def random(seed: int, stream: int, epoch: int, index: int) -> np.random.Generator:
+def random(seed: int, stream: int, position: int) -> np.random.Generator:
     """The random numbers of one sample: a pure function of its arguments."""
-    return np.random.default_rng((seed, stream, epoch, index))
+    return np.random.default_rng((seed, stream, position))
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -40,33 +41,31 @@ def gaussian(rng: np.random.Generator, like: Tensor) -> Tensor:
 
 
 class TrainingSamples(Dataset):
-    """Training pictures as random samples, addressed by (epoch, index): `clean`, `noise` and `prior`, each (3, H, W).
+    """Training pictures as an endless sequence of random samples: `clean`, `noise` and `prior`, each (3, H, W).
 
-    clean: pixels / 255. noise: standard normal. level: where the image stands in the range of noise levels, uniform in
-    [0, 1). prior: (pixels + uniform) / 256, uniformly dequantised, plus Gaussian noise whose sigma is drawn from
-    [0, prior_noise]: what the flow is pre-trained on.
+    The sequence passes through all pictures again and again, each time in another order. clean: pixels / 255. noise:
+    standard normal. level: where the image stands in the range of noise levels, uniform in [0, 1). prior: what the flow
+    is pre-trained on, dequantised to `bits` bits per channel, see `dequantise`.
     """
 
-    def __init__(self, pictures: list[np.ndarray], size: int, length: int, augment: str, prior_noise: float, seed: int):
-        self.pictures, self.size, self.length, self.augment = pictures, size, length, augment
-        self.prior_noise, self.seed = prior_noise, seed
+    def __init__(self, pictures: list[np.ndarray], size: int, augment: str, bits: int, prior_noise: float, seed: int):
+        self.pictures, self.size, self.augment = pictures, size, augment
+        self.bits, self.prior_noise, self.seed = bits, prior_noise, seed
+        self._order = (-1, None)
 
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key
-        rng = random(self.seed, TRAIN, epoch, index)
-        picture = self.pictures[index % len(self.pictures)]
+    def __getitem__(self, position: int) -> dict[str, Tensor]:
+        rng = random(self.seed, TRAIN, position)
+        picture = self.pictures[self.picture_at(position)]
         top, left = (int(rng.integers(0, side - self.size + 1)) for side in picture.shape[:2])
         crop = picture[top : top + self.size, left : left + self.size]
-        pixels = to_tensor(augmented(crop, self.augment, rng))
-        return {
-            "clean": pixels / 255,
-            "noise": gaussian(rng, pixels),
-            "prior": dequantise(pixels, self.prior_noise, rng),
-            "level": torch.tensor(rng.random(), dtype=torch.float32),
-        }
+        return _sample(to_tensor(augmented(crop, self.augment, rng)), self.bits, self.prior_noise, rng)
+
+    def picture_at(self, position: int) -> int:
+        """The index of the picture at this position of the sequence."""
+        turn, place = divmod(position, len(self.pictures))
+        if self._order[0] != turn:
+            self._order = (turn, random(self.seed, SHUFFLE, turn).permutation(len(self.pictures)))
+        return int(self._order[1][place])
 
 
 class FixedSamples(Dataset):
@@ -75,21 +74,24 @@ class FixedSamples(Dataset):
     Items as those of `TrainingSamples`.
     """
 
-    def __init__(self, pictures: list[np.ndarray], stream: int, prior_noise: float):
-        self.pictures, self.stream, self.prior_noise = pictures, stream, prior_noise
+    def __init__(self, pictures: list[np.ndarray], stream: int, bits: int, prior_noise: float):
+        self.pictures, self.stream, self.bits, self.prior_noise = pictures, stream, bits, prior_noise
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rng = random(0, self.stream, 0, index)
-        pixels = to_tensor(self.pictures[index])
-        return {
-            "clean": pixels / 255,
-            "noise": gaussian(rng, pixels),
-            "prior": dequantise(pixels, self.prior_noise, rng),
-            "level": torch.tensor(rng.random(), dtype=torch.float32),
-        }
+        rng = random(0, self.stream, index)
+        return _sample(to_tensor(self.pictures[index]), self.bits, self.prior_noise, rng)
+
+
+def _sample(pixels: Tensor, bits: int, prior_noise: float, rng: np.random.Generator) -> dict[str, Tensor]:
+    return {
+        "clean": pixels / 255,
+        "noise": gaussian(rng, pixels),
+        "prior": dequantise(pixels, bits, prior_noise, rng),
+        "level": torch.tensor(rng.random(), dtype=torch.float32),
+    }
 
 
 def augmented(crop: np.ndarray, how: str, rng: np.random.Generator) -> np.ndarray:
@@ -99,9 +101,12 @@ def augmented(crop: np.ndarray, how: str, rng: np.random.Generator) -> np.ndarra
     return np.rot90(crop, rng.integers(4))[..., rng.permutation(3)] if how == "all" else crop
 
 
-def dequantise(pixels: Tensor, prior_noise: float, rng: np.random.Generator) -> Tensor:
-    """(pixels + u) / 256, u uniform, plus Gaussian noise of a sigma uniform in [0, prior_noise]. pixels in 0..255."""
-    x = (pixels + torch.from_numpy(rng.random(tuple(pixels.shape), dtype=np.float32))) / 256
+def dequantise(pixels: Tensor, bits: int, prior_noise: float, rng: np.random.Generator) -> Tensor:
+    """(q + u) / 2^bits, u uniform in [0, 1), q the pixels' upper bits, plus Gaussian noise of a sigma uniform in
+    [0, prior_noise]. pixels in 0..255. Without noise, bits per dimension of this are those of the quantised image.
+    """
+    quantised = torch.floor(pixels / 2 ** (8 - bits))
+    x = (quantised + torch.from_numpy(rng.random(tuple(pixels.shape), dtype=np.float32))) / 2**bits
     return x + float(rng.uniform(0, prior_noise)) * gaussian(rng, pixels) if prior_noise else x
 
 
@@ -118,10 +123,15 @@ def tiles(pictures: list[np.ndarray], size: int, count: int) -> list[np.ndarray]
 
 
 class EpochSampler(Sampler):
-    """Shuffled (epoch, index) keys of one process's share of an epoch. Lightning calls `set_epoch`."""
+    """One process's positions in the sequence of samples during an epoch. Lightning calls `set_epoch`.
 
-    def __init__(self, length: int, seed: int, rank: int = 0, processes: int = 1):
-        self.length, self.seed, self.rank, self.processes, self.epoch = length, seed, rank, processes, 0
+    length: whole batches of `batch` images over all `processes`. Every process has an equal part of each batch, so that
+    together they see what one process would. `skip` positions are left out of the next pass, once.
+    """
+
+    def __init__(self, length: int, batch: int, rank: int = 0, processes: int = 1):
+        self.length, self.rank, self.processes = length // batch * batch, rank, processes
+        self.epoch = self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -129,30 +139,64 @@ class EpochSampler(Sampler):
     def __len__(self) -> int:
         return self.length // self.processes
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = random(self.seed, SHUFFLE, self.epoch, 0).permutation(self.length)
-        share = order[self.rank :: self.processes][: len(self)]
-        return iter([(self.epoch, int(i)) for i in share])
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.length
+        positions = range(start + self.rank, start + self.length, self.processes)[self.skip :]
+        self.skip = 0
+        return iter(positions)
+
+
+class TrainingLoader(DataLoader):
+    """Batches of training samples. Its state is how far in the epoch it has come, so that a run continues from there.
+
+    A batch of `batch` images is divided among the processes and then into `accumulate` parts.
+    """
+
+    def __init__(self, samples: TrainingSamples, length: int, batch: int, accumulate: int, workers: int):
+        parts = ranks.count() * accumulate
+        if batch % parts:
+            raise ValueError(
+                f"a batch of {batch} can't be divided among {ranks.count()} processes in {accumulate} parts each"
+            )
+        sampler = EpochSampler(length, batch, ranks.rank(), ranks.count())
+        self.given = 0
+        super().__init__(
+            samples, batch // parts, sampler=sampler, num_workers=workers, persistent_workers=workers > 0
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        skipped = self.sampler.skip // self.batch_size
+        for self.given, batch in enumerate(super().__iter__(), skipped + 1):  # noqa: B020
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.given = state["given"]
+        self.sampler.skip = self.given * self.batch_size
 
 
 @dataclass
 class Data:
-    """What a run trains, validates and tests on."""
+    """What a run trains, validates and tests on. epoch_images: training images between two validations."""
 
     train: TrainingSamples
+    epoch_images: int
     val: FixedSamples
     test: FixedSamples
-    skipped: list[str]
+    pictures: Pictures
 
     def describe(self) -> str:
         size, eval_size = self.train.size, self.test.pictures[0].shape[0]
-        return (
-            f"{len(self.train.pictures)} training pictures, {len(self.train)} samples of {size}x{size} an epoch; "
-            f"{len(self.val)} validation and {len(self.test)} test images of {eval_size}x{eval_size}"
-        )
+        held_out = f"{len(self.val)} validation and {len(self.test)} test images of {eval_size}x{eval_size}"
+        if not self.train.pictures:
+            return held_out
+        samples = f"{self.epoch_images} samples of {size}x{size} an epoch"
+        return f"{len(self.train.pictures)} training pictures, {samples}; {held_out}"
 
 
-def prepare(config: Config) -> Data:
+def prepare(config: Config, splits: tuple[str, ...] = images.SPLITS) -> Data:
     """Read, check and arrange the pictures of `--data`. Raises FileNotFoundError or ValueError in one sentence."""
     crop = config.fit == "crop" or config.data == "photos"
     eval_size = config.eval_size or config.size
@@ -169,7 +213,10 @@ def prepare(config: Config) -> Data:
         config.data,
         fit,
         limits,
-        progress=lambda work, total: track(work, "reading pictures", total=total, transient=True),
+        splits,
+        progress=lambda work, total: track(
+            work, "reading pictures", total=total, transient=True, disable=not ranks.is_first()
+        ),
     )
     val, test = pictures.val, pictures.test
     if crop:
@@ -177,33 +224,36 @@ def prepare(config: Config) -> Data:
             tiles(held_out, eval_size, getattr(config, name) or CROPS[name])
             for held_out, name in ((val, "val_images"), (test, "test_images"))
         )
-    length = config.epoch_images or len(pictures.train)
-    if length < config.batch:
+    epoch_images = config.epoch_images or len(pictures.train)
+    if "train" in splits and epoch_images < config.batch:
         raise ValueError(
-            f"an epoch of {length} training images is smaller than a batch of {config.batch}; "
+            f"an epoch of {epoch_images} training images is smaller than a batch of {config.batch}; "
             f"set --batch or --epoch-images"
         )
+    return arrange(Pictures(pictures.train, val, test, pictures.skipped), config)
+
+
+def arrange(pictures: Pictures, config: Config) -> Data:
+    """Pictures that have been read, as a run with these settings samples them."""
     return Data(
-        TrainingSamples(pictures.train, config.size, length, config.augment, config.prior_noise, config.seed),
-        FixedSamples(val, VAL, config.prior_noise),
-        FixedSamples(test, TEST, config.prior_noise),
-        pictures.skipped,
+        TrainingSamples(pictures.train, config.size, config.augment, config.bits, config.prior_noise, config.seed),
+        config.epoch_images or len(pictures.train),
+        FixedSamples(pictures.val, VAL, config.bits, config.prior_noise),
+        FixedSamples(pictures.test, TEST, config.bits, config.prior_noise),
+        pictures,
     )
 
 
-def training_loader(data: Data, config: Config, rank: int = 0, processes: int = 1) -> DataLoader:
-    """Batches of training samples; the last, incomplete batch of an epoch is left out."""
-    sampler = EpochSampler(len(data.train), config.seed, rank, processes)
-    return DataLoader(
-        data.train,
-        config.batch,
-        sampler=sampler,
-        drop_last=True,
-        num_workers=config.workers,
-        persistent_workers=config.workers > 0,
-    )
+def training_loader(data: Data, config: Config) -> TrainingLoader:
+    """Batches of training samples, this process's part of them; an epoch has whole batches only."""
+    return TrainingLoader(data.train, data.epoch_images, config.batch, config.accumulate, config.workers)
+
+
+def first_batch(data: Data, config: Config) -> dict[str, Tensor]:
+    """The whole first batch of training, the same in every process."""
+    return default_collate([data.train[i] for i in range(config.batch)])
 
 
 def validation_loader(data: Data, config: Config) -> DataLoader:
-    """Batches of validation samples."""
+    """Batches of validation samples, all of them in every process."""
     return DataLoader(data.val, config.batch)

@@ -25,6 +25,8 @@ class DriftWatch(L.Callback):
         self.told: set[str] = set()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        if not trainer.is_global_zero or stage.config.prox != "glow":
+            return
         images = {key: value.to(stage.device) for key, value in self.images.items()}
         if isinstance(stage.model, Glow):
             inputs = [("", stage.model, images["prior"])]

@@ -1,20 +1,18 @@
-"""How well a trained network denoises: per-image PSNR and SSIM beside the noisy input and total variation."""
+"""How well methods denoise the same test images: PSNR and SSIM of each image, at several noise levels."""
 
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
-from skimage.restoration import denoise_tv_chambolle
+from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from train.config import Config
-from train.data import Data, FixedSamples
+from train.data import FixedSamples
 from train.stages import psnr
 
-METHODS = ("noisy", "tv", "unfolded")
 TUNING_IMAGES = 48
 
 PROTOCOL = {
@@ -22,72 +20,99 @@ PROTOCOL = {
     "clipping": "noisy images are not clipped; estimates are clipped to [0, 1]; 'noisy' is scored unclipped",
     "psnr": "dB, peak 1, mean of the PSNR of each image",
     "ssim": "mean of the SSIM of each image, Gaussian window of 11 pixels, sigma 1.5, estimates and 'noisy' clipped",
-    "noise": "one fixed pattern per test image (generator seeded by 0, stream, 0, index), scaled by sigma",
-    "tv": "skimage.restoration.denoise_tv_chambolle per channel, defaults but the weight, which at each sigma "
-    f"maximises the mean PSNR on validation images (at most {TUNING_IMAGES})",
-    "gain": "mean over test images of the paired difference unfolded - tv, standard error of that mean",
+    "noise": "one fixed pattern per test image (generator seeded by 0, stream, index), scaled by sigma, the same for "
+    "every method",
+    "gain": "mean over test images of the paired difference of PSNR, standard error of that mean",
+    "time": "wall-clock time per test image, in batches, on the machine named, all else as it happened to be",
+    "memory": "most bytes that tensors take during one training step beyond what was there before it (parameters, "
+    "Adam's state), counted allocation by allocation, at the batch and size of training",
 }
 
 
 @dataclass
-class Level:
-    """Scores at one noise level: per method the PSNR and SSIM of each image (n,), and a few images for the figure."""
+class Method:
+    """Something that denoises. estimate: (noisy (N, 3, H, W), sigma) -> (N, 3, H, W), unclipped.
 
-    sigma: float
-    tv_weight: float
-    psnr: dict[str, Tensor] = field(default_factory=dict)
-    ssim: dict[str, Tensor] = field(default_factory=dict)
-    shown: dict[str, Tensor] = field(default_factory=dict)
+    protocol: one sentence on what it is, for whoever reads the table. tune: (clean, noisy, sigma) -> a setting, chosen
+    on validation images for each sigma and given to `estimate` as a third argument. facts: parameters and the like.
+    """
 
-    def gain(self) -> dict[str, float]:
-        """The paired PSNR gain of the network over total variation: mean, standard error of the mean, n."""
-        difference = (self.psnr["unfolded"] - self.psnr["tv"]).double()
+    key: str
+    title: str
+    estimate: Callable[..., Tensor]
+    protocol: str = ""
+    tune: Callable[[Tensor, Tensor, float], float | None] | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Scores:
+    """What one method scored: per sigma the PSNR and SSIM of each image (n,), a few images, and its setting."""
+
+    method: Method
+    psnr: dict[float, Tensor] = field(default_factory=dict)
+    ssim: dict[float, Tensor] = field(default_factory=dict)
+    shown: dict[float, Tensor] = field(default_factory=dict)
+    settings: dict[float, float] = field(default_factory=dict)
+    seconds_per_image: float = math.nan
+
+
+@dataclass
+class Evaluation:
+    """Scores of all methods on the same images, the noisy input first. clean: the images shown."""
+
+    sigmas: list[float]
+    scores: dict[str, Scores]
+    clean: Tensor
+    images: int
+
+    def gain(self, key: str, over: str, sigma: float) -> dict[str, float]:
+        """The paired PSNR gain of a method over another: mean, standard error of the mean, n."""
+        difference = (self.scores[key].psnr[sigma] - self.scores[over].psnr[sigma]).double()
         n = len(difference)
         error = (difference.std(correction=1) / math.sqrt(n)).item() if n > 1 else math.nan
         return {"mean": difference.mean().item(), "standard_error": error, "n": n}
 
 
-def total_variation(images: Tensor, weight: float) -> Tensor:
-    """Total-variation denoising of a batch (N, 3, H, W), each image and channel by itself; not clipped."""
-    done = [denoise_tv_chambolle(image.permute(1, 2, 0).numpy(), weight=weight, channel_axis=-1) for image in images]
-    return torch.from_numpy(np.stack(done)).permute(0, 3, 1, 2).float()
-
-
-def tune_total_variation(clean: Tensor, noisy: Tensor) -> float:
-    """The weight that maximises the mean PSNR on these images (N, 3, H, W)."""
-
-    def loss(log_weight: float) -> float:
-        return -psnr(total_variation(noisy, math.exp(log_weight)).clamp(0, 1), clean).mean().item()
-
-    found = minimize_scalar(loss, bounds=(math.log(0.02), math.log(2)), method="bounded", options={"xatol": 0.05})
-    return math.exp(found.x)
-
-
 @torch.no_grad()
-def evaluate(net: nn.Module, data: Data, config: Config) -> list[Level]:
-    """Score the network and the baselines on every test image at every sigma."""
+def evaluate(
+    methods: list[Method], val: FixedSamples, test: FixedSamples, sigmas: list[float], shown: int, progress: bool
+) -> Evaluation:
+    """Score every method, and the noisy input, on every test image at every sigma."""
+    methods = [Method("noisy", "Noisy", lambda noisy, sigma: noisy), *methods]
+    tuning_clean, tuning_noise = _stack(val, TUNING_IMAGES)
+    clean, noise = _stack(test)
+    scores = {method.key: Scores(method) for method in methods}
+    work = [(method, sigma) for method in methods for sigma in sigmas]
+    seconds = dict.fromkeys(scores, 0.0)
+    for method, sigma in track(work, "evaluating", transient=True, disable=not progress):
+        found, noisy = scores[method.key], clean + sigma * noise
+        setting = ()
+        if method.tune:
+            setting = (method.tune(tuning_clean, tuning_clean + sigma * tuning_noise, sigma),)
+            found.settings[sigma] = setting[0]
+        start = time.monotonic()
+        estimate = method.estimate(noisy, sigma, *setting)
+        seconds[method.key] += time.monotonic() - start
+        clipped = estimate.clamp(0, 1)
+        found.ssim[sigma] = structural_similarity_index_measure(clipped, clean, data_range=1.0, reduction="none")
+        found.psnr[sigma] = psnr(noisy if method.key == "noisy" else clipped, clean)
+        found.shown[sigma] = clipped[:shown]
+    for key, total in seconds.items():
+        scores[key].seconds_per_image = total / (len(sigmas) * len(clean))
+    return Evaluation(sigmas, scores, clean[:shown], len(clean))
+
+
+def network(net: nn.Module, batch: int) -> Callable[[Tensor, float], Tensor]:
+    """A network as a method's `estimate`, in batches, on the GPU if there is one. It is not told sigma."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = net.to(device).eval()
-    tuning_clean, tuning_noise = _stack(data.val, TUNING_IMAGES)
-    clean, noise = _stack(data.test)
-    levels = []
-    for sigma in config.eval_sigmas:
-        noisy = clean + sigma * noise
-        weight = tune_total_variation(tuning_clean, tuning_clean + sigma * tuning_noise)
-        estimates = {
-            "noisy": noisy,
-            "tv": total_variation(noisy, weight),
-            "unfolded": torch.cat([net(part.to(device)).cpu() for part in noisy.split(config.batch)]),
-        }
-        level = Level(sigma, weight)
-        for method, estimate in estimates.items():
-            clipped = estimate.clamp(0, 1)
-            level.ssim[method] = structural_similarity_index_measure(clipped, clean, data_range=1.0, reduction="none")
-            level.psnr[method] = psnr(noisy if method == "noisy" else clipped, clean)
-            level.shown[method] = clipped[: config.figure_images]
-        level.shown["clean"] = clean[: config.figure_images]
-        levels.append(level)
-    return levels
+
+    def estimate(noisy: Tensor, sigma: float) -> Tensor:
+        parts = noisy.contiguous(memory_format=torch.channels_last).split(batch)
+        return torch.cat([net(part.to(device)).float().cpu() for part in parts]).contiguous()
+
+    return estimate
 
 
 def _stack(samples: FixedSamples, most: int | None = None) -> tuple[Tensor, Tensor]:

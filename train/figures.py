@@ -1,4 +1,4 @@
-"""The two pictures of a run: denoised.png and curves.png."""
+"""Pictures of results: what methods make of images, samples of a flow, curves of training."""
 
 from pathlib import Path
 
@@ -9,33 +9,32 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 from train.callbacks import read_metrics
-from train.evaluation import Level
-from train.report import TITLES
+from train.evaluation import Evaluation
 
-COLUMNS = ("clean", "noisy", "tv", "unfolded")
+SIDE = 1.35  # inches of an image
 
 
-def denoised(path: Path, levels: list[Level]) -> None:
-    """Clean, noisy, total variation and ours for a few test images, labelled with PSNR, at the two highest sigmas."""
-    levels = sorted(levels, key=lambda level: level.sigma)[-2:]
-    count = len(levels[0].shown["clean"])
-    columns = 1 + 3 * len(levels)
-    side = 1.35
-    figure, axes = plt.subplots(
-        count, columns, squeeze=False, layout="constrained", figsize=(side * columns, (side + 0.22) * count + 0.5)
-    )
-    for row in range(count):
-        _show(axes[row][0], levels[0].shown["clean"][row], "Clean" if row == 0 else None, "")
-        for i, level in enumerate(levels):
-            for j, method in enumerate(COLUMNS[1:]):
-                title = f"{TITLES[method]}\nσ = {level.sigma:.2f}" if row == 0 else None
-                _show(
-                    axes[row][1 + 3 * i + j],
-                    level.shown[method][row],
-                    title,
-                    f"{level.psnr[method][row]:.2f} dB",
-                    bold=method == "unfolded",
-                )
+def denoised(path: Path, found: Evaluation, sigmas: list[float] | None = None) -> None:
+    """Wei et al., figure 1: for each sigma a block of rows, one for each image: clean, noisy, every method, with PSNR.
+
+    sigmas: default the two highest of the evaluation. The best method of a row is set in bold.
+    """
+    sigmas = sorted(found.sigmas)[-2:] if sigmas is None else sigmas
+    count, columns = len(found.clean), 1 + len(found.scores)
+    size = (SIDE * columns, (SIDE + 0.22) * count * len(sigmas) + 0.5)
+    figure, axes = plt.subplots(count * len(sigmas), columns, squeeze=False, layout="constrained", figsize=size)
+    for block, sigma in enumerate(sigmas):
+        for image in range(count):
+            row = axes[block * count + image]
+            first = block == image == 0
+            _show(row[0], found.clean[image], "Clean" if first else None, "")
+            if image == 0:
+                row[0].set_ylabel(f"σ = {sigma:.2f}", fontsize=9)
+            best = max(scores.psnr[sigma][image] for scores in found.scores.values())
+            for axis, scores in zip(row[1:], found.scores.values(), strict=True):
+                reached = scores.psnr[sigma][image]
+                title = scores.method.title if first else None
+                _show(axis, scores.shown[sigma][image], title, f"{reached:.2f} dB", bold=bool(reached == best))
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
@@ -48,7 +47,21 @@ def _show(axis, image: Tensor, title: str | None, label: str, bold: bool = False
         spine.set_visible(False)
     axis.set_xlabel(label, fontsize=7, labelpad=2, fontweight="bold" if bold else "normal")
     if title:
-        axis.set_title(title, fontsize=8, fontweight="bold" if bold else "normal")
+        axis.set_title(title, fontsize=8)
+
+
+def samples(path: Path, rows: dict[float, Tensor]) -> None:
+    """Samples of a flow, a row for each temperature: {temperature: images (N, 3, H, W), clipped to [0, 1]}."""
+    columns = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), columns, squeeze=False, layout="constrained", figsize=(SIDE * columns + 0.3, SIDE * len(rows))
+    )
+    for row, (temperature, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(row, images, strict=True):
+            _show(axis, image.clamp(0, 1), None, "")
+        row[0].set_ylabel(f"T = {temperature:g}", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def curves(path: Path, metrics: Path) -> None:
@@ -63,6 +76,8 @@ def curves(path: Path, metrics: Path) -> None:
         )
         if any(r["stage"] == stage for r in rows)
     ]
+    if not panels:
+        return
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), layout="constrained", squeeze=False)
     for axis, (stage, column, title) in zip(axes[0], panels, strict=True):
         chosen = [r for r in rows if r["stage"] == stage]

@@ -1,13 +1,18 @@
-"""One stage of training under Lightning: budget, early stopping, checkpoints, resume."""
+"""One stage of training under Lightning: budget, early stopping, checkpoints, resume, several processes."""
 
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
+from train import checkpoints, ranks
+from train.batchnorm import SyncAnywhere
 from train.callbacks import ProgressBar, Recorder
 from train.data import Data, training_loader, validation_loader
 from train.drift import DriftWatch
@@ -22,53 +27,82 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
     """
     _quieten()
     name, config = stage.name, stage.config
-    # The state of an epoch is complete only after its validation, so that is when both checkpoints are taken.
-    best = ModelCheckpoint(
-        folder.checkpoints,
-        f"{name}-best",
-        monitor="val_loss",
-        save_weights_only=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    last = ModelCheckpoint(
-        folder.checkpoints, f"{name}-last", save_on_train_epoch_end=True, enable_version_counter=False
-    )
-    stop = EarlyStopping("val_loss", patience=config.patience, check_on_train_epoch_end=False)
-    bar = sys.stderr.isatty()
-    watch = [Recorder(folder.metrics, echo=not bar), DriftWatch(data.val), *([ProgressBar()] if bar else [])]
+    state = ranks.from_first(lambda: checkpoints.newest(folder.last(name)))
+    if config.compile:
+        stage.model.compile()
+    bar = sys.stderr.isatty() and ranks.is_first()
+    best, saving = _saving(name, config, folder)
     trainer = L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        max_epochs=-1,
+        devices=ranks.local_count(),
+        num_nodes=ranks.count() // ranks.local_count(),
+        strategy="ddp" if ranks.count() > 1 else "auto",
+        sync_batchnorm=ranks.count() > 1,
+        plugins=_plugins(),
+        precision="32-true" if config.precision == "32" else config.precision,
+        accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.clip,
-        callbacks=[stage.budget, *watch, stop, best, last],
+        max_epochs=-1,
+        callbacks=[
+            stage.budget,
+            *([EMAWeightAveraging(decay=config.ema)] if config.ema else []),
+            Recorder(folder.metrics, echo=not bar),
+            DriftWatch(data.val),
+            *([ProgressBar()] if bar else []),
+            EarlyStopping("val_loss", patience=config.patience, check_on_train_epoch_end=False),
+            *saving,
+        ],
         enable_progress_bar=bar,
         enable_model_summary=False,
-        logger=False,
+        logger=TensorBoardLogger(folder.path, "tensorboard", version=name) if config.tensorboard else False,
+        log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         default_root_dir=folder.path,
     )
-    state = folder.last(name)
     try:
         trainer.fit(
-            stage,
-            training_loader(data, config),
-            validation_loader(data, config),
-            ckpt_path=state if state.exists() else None,
-            weights_only=True,
+            stage, training_loader(data, config), validation_loader(data, config), ckpt_path=state, weights_only=True
         )
     except SystemExit:  # how Lightning ends on Ctrl-C
         print(f"interrupted: the same command with --resume --out {folder.path} continues", file=sys.stderr)
         raise
-    stage.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+    _keep_best(stage, Path(best.best_model_path))
+
+
+def _saving(name: str, config, folder: Folder) -> tuple[ModelCheckpoint, list[ModelCheckpoint]]:
+    """The callback that keeps the best weights, and all that save."""
+    options = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    # With averaged weights, Lightning puts the average only into whole states.
+    weights = {"save_weights_only": not config.ema, "monitor": "val_loss"}
+    best = ModelCheckpoint(folder.checkpoints, f"{name}-best", **weights, **options)
+    # The state of an epoch is complete only after its validation, so that is when both checkpoints are taken.
+    saving = [best, ModelCheckpoint(folder.checkpoints, f"{name}-last", **options)]
+    if config.checkpoint_steps:
+        options["save_on_train_epoch_end"] = False
+        every = {"every_n_train_steps": config.checkpoint_steps}
+        saving.append(ModelCheckpoint(folder.checkpoints, f"{name}-last", **every, **options))
+    return best, saving
+
+
+def _keep_best(stage: L.LightningModule, path: Path) -> None:
+    ranks.wait()
+    try:
+        stage.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    except checkpoints.UNREADABLE as error:
+        warnings.warn(f"{path} can't be read ({error}); keeping the last weights, not the best ones", stacklevel=2)
 
 
 def discard_state(name: str, folder: Folder) -> None:
     """Remove the training state of a stage whose model is saved."""
-    for path in (folder.last(name), folder.checkpoints / f"{name}-best.ckpt"):
-        path.unlink(missing_ok=True)
+    checkpoints.discard(folder.last(name))
+    (folder.checkpoints / f"{name}-best.ckpt").unlink(missing_ok=True)
+
+
+def _plugins() -> list:
+    # Named, because Lightning would take a cluster's scheduler for the launcher although nothing was launched with it.
+    environment = TorchElasticEnvironment() if ranks.count() > 1 else LightningEnvironment()
+    return [checkpoints.SafeCheckpoints(), environment, *([SyncAnywhere()] if ranks.count() > 1 else [])]
 
 
 def _quieten() -> None:
@@ -78,3 +112,4 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
+    warnings.filterwarnings("ignore", message=".*is recommended to use.*sync_dist=True.*")

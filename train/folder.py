@@ -1,13 +1,12 @@
 """The folder of a run: where it is, what it holds, and when it may be continued."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
-import yaml
+from filelock import FileLock, Timeout
 
 from train import config as configuration
+from train import ranks
 from train.config import Config
 
 ROOT = Path("runs")
@@ -18,6 +17,7 @@ class Folder:
     """Paths inside a run's folder."""
 
     path: Path
+    _lock: list[FileLock] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def config(self) -> Path:
@@ -33,11 +33,16 @@ class Folder:
 
     @property
     def results(self) -> Path:
+        """Written last: a run that has it is finished."""
         return self.path / "results.json"
 
     @property
     def denoised(self) -> Path:
         return self.path / "denoised.png"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.png"
 
     @property
     def curves(self) -> Path:
@@ -59,44 +64,88 @@ class Folder:
         """The training state that an unfinished stage continues from."""
         return self.checkpoints / f"{stage}-last.ckpt"
 
+    def lock(self) -> bool:
+        """Claim the folder until `unlock`, or until this process ends, however it ends. False if another has it."""
+        if self._lock:
+            return True
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        self._lock.append(lock)
+        return True
 
-def choose(config: Config) -> Folder:
-    """The folder for this run: a new one, or with `resume` the interrupted one. Nothing is written yet.
+    def unlock(self) -> None:
+        """Let others have the folder."""
+        while self._lock:
+            self._lock.pop().release()
 
+
+def choose(config: Config, kind: str) -> Folder:
+    """The folder for this run: a new one, not made yet, or that of an interrupted run, which is locked.
+
+    An unfinished run with the same settings is continued: in `out`, or the latest of this `kind` ("unfolded",
+    "pretrain", ...) in runs/. With `resume` it must be there, and a finished one only reports again.
     Raises FileExistsError for a folder that is in use, FileNotFoundError or ValueError for one that can't be continued.
     """
-    if not config.resume:
-        path = Path(config.out) if config.out else ROOT / f"unfolded-{_latest()[0] + 1:03d}"
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"{path} exists and is not empty: pass --resume to continue it, or another --out")
-        return Folder(path)
-    path = Path(config.out) if config.out else _latest()[1]
-    if path is None or not (path / "config.yaml").is_file():
+    path = Path(config.out) if config.out else _latest(kind)[1]
+    named = bool(config.out or config.resume)
+    if path is not None and Folder(path).config.is_file():
+        folder = Folder(path)
+        differing, finished = differences(config, folder), folder.results.is_file()
+        if named and finished and not config.resume:
+            raise FileExistsError(f"{path} holds a finished run: pass --resume to report again, or another --out")
+        if named and differing:
+            raise ValueError(f"{path} was started with other settings: {'; '.join(differing)}")
+        if not differing and (config.resume or not finished):
+            if folder.lock():
+                print(f"{path} {'is finished; reporting again' if finished else 'continues'}", flush=True)
+                return folder
+            if named:
+                raise FileExistsError(f"{path} is being written by another process")
+    elif config.resume:
         raise FileNotFoundError(f"nothing to resume: {path or ROOT} holds no run")
-    folder = Folder(path)
-    before, now = yaml.safe_load(folder.config.read_text()), config.of_run()
-    differing = [f"{k} was {before.get(k)!r} and is now {v!r}" for k, v in now.items() if before.get(k) != v]
-    if differing:
-        raise ValueError(f"{path} was started with other settings: {'; '.join(differing)}")
-    for state in sorted(folder.checkpoints.glob("*.ckpt")):
-        try:
-            torch.load(state, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-            raise ValueError(f"{state} is truncated or not a checkpoint; remove it to start its stage again") from error
-    return folder
+    return fresh(config.out, kind)
+
+
+def choose_for_all(config: Config, kind: str) -> Folder:
+    """`choose` in the first process, the result in all of them; only the first holds the lock."""
+    chosen = []
+    path = ranks.from_first(lambda: chosen.append(choose(config, kind)) or chosen[0].path)
+    return chosen[0] if chosen else Folder(path)
+
+
+def fresh(out: str | None, kind: str) -> Folder:
+    """A folder for new results: `out`, or the next free number of this `kind` in runs/. It is not made yet.
+
+    Raises FileExistsError if there is something in it.
+    """
+    path = Path(out) if out else ROOT / f"{kind}-{_latest(kind)[0] + 1:03d}"
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists, is not empty and holds no unfinished run: pass another --out")
+    return Folder(path)
 
 
 def create(folder: Folder, config: Config) -> None:
-    """Make the folder and write the settings into it."""
+    """Make the folder, claim it and write the settings into it."""
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    if not folder.lock():
+        raise FileExistsError(f"{folder.path} is being written by another process")
     configuration.save(config, folder.config)
 
 
-def _latest() -> tuple[int, Path | None]:
-    """Number and path of the newest numbered run, (0, None) if there is none."""
+def differences(config: Config, folder: Folder) -> list[str]:
+    """The settings in which a run differs from the one in the folder, in words."""
+    before, now = configuration.load(folder.config).of_run(), config.of_run()
+    return [f"{k} was {before[k]!r} and is now {v!r}" for k, v in now.items() if before[k] != v]
+
+
+def _latest(kind: str) -> tuple[int, Path | None]:
+    """Number and path of the newest numbered run of this kind, (0, None) if there is none."""
     numbered = [
-        (int(p.name.removeprefix("unfolded-")), p)
-        for p in ROOT.glob("unfolded-*")
-        if p.name.removeprefix("unfolded-").isdigit()
+        (int(p.name.removeprefix(f"{kind}-")), p)
+        for p in ROOT.glob(f"{kind}-*")
+        if p.name.removeprefix(f"{kind}-").isdigit()
     ]
     return max(numbered, default=(0, None))

@@ -69,19 +69,20 @@ def load(
     data: str,
     prepare: Callable[[Image.Image, str], Image.Image],
     limits: dict[str, int | None] | None = None,
+    splits: tuple[str, ...] = SPLITS,
     progress: Callable = lambda items, total: items,
 ) -> Pictures:
     """Read every picture that `data` names: 'photos', or a folder or zip as the README describes.
 
-    prepare: (RGB image, split) -> the image to keep. limits: at most so many pictures of a split.
-    progress: wraps the iteration over the files.
+    prepare: (RGB image, split) -> the image to keep. limits: at most so many pictures of a split. splits: which to
+    read; of the others there are no pictures. progress: wraps the iteration over the files.
     Raises FileNotFoundError or ValueError in one sentence: no such path, not a zip, no image in it, a split missing or
     empty. Warns once with the number of files that look like images and can't be decoded.
     """
-    splits = photographs() if data == "photos" else find(Path(data))
-    wanted = [(split, entry) for split in SPLITS for entry in splits[split][: (limits or {}).get(split)]]
+    found = photographs() if data == "photos" else find(Path(data))
+    wanted = [(split, entry) for split in splits for entry in found[split][: (limits or {}).get(split)]]
     total = len(wanted)
-    pictures, skipped = {}, []
+    pictures, skipped = {split: [] for split in SPLITS}, []
     with ThreadPoolExecutor() as pool:
         futures = [(split, entry, pool.submit(_decode, entry, split, prepare)) for split, entry in wanted]
         for split, entry, future in progress(futures, total):
@@ -89,11 +90,11 @@ def load(
             if pixels is None:
                 skipped.append(entry.name)
             else:
-                pictures.setdefault(split, []).append(pixels)
-    for split in SPLITS:
-        if split not in pictures:
+                pictures[split].append(pixels)
+    for split in splits:
+        if not pictures[split]:
             raise ValueError(
-                f"none of the {len(splits[split])} {split} files in {data} is an image that Pillow can read"
+                f"none of the {len(found[split])} {split} files in {data} is an image that Pillow can read"
             )
     if skipped:
         named = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")

@@ -1,10 +1,10 @@
-"""What a run leaves to read: table.md, results.json and the table on the terminal."""
+"""What an evaluation leaves to read: table.md, results.json and the table on the terminal."""
 
 import json
+import math
 import os
 import platform
 import subprocess
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -13,86 +13,106 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flowkern import Unfolded
 from train.callbacks import read_metrics
-from train.config import Config
-from train.evaluation import METHODS, PROTOCOL, Level
+from train.evaluation import PROTOCOL, Evaluation
 from train.folder import Folder
 
-TITLES = {"noisy": "Noisy", "tv": "Total variation", "unfolded": "Unfolded Glow"}
 PACKAGES = ("torch", "lightning", "torchmetrics", "scikit-image", "numpy")
+# Columns beside the scores: key of the facts, title, how to print it.
+FACTS = (
+    ("parameters", "Parameters", lambda value: f"{value / 1e6:.2f} M"),
+    ("training_mib", "Training MiB", lambda value: f"{value:.1f}"),
+    ("training_minutes", "Training min", lambda value: f"{value:.1f}"),
+)
 
 
-def rows(levels: list[Level]) -> list[list[str]]:
-    """The table's cells: sigma, PSNR (SSIM) of each method, and the gain over total variation."""
-    found = []
-    for level in levels:
-        gain = level.gain()
-        cells = [f"{level.psnr[m].mean():.2f} ({level.ssim[m].mean():.3f})" for m in METHODS]
-        found.append([f"{level.sigma:.2f}", *cells, f"{gain['mean']:+.2f} ± {gain['standard_error']:.2f}"])
-    return found
+def table(found: Evaluation, against: str | None = "tv") -> tuple[list[str], list[list[str]]]:
+    """Header and rows: per method PSNR (SSIM) at each sigma and its facts; below, its gain over `against`."""
+    facts = [f for f in FACTS if any(f[0] in s.method.facts for s in found.scores.values())]
+    header = ["", *(f"σ = {sigma:.2f}" for sigma in found.sigmas), "ms per image", *(title for _, title, _ in facts)]
+    rows = []
+    for key, scores in found.scores.items():
+        cells = [f"{scores.psnr[s].mean():.2f} ({scores.ssim[s].mean():.3f})" for s in found.sigmas]
+        known = scores.method.facts
+        cells += ["" if key == "noisy" else f"{1000 * scores.seconds_per_image:.1f}"]
+        rows.append([scores.method.title, *cells, *(show(known[k]) if k in known else "" for k, _, show in facts)])
+    for key, scores in found.scores.items():
+        if against in found.scores and key not in ("noisy", against):
+            gains = [found.gain(key, against, sigma) for sigma in found.sigmas]
+            cells = [f"{g['mean']:+.2f} ± {g['standard_error']:.2f}" for g in gains]
+            title = f"{scores.method.title} − {found.scores[against].method.title}"
+            rows.append([title, *cells, *[""] * (1 + len(facts))])
+    return header, rows
 
 
-def header() -> list[str]:
-    return ["σ", *(f"{TITLES[m]}" for m in METHODS), "Gain over TV"]
+def protocol(found: Evaluation) -> dict[str, str]:
+    """What every number was measured as, by name."""
+    own = {s.method.title: s.method.protocol for s in found.scores.values() if s.method.protocol}
+    return PROTOCOL | {"images": f"{found.images} test images"} | own
 
 
-def write(folder: Folder, levels: list[Level], config: Config, data: str, net: Unfolded, commit: str | None) -> None:
-    """table.md and results.json. data: what was trained and tested on, in words."""
-    folder.table.write_text(markdown(levels, config, data))
-    folder.results.write_text(json.dumps(results(levels, config, data, net, training(folder), commit), indent=2) + "\n")
+def markdown(title: str, header: list[str], rows: list[list[str]], notes: dict[str, str]) -> str:
+    """A table with what it was measured by."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{title}\n\n{body}\n\n" + "".join(f"- {name}: {text}\n" for name, text in notes.items())
 
 
-def markdown(levels: list[Level], config: Config, data: str) -> str:
-    """The results with the protocol beside them."""
-    lines = [header(), ["---:"] * len(header()), *rows(levels)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    protocol = "\n".join(f"- {name}: {text}" for name, text in PROTOCOL.items())
-    return (
-        f"PSNR in dB (SSIM), {levels[0].gain()['n']} test images; trained at σ = {config.trained_at()}; "
-        f"gain: mean ± standard error.\n\n{table}\n\nData: {data}.\n\nProtocol\n\n{protocol}\n"
-    )
+def write(folder: Folder, found: Evaluation, notes: dict[str, str], more: dict) -> None:
+    """table.md, then results.json. notes: what the table's reader has to know; more: further results, by name."""
+    header, rows = table(found)
+    folder.table.write_text(markdown("PSNR in dB (SSIM); gains: mean ± standard error.", header, rows, notes))
+    results = {"methods": scores_as_json(found), "protocol": notes, **more, **circumstances()}
+    finish(folder.results, results)
+
+
+def finish(path: Path, results: dict) -> None:
+    """Write results.json, whole or not at all: it marks a finished run."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(results, indent=2) + "\n")
+    partial.replace(path)
+
+
+def scores_as_json(found: Evaluation) -> dict:
+    """Everything in the table, and more digits of it."""
+    result = {}
+    for key, scores in found.scores.items():
+        levels = []
+        for sigma in found.sigmas:
+            level = {"sigma": sigma, "psnr": scores.psnr[sigma].mean().item(), "ssim": scores.ssim[sigma].mean().item()}
+            if "tv" in found.scores and key not in ("tv", "noisy"):
+                level["gain_over_tv"] = found.gain(key, "tv", sigma)
+            levels.append(level | ({"setting": scores.settings[sigma]} if sigma in scores.settings else {}))
+        result[key] = {"title": scores.method.title, "levels": levels, **scores.method.facts}
+        if not math.isnan(scores.seconds_per_image) and key != "noisy":
+            result[key]["seconds_per_image"] = scores.seconds_per_image
+    return result
 
 
 def training(folder: Folder) -> dict:
     """Per stage, from metrics.csv: steps, epochs, seconds, speed and peak memory."""
     found = {}
     for row in read_metrics(folder.metrics):
-        stage = found.setdefault(row["stage"], {"images_per_second": []})
+        stage = found.setdefault(row["stage"], {"images_per_second": [], "best_val_loss": math.inf})
         stage["images_per_second"].append(float(row["images_per_second"]))
         stage |= {
             "steps": int(row["step"]),
             "epochs": int(row["epoch"]) + 1,
             "seconds": float(row["seconds"]),
             "val_loss": float(row["val_loss"]),
-            "peak_mib": float(row["peak_mib"]),
+            "best_val_loss": min(stage["best_val_loss"], float(row["val_loss"])),
+            "process_peak_mib": float(row["peak_mib"]),
         }
+        found[row["stage"]] = stage
     return {name: stage | {"images_per_second": median(stage["images_per_second"])} for name, stage in found.items()}
 
 
-def results(levels: list[Level], config: Config, data: str, net: Unfolded, training: dict, commit: str | None) -> dict:
-    """Everything in the table and what it was measured with."""
+def circumstances() -> dict:
+    """Machine, versions and commit of this moment."""
     return {
-        "levels": [
-            {
-                "sigma": level.sigma,
-                "tv_weight": level.tv_weight,
-                "gain_over_tv": level.gain(),
-                **{m: {"psnr": level.psnr[m].mean().item(), "ssim": level.ssim[m].mean().item()} for m in METHODS},
-            }
-            for level in levels
-        ],
-        "protocol": PROTOCOL | {"trained_at_sigma": config.trained_at(), "data": data},
-        "network": {
-            "parameters": sum(p.numel() for p in net.parameters()),
-            "mu": net.mu.tolist(),
-            "lambda": [prox.lam.item() for prox in net.proxes],
-        },
-        "training": training,
-        "config": asdict(config),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "commit": commit,
+        "commit": commit(),
     }
 
 
@@ -132,11 +152,13 @@ def commit() -> str | None:
         return None
 
 
-def show(levels: list[Level], config: Config) -> None:
-    """Print the table."""
-    table = Table(title=f"PSNR in dB (SSIM), {levels[0].gain()['n']} test images, trained at σ = {config.trained_at()}")
-    for i, name in enumerate(header()):
-        table.add_column(name, justify="right", style="bold" if i == len(METHODS) else None)
-    for row in rows(levels):
-        table.add_row(*row)
-    Console().print(table)
+def show(header: list[str], rows: list[list[str]], title: str) -> None:
+    """Print a table."""
+    shown = Table(title=title)
+    for i, name in enumerate(header):
+        shown.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    # A log has no width of its own; wrapped cells would be unreadable there.
+    (console if console.is_terminal else Console(width=200)).print(shown)

@@ -1,48 +1,59 @@
 """A run from its settings to its folder: prepare everything that can fail, then train, evaluate and report."""
 
+import copy
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from flowkern import Glow, GlowProx, Unfolded
-from train import data, evaluation, figures, report
+from flowkern import Glow, GlowProx, ResNetProx, UNetProx, Unfolded
+from train import baselines, data, evaluation, figures, likelihood, ranks, report
 from train import folder as folders
 from train.budget import Budget
 from train.config import FLOW, Config
 from train.data import Data
+from train.evaluation import Method
 from train.fitting import discard_state, fit
 from train.folder import Folder
+from train.images import Pictures
+from train.memory import peak_mib
 from train.stages import PriorStage, UnfoldedStage
 
+T = TypeVar("T")
+TITLES = {"glow": "Unfolded Glow", "resnet": "Unfolded ResNet", "unet": "Unfolded U-Net"}
 
-def prepare(config: Config) -> "Run":
+
+def prepare(config: Config, kind: str = "unfolded", pictures: Pictures | None = None) -> "Run":
     """Check all that can be checked before training, then make the run's folder.
 
+    kind: what its folder is named after. pictures: those of the settings, if they have been read before.
     Raises OSError, ValueError, TypeError or RuntimeError with one sentence: settings, folder, pictures or prior.
     """
     torch.manual_seed(config.seed)
-    if config.prior_checkpoint:
-        prior = _load_prior(Path(config.prior_checkpoint), config)
+    prior = None
+    if config.prox == "glow":
+        prior = _load_prior(Path(config.prior_checkpoint), config) if config.prior_checkpoint else _new_prior(config)
         config = replace(config, **{name: prior.config[name] for name in FLOW})
-    else:
-        size = (3, config.size, config.size)
-        prior = Glow(size, **config.flow(), shift=0.5, **config.execution())
-    folder = folders.choose(config)
-    pictures = data.prepare(config)
-    folders.create(folder, config)
-    return Run(config, folder, pictures, prior, report.commit())
+    folder = folders.choose_for_all(config, kind)
+    samples = data.arrange(pictures, config) if pictures else data.prepare(config)
+    data.training_loader(samples, config)  # raises what is wrong with the batch
+    ranks.from_first(lambda: folders.create(folder, config))
+    return Run(config, folder, samples, prior, report.commit())
 
 
 @dataclass
 class Run:
-    """A run that is ready to start or to continue. commit: of the code that it starts with."""
+    """A run that is ready to start or to continue. prior: of a Glow. commit: of the code that it starts with."""
 
     config: Config
     folder: Folder
     data: Data
-    prior: Glow
+    prior: Glow | None
     commit: str | None
 
     def train(self) -> Path:
@@ -50,37 +61,168 @@ class Run:
 
         Raises FloatingPointError when a loss is no longer finite.
         """
+        return self.holding(lambda: self._do(self.trained_network, self._report))
+
+    def pretrain(self) -> Path:
+        """Pre-training alone, then bits per dimension and samples. Returns the run's folder; raises as `train`."""
+        return self.holding(lambda: self._do(self.trained_prior, self._report_prior))
+
+    def holding(self, work: Callable[[], T]) -> T:
+        """Do work in the folder and let others have it then."""
+        try:
+            return work()
+        finally:
+            self.folder.unlock()
+
+    def _do(self, stages: Callable[[], nn.Module], report_on: Callable[[nn.Module], None]) -> Path:
         start = time.monotonic()
-        print(f"{self.data.describe()}\nrun folder: {self.folder.path}", flush=True)
-        net = self._unfolded(self._prior())
-        levels = evaluation.evaluate(net, self.data, self.config)
-        report.write(self.folder, levels, self.config, self.data.describe(), net, self.commit)
-        figures.denoised(self.folder.denoised, levels)
-        figures.curves(self.folder.curves, self.folder.metrics)
-        report.show(levels, self.config)
-        print(f"{(time.monotonic() - start) / 60:.1f} minutes; results in {self.folder.path}")
+        self._say(f"{self.data.describe()}\nrun folder: {self.folder.path}")
+        model = stages()
+        if ranks.is_first():
+            report_on(model)
+        self._say(f"{(time.monotonic() - start) / 60:.1f} minutes; results in {self.folder.path}")
         return self.folder.path
 
-    def _prior(self) -> Glow:
+    def trained_prior(self) -> Glow:
+        """The Glow after pre-training, which is done now if it is not done yet."""
         config, folder = self.config, self.folder
         if folder.is_complete("prior"):
             return Glow.from_pretrained(folder.model("prior"), **config.execution())
-        if not config.prior_checkpoint:
+        if not self.prior.is_initialized:
+            self.prior.initialize(data.first_batch(self.data, config)["prior"])
+        if config.has_prior_stage:
             fit(PriorStage(self.prior, config, Budget(config.prior_steps, config.prior_seconds)), self.data, folder)
-        self.prior.save_pretrained(folder.model("prior"))
-        discard_state("prior", folder)
+        self._save(self.prior, "prior")
         return self.prior
 
-    def _unfolded(self, prior: Glow) -> Unfolded:
+    def trained_network(self) -> Unfolded:
+        """The unfolded network after training, which is done now if it is not done yet."""
         config, folder = self.config, self.folder
         if folder.is_complete("unfolded"):
-            return Unfolded.from_pretrained(folder.model("unfolded"), **config.execution())
-        prox = GlowProx(prior, config.lam)
-        net = Unfolded(prox, config.folds, init=config.init, final=config.final, mu=config.mu)
+            return load_network(config, folder)
+        prox = self.make_prox()
+        net = Unfolded(prox, config.folds, tied=config.tied, init=config.init, final=config.final, mu=config.mu)
         fit(UnfoldedStage(net, config, Budget(config.steps, config.seconds)), self.data, folder)
-        net.save_pretrained(folder.model("unfolded"))
-        discard_state("unfolded", folder)
+        self._save(net, "unfolded")
         return net
+
+    def make_prox(self) -> nn.Module:
+        """The prox that training starts from."""
+        config = self.config
+        if config.prox == "glow":
+            return GlowProx(self.trained_prior(), config.lam)
+        torch.manual_seed(config.seed)  # so that a continued run starts from the same weights
+        if config.prox == "resnet":
+            return ResNetProx(3, features=config.resnet_width, blocks=config.resnet_blocks)
+        return UNetProx(3, width=config.unet_width)
+
+    def _save(self, model: Glow | Unfolded, stage: str) -> None:
+        if ranks.is_first():
+            model.save_pretrained(self.folder.model(stage))
+            discard_state(stage, self.folder)
+        ranks.wait()
+
+    def _report(self, net: Unfolded) -> None:
+        config, folder = self.config, self.folder
+        figures.curves(folder.curves, folder.metrics)
+        lam = [prox.lam.item() for prox in net.proxes if hasattr(prox, "lam")]
+        more = {
+            "network": {"mu": net.mu.tolist(), "lambda": lam},
+            "training": report.training(folder),
+            "config": config.of_run(),
+            "commit": self.commit,
+        }
+        methods = [*references(config, folder), method_of(config, folder, net)]
+        compare(methods, self.data, config, folder, more)
+
+    def _report_prior(self, prior: Glow) -> None:
+        likelihood.write(prior, self.data, self.config, self.folder, self.commit)
+
+    def _say(self, text: str) -> None:
+        if ranks.is_first():
+            print(text, flush=True)
+
+
+def compare(methods: list[Method], images: Data, config: Config, folder: Folder, more: dict) -> evaluation.Evaluation:
+    """Evaluate methods on a run's test images and leave table, figure and results in the folder. more: further results.
+
+    The evaluation is returned; the table is printed, too.
+    """
+    shown = config.figure_images
+    found = evaluation.evaluate(methods, images.val, images.test, config.eval_sigmas, shown, progress=True)
+    figures.denoised(folder.denoised, found)
+    report.write(folder, found, report.protocol(found) | {"data": images.describe()}, more)
+    report.show(*report.table(found), title=f"PSNR in dB (SSIM), {found.images} test images")
+    return found
+
+
+def load_network(config: Config, folder: Folder) -> Unfolded:
+    """The trained network of a run. Raises FileNotFoundError or ValueError as `Unfolded.from_pretrained`."""
+    options = config.execution() if config.prox == "glow" else {}
+    return Unfolded.from_pretrained(folder.model("unfolded"), **options)
+
+
+def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:
+    """A run's network as a method to evaluate, with what its training took."""
+    stages = report.training(folder)
+    facts = {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "training_mib": training_mib(net, config),
+        "training_minutes": sum(stage["seconds"] for stage in stages.values()) / 60,
+    }
+    estimate = evaluation.network(net, config.batch)
+    return Method("unfolded", TITLES[config.prox], estimate, trained_as(config), facts=facts)
+
+
+def references(config: Config, folder: Folder) -> list[Method]:
+    """The methods that a run is compared with; MAP uses the run's pre-trained Glow."""
+    found = []
+    for name in config.references:
+        if name == "tv":
+            made = baselines.TotalVariation()
+        elif name == "denoiser":
+            made = baselines.reference_denoiser()
+        else:
+            made = baselines.MapPrior(Glow.from_pretrained(folder.model("prior"), backend=config.backend))
+        found.append(Method(made.key, made.title, made, made.protocol, made.tune))
+    return found
+
+
+def trained_as(config: Config) -> str:
+    """How a network was trained, in a sentence for the protocol."""
+    limits = [f"{config.steps} steps" if config.steps else "", f"{config.seconds:g} s" if config.seconds else ""]
+    ends = " or ".join(limit for limit in limits if limit) or "until validation stops improving"
+    prior = ""
+    if config.prox == "glow":
+        clean = f"noise of sigma up to {config.prior_noise:g}" if config.prior_noise else "clean images"
+        prior = f", pre-trained on {clean}" if config.pretrain else ", not pre-trained"
+    return (
+        f"{config.folds} {'tied' if config.tied else 'untied'} folds trained at σ = {config.trained_at()}{prior}; "
+        f"{ends} of {config.batch} images of {config.size}x{config.size}, learning rate {config.lr:g}"
+    )
+
+
+def training_mib(net: Unfolded, config: Config) -> float:
+    """The memory of one training step of this network at its own batch and size, see `memory.peak_mib`."""
+    device = next(net.parameters()).device
+    stage = UnfoldedStage(copy.deepcopy(net), config, Budget(None, None)).to(device).train()
+    size = (config.batch // config.accumulate, 3, config.size, config.size)
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: torch.rand(size, generator=generator).to(device) for name in ("clean", "noise")}
+    batch["level"] = torch.zeros(size[0], device=device)
+    low = config.precision == "bf16-mixed"
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
+            loss = stage.loss(batch)
+        loss.backward()
+
+    with torch.enable_grad():
+        return peak_mib(step, device)
+
+
+def _new_prior(config: Config) -> Glow:
+    return Glow((3, config.size, config.size), **config.flow(), shift=0.5, **config.execution())
 
 
 def _load_prior(path: Path, config: Config) -> Glow:

@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
@@ -14,7 +14,7 @@ from train.config import Config
 class _Stage(L.LightningModule):
     """A model, its parameter groups and a learning rate that follows the budget."""
 
-    def __init__(self, model: torch.nn.Module, config: Config, budget: Budget):
+    def __init__(self, model: nn.Module, config: Config, budget: Budget):
         super().__init__()
         self.model, self.config, self.budget = model, config, budget
 
@@ -22,6 +22,10 @@ class _Stage(L.LightningModule):
         factor = self.budget.factor(self.config.schedule, self.config.warmup)
         for group in self.optimizers().param_groups:
             group["lr"] = group["initial_lr"] * factor
+
+    def adam(self, *groups: tuple[list[nn.Parameter], float]) -> torch.optim.Adam:
+        """Adam as in the paper, with a learning rate for each group."""
+        return torch.optim.Adam([{"params": p, "lr": lr, "initial_lr": lr} for p, lr in groups], fused=True)
 
     def check_finite(self, loss: Tensor) -> Tensor:
         if not torch.isfinite(loss):
@@ -38,22 +42,19 @@ class PriorStage(_Stage):
     name = "prior"
     model: Glow
 
+    def bits_per_dim(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.model.bits_per_dim(batch["prior"], bits=self.config.bits).mean()
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.check_finite(self.model.bits_per_dim(batch["prior"]).mean())
+        loss = self.check_finite(self.bits_per_dim(batch))
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log(
-            "val_loss", self.model.bits_per_dim(batch["prior"]).mean(), prog_bar=True, batch_size=len(batch["prior"])
-        )
+        self.log("val_loss", self.bits_per_dim(batch), prog_bar=True, batch_size=len(batch["prior"]))
 
-    def configure_optimizers(self):
-        return torch.optim.Adam(
-            [{"params": self.model.parameters(), "initial_lr": self.config.prior_lr}],
-            lr=self.config.prior_lr,
-            fused=True,
-        )
+    def configure_optimizers(self) -> torch.optim.Adam:
+        return self.adam((list(self.model.parameters()), self.config.prior_lr))
 
 
 class UnfoldedStage(_Stage):
@@ -64,39 +65,44 @@ class UnfoldedStage(_Stage):
 
     def __init__(self, model: Unfolded, config: Config, budget: Budget):
         super().__init__(model, config, budget)
+        if config.prox != "glow":
+            model.to(memory_format=torch.channels_last)  # convolutions run up to 2.5 times as fast
+        if config.final == "consistency":
+            # Its output cancels: without gradients, DDP would wait for them.
+            model.proxes[-1].requires_grad_(False)
         self.val_psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
         self.val_ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
 
     def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         low, high = self.config.sigma, self.config.sigma_max or self.config.sigma
         sigma = low + (high - low) * batch["level"][:, None, None, None]
-        return self.model(batch["clean"] + sigma * batch["noise"]), batch["clean"]
+        noisy = batch["clean"] + sigma * batch["noise"]
+        return self.model(noisy.contiguous(memory_format=torch.channels_last)).float(), batch["clean"]
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The mean squared error on a batch."""
+        return nn.functional.mse_loss(*self._estimate(batch))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         estimate, clean = self._estimate(batch)
-        loss = self.check_finite(torch.nn.functional.mse_loss(estimate, clean))
+        loss = self.check_finite(nn.functional.mse_loss(estimate, clean))
         self.log("loss", loss, prog_bar=True)
         self.log("psnr", psnr(estimate.detach().clamp(0, 1), clean).mean(), prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         estimate, clean = self._estimate(batch)
-        self.log("val_loss", torch.nn.functional.mse_loss(estimate, clean), batch_size=len(clean))
+        self.log("val_loss", nn.functional.mse_loss(estimate, clean), batch_size=len(clean))
         self.val_psnr(estimate.clamp(0, 1), clean)
         self.val_ssim(estimate.clamp(0, 1), clean)
         self.log("val_psnr", self.val_psnr, prog_bar=True, batch_size=len(clean))
         self.log("val_ssim", self.val_ssim, batch_size=len(clean))
 
-    def configure_optimizers(self):
-        steps = [p for name, p in self.model.named_parameters() if is_step_size(name)]
-        weights = [p for name, p in self.model.named_parameters() if not is_step_size(name)]
-        return torch.optim.Adam(
-            [
-                {"params": weights, "lr": self.config.lr, "initial_lr": self.config.lr},
-                {"params": steps, "lr": self.config.lr_steps, "initial_lr": self.config.lr_steps},
-            ],
-            fused=True,
-        )
+    def configure_optimizers(self) -> torch.optim.Adam:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        steps = [p for name, p in named if is_step_size(name)]
+        weights = [p for name, p in named if not is_step_size(name)]
+        return self.adam((weights, self.config.lr), (steps, self.config.lr_steps))
 
 
 def is_step_size(name: str) -> bool:

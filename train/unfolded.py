@@ -2,31 +2,28 @@
 
 import sys
 
-from train import extras
-
-# What a user can put right during set-up; later exceptions are defects and keep their traceback.
-MISTAKES = (OSError, ValueError, TypeError, RuntimeError, ImportError)
+from train import command
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status; a mistake of the user's ends in one sentence on stderr and status 2."""
-    try:
-        extras.require()
+
+    def prepare():
         from train import config
 
-        settings = config.parse(arguments)
+        settings = config.Command(
+            "unfolded",
+            "Train a deep-unfolded denoiser (Wei et al.) with a Glow, a ResNet or a U-Net as its proximal map, "
+            "evaluate it beside reference methods, and write a run folder with the table, figures, metrics and "
+            "checkpoints. The same command continues a run that was interrupted. Under torchrun, several processes "
+            "share each batch.",
+        ).parse(arguments)
+        settings.check_schedule(*(["prior"] if settings.has_prior_stage else []), "unfolded")
         from train import run  # takes seconds to import, so --help and mistakes in options come first
 
-        prepared = run.prepare(settings)
-    except MISTAKES as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        prepared.train()
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 3
-    return 0
+        return run.prepare(settings).train
+
+    return command.run(prepare)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""MAP over the latent: that it finds the minimum, image by image, and leaves the flow alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+import flowkern
+from flowkern.map import map_estimate
+from tests.helpers import small_glow
+
+GAMMA = 0.05
+
+
+class Half:
+    """Inpainting: the left half of the columns is measured, and nothing else."""
+
+    def forward(self, x):
+        return x[..., : x.shape[-1] // 2]
+
+    def adjoint(self, y):
+        return torch.cat([y, torch.zeros_like(y)], dim=-1)
+
+
+class Unlike:
+    """A mask of its own for each image of the batch."""
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def forward(self, x):
+        return self.mask * x
+
+    adjoint = forward
+
+
+def noisy_images(n=3, seed=7, dtype=torch.float64):
+    return torch.rand(n, 2, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def objective(glow, y, z, operator=None, gamma=GAMMA):
+    """The docstring's formula, literally."""
+    x = glow.inverse(z)
+    measured = x if operator is None else operator.forward(x)
+    return ((measured - y) ** 2).flatten(1).sum(1) + gamma * (z**2).sum(1)
+
+
+@pytest.mark.parametrize("operator", [None, Half()])
+def test_gradient_vanishes_at_the_solution(operator):
+    glow = small_glow(shift=0.5)
+    y = noisy_images() if operator is None else operator.forward(noisy_images())
+    lowest = []
+    x = map_estimate(glow, y, GAMMA, operator=operator, steps=200, progress=lambda _, o: lowest.append(o))
+    z = glow(x)[0].detach().requires_grad_()
+    at_end, at_start = objective(glow, y, z, operator), objective(glow, y, torch.zeros_like(z), operator)
+    torch.testing.assert_close(at_end, lowest[-1])
+    torch.testing.assert_close(at_start, lowest[0])
+    (gradient,) = torch.autograd.grad(at_end.sum(), z)
+    (first,) = torch.autograd.grad(objective(glow, y, first_z := torch.zeros_like(z).requires_grad_(), operator).sum(),
+                                   first_z)
+    assert (gradient.norm(dim=1) < 1e-5 * first.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_objective_falls_from_step_to_step(optimizer):
+    seen = []
+    map_estimate(small_glow(), noisy_images(), GAMMA, optimizer=optimizer, steps=40, lr=0.05,
+                 progress=lambda step, lowest: seen.append((step, lowest)))
+    assert [step for step, _ in seen] == list(range(1, 41))
+    values = torch.stack([lowest for _, lowest in seen])
+    assert (values.diff(dim=0) <= 0).all()
+    assert (values[:20].diff(dim=0) < 0).float().mean() > 0.8
+    assert (values[-1] < 0.8 * values[0]).all()
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+@pytest.mark.parametrize("kind", ["identity", "masks"])
+def test_an_image_does_not_see_its_batch(optimizer, kind):
+    glow, y = small_glow(), noisy_images() * torch.tensor([0.1, 1, 30]).view(3, 1, 1, 1)  # unlike enough to disturb
+    mask = (noisy_images(seed=9) > 0.4).double()
+    options = {"optimizer": optimizer, "steps": 25}
+    if kind == "identity":
+        together = map_estimate(glow, y, GAMMA, **options)
+        alone = [map_estimate(glow, y[i : i + 1], GAMMA, **options) for i in range(3)]
+    else:
+        together = map_estimate(glow, mask * y, GAMMA, operator=Unlike(mask), **options)
+        alone = [map_estimate(glow, (mask * y)[i : i + 1], GAMMA, operator=Unlike(mask[i]), **options) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-8, atol=1e-8)
+
+
+def test_optimizers_agree():
+    glow, y = small_glow(), noisy_images()
+    a = map_estimate(glow, y, GAMMA, optimizer="lbfgs", steps=200)
+    b = map_estimate(glow, y, GAMMA, optimizer="adam", lr=0.02, steps=1500)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    assert (a - y).abs().max() > 0.05  # gamma did something
+
+
+def test_no_penalty_reproduces_the_measurement_and_a_large_one_the_mode():
+    glow, y = small_glow(), noisy_images()
+    torch.testing.assert_close(map_estimate(glow, y, 0, steps=300), y, rtol=0, atol=1e-4)
+    mode = glow.inverse(torch.zeros(3, y[0].numel(), dtype=y.dtype)).detach()
+    torch.testing.assert_close(map_estimate(glow, y, 1e6, steps=20), mode, rtol=0, atol=1e-4)
+
+
+def test_start():
+    glow, y = small_glow(), noisy_images()
+    torch.testing.assert_close(map_estimate(glow, y, GAMMA, start=y, steps=1), y)
+    reached = [map_estimate(glow, y, GAMMA, start=start, steps=200) for start in (None, y)]
+    torch.testing.assert_close(*reached, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_overflow_is_a_step_taken_back(optimizer, monkeypatch):
+    """Images that leave a ball around the start overflow, as those of an ill-conditioned inverse do."""
+    inverse, broken = flowkern.Glow.inverse, []
+
+    def bounded(self, z, *args, **kwargs):
+        x = inverse(self, z, *args, **kwargs)
+        outside = z.detach().square().sum(1) > 4
+        broken.append(outside)
+        return torch.where(outside[:, None, None, None], math.inf * x, x)
+
+    glow, y = small_glow(), noisy_images() * torch.tensor([0.5, 3, 3]).view(3, 1, 1, 1)
+    at_zero = objective(glow, y, torch.zeros(3, 128, dtype=y.dtype))
+    monkeypatch.setattr(flowkern.Glow, "inverse", bounded)
+    lowest = []
+    x = map_estimate(glow, y, 1e-3, optimizer=optimizer, lr=0.5, steps=40, progress=lambda _, o: lowest.append(o))
+    assert torch.stack(broken).any(0)[1:].all()
+    assert x.isfinite().all() and lowest[-1].isfinite().all() and (lowest[-1] < 0.95 * at_zero).all()
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "adam"])
+def test_the_flow_is_left_as_it_was(optimizer):
+    glow = small_glow().train()
+    glow.levels[0].requires_grad_(False)
+    glow.levels[1].eval()
+    first = next(p for p in glow.parameters() if p.requires_grad)
+    first.grad = torch.ones_like(first)
+    before = copy.deepcopy(glow.state_dict())
+    flags, modes = [p.requires_grad for p in glow.parameters()], [m.training for m in glow.modules()]
+    y = noisy_images().requires_grad_()
+    x = map_estimate(glow, y, GAMMA, optimizer=optimizer, steps=3, start=noisy_images(seed=8))
+    with pytest.raises(RuntimeError, match="stop"):
+        map_estimate(glow, y, GAMMA, progress=lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert not x.requires_grad and y.grad is None
+    assert [p.requires_grad for p in glow.parameters()] == flags and [m.training for m in glow.modules()] == modes
+    assert all(torch.equal(before[k], v) for k, v in glow.state_dict().items())
+    assert torch.equal(first.grad, torch.ones_like(first))
+    assert all(p.grad is None for p in glow.parameters() if p is not first)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_runs_where_gradients_are_off(context):
+    glow = small_glow()
+    expected = map_estimate(glow, noisy_images(), GAMMA, steps=5)
+    with context():
+        got = map_estimate(glow, noisy_images(), GAMMA, steps=5)
+    assert torch.equal(got, expected)
+
+
+def kept_bytes(glow, y):
+    """Bytes that autograd keeps from one evaluation and that grow with the batch, counted once per storage."""
+    storages = {}
+
+    def pack(tensor):
+        if tensor.numel() and tensor.untyped_storage().nbytes() % (len(y) * tensor.element_size()) == 0:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        map_estimate(glow, y, GAMMA, steps=1)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_memory_does_not_grow_with_depth():
+    y = noisy_images(37)  # 37 divides no other size here
+    kept = {
+        (memory, depth): kept_bytes(small_glow(depth=depth, memory=memory), y)
+        for memory in ("recompute", "store")
+        for depth in (2, 8)
+    }
+    assert kept["recompute", 2] == kept["recompute", 8]
+    assert 0 < kept["recompute", 8] <= 8 * y.nbytes
+    assert kept["store", 8] > 3 * kept["store", 2] > kept["recompute", 2]
+
+
+def test_other_sizes_single_precision_and_empty_batches():
+    glow = small_glow(dtype=torch.float32)
+    y = torch.rand(2, 2, 12, 4)
+    x = map_estimate(glow, y, GAMMA, steps=10)
+    assert x.shape == y.shape and x.dtype == torch.float32
+    for optimizer in ("lbfgs", "adam"):
+        assert map_estimate(glow, y[:0], GAMMA, steps=3, optimizer=optimizer).shape == (0, 2, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"glow": torch.nn.Identity()}, TypeError, "glow must be a flowkern.Glow, got Identity"),
+        ({"operator": 3}, TypeError, "operator must have the methods forward and adjoint, got int"),
+        ({"operator": Half()}, ValueError, r"expected images|is no measurement|divisible"),
+        ({"gamma": -1}, ValueError, "gamma must be a finite number >= 0, got -1"),
+        ({"gamma": "x"}, ValueError, "gamma must be a finite number >= 0, got 'x'"),
+        ({"gamma": math.inf}, ValueError, "gamma must be a finite number >= 0, got inf"),
+        ({"optimizer": "sgd"}, ValueError, "optimizer must be one of 'lbfgs', 'adam', got 'sgd'"),
+        ({"steps": 0}, ValueError, "steps must be a positive integer, got 0"),
+        ({"steps": True}, ValueError, "steps must be a positive integer, got True"),
+        ({"lr": 0}, ValueError, "lr must be a positive number, got 0"),
+        ({"progress": 1}, TypeError, "progress must be a function of the step and the objective, got int"),
+        ({"y": [1]}, TypeError, "y must be a floating-point tensor, got list"),
+        ({"y": torch.zeros(1, 2, 8, 8, dtype=torch.uint8)}, TypeError, "y must be .*, got torch.uint8"),
+        ({"y": torch.full((1, 2, 8, 8), math.nan)}, ValueError, "y contains NaN or infinite values"),
+        ({"y": torch.zeros(2, 8, 8)}, ValueError, r"expected images of shape \(N, 2, H, W\), got \(2, 8, 8\)"),
+        ({"y": torch.zeros(1, 2, 8, 8).double()}, TypeError, "the Glow is torch.float32"),
+        ({"start": torch.zeros(1, 2, 4, 4)}, ValueError, r"start must be images of shape \(1, 2, 8, 8\), got"),
+        ({"start": 0}, ValueError, r"start must be images of shape \(1, 2, 8, 8\), got int"),
+        ({"y": torch.full((1, 2, 8, 8), 1e30)}, ValueError, "the objective is not finite at the start"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    wrong = {"glow": small_glow(dtype=torch.float32), "y": torch.zeros(1, 2, 8, 8), "gamma": 0.1} | arguments
+    if arguments.get("operator").__class__ is Half:
+        wrong["operator"].adjoint = lambda y: y  # not A's: it gives an image whose measurement is not like y
+    with pytest.raises(error, match=message) as caught:
+        map_estimate(wrong.pop("glow"), wrong.pop("y"), wrong.pop("gamma"), **wrong)
+    assert "\n" not in str(caught.value)

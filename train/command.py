@@ -1,0 +1,38 @@
+"""How every command begins and ends: the extra is there, mistakes are one sentence, all processes agree."""
+
+import sys
+from collections.abc import Callable
+
+from train import extras, ranks
+
+# What a user can put right during set-up; later exceptions are defects and keep their traceback.
+MISTAKES = (OSError, ValueError, TypeError, RuntimeError, ImportError)
+
+
+def run(prepare: Callable[[], Callable[[], object]]) -> int:
+    """Run a command and return its exit status.
+
+    prepare: checks everything that can be checked and returns what then does the work. A mistake of the user's ends in
+    one sentence on stderr and status 2, a loss that is no longer finite in one sentence and status 3. Under torchrun
+    only the first process speaks.
+    """
+    try:
+        try:
+            extras.require()
+            ranks.start()
+            work = prepare()
+        except MISTAKES as error:
+            return _told(error, 2)
+        try:
+            work()
+        except FloatingPointError as error:
+            return _told(error, 3)
+        return 0
+    finally:
+        ranks.stop()
+
+
+def _told(error: Exception, status: int) -> int:
+    if ranks.is_first():
+        print(f"error: {error}", file=sys.stderr)
+    return status

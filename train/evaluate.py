@@ -1,0 +1,118 @@
+"""`python -m train.evaluate RUN...`: finished runs on the same test images, in one table and one figure."""
+
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from train import command
+from train.config import add_settings, setting
+
+# What must agree for runs to be compared: where the images come from and how they become test images.
+IMAGES = ("data", "fit", "eval_size", "val_images", "test_images")
+
+
+@dataclass
+class Settings:
+    """The settings of an evaluation. None: as in the runs."""
+
+    data: str | None = setting("evaluation", None, "Evaluate on these images (default: those of the runs).")
+    fit: Literal["resize", "crop"] | None = setting("evaluation", None, "How images become square (default: as runs).")
+    eval_size: int | None = setting("evaluation", None, "Side of the test images (default: as the runs).")
+    val_images: int | None = setting("evaluation", None, "Images to tune references on (default: as the runs).")
+    test_images: int | None = setting("evaluation", None, "Test images (default: as the runs).")
+    references: list[Literal["tv", "denoiser", "map"]] = setting(
+        "evaluation",
+        ("tv", "denoiser"),
+        "Methods to compare with: total variation; BM3D where installed, else non-local means; the MAP estimate in "
+        "the latent space of the first Glow's prior.",
+    )
+    eval_sigmas: list[float] = setting("evaluation", (0.10, 0.15, 0.20, 0.25), "Noise levels.")
+    figure_images: int = setting("evaluation", 4, "Test images shown in the figure.")
+    out: str | None = setting("evaluation", None, "Folder of the results (default: the next free number in runs/).")
+
+
+def prepare(runs: list[str], settings: Settings):
+    """Read the runs and the images. Returns what evaluates them.
+
+    Raises FileNotFoundError for what is no finished run, ValueError for runs that can't be compared and bad settings.
+    """
+    from train import data, folder, run
+
+    found = [(config, where) for config, where in map(_read, runs)]
+    base = _common(found, settings)
+    chosen = {name: getattr(settings, name) for name in (*IMAGES, "references", "eval_sigmas", "figure_images")}
+    base = replace(base, **{k: v for k, v in chosen.items() if v is not None})
+    glow = next(((config, where) for config, where in found if config.prox == "glow"), None)
+    if "map" in base.references and glow is None:
+        raise ValueError("the reference 'map' needs the prior of a Glow; none of the runs has one")
+    target = folder.fresh(settings.out, "evaluate")
+    images = data.prepare(base, splits=("val", "test"))
+    networks = [run.load_network(config, where) for config, where in found]
+    target.path.mkdir(parents=True, exist_ok=True)
+
+    def work() -> Path:
+        methods = run.references(base, glow[1] if glow else target)
+        names = _names([config.prox for config, _ in found], [where.path.name for _, where in found])
+        for (config, where), net, (key, title) in zip(found, networks, names, strict=True):
+            methods.append(replace(run.method_of(config, where, net), key=key, title=title))
+        run.compare(methods, images, base, target, {"runs": [str(where.path) for _, where in found]})
+        return target.path
+
+    return work
+
+
+def _read(path: str):
+    from train import config
+    from train.folder import Folder
+
+    where = Folder(Path(path))
+    if not where.config.is_file() or not where.is_complete("unfolded"):
+        raise FileNotFoundError(f"{path} holds no trained network: pass the folder of a finished run")
+    return config.load(where.config), where
+
+
+def _common(found: list, settings: Settings):
+    """The first run's settings, if all that matters is the same in the others."""
+    (base, first), *others = found
+    for config, where in others:
+        for name in IMAGES:
+            a, b = (getattr(c, name) or (c.size if name == "eval_size" else None) for c in (base, config))
+            if getattr(settings, name) is None and a != b:
+                option = "--" + name.replace("_", "-")
+                raise ValueError(f"{first.path} has {name} = {a!r} and {where.path} {b!r}: say which with {option}")
+    return replace(base, eval_size=base.eval_size or base.size)
+
+
+def _names(proxes: list[str], folders: list[str]) -> list[tuple[str, str]]:
+    """A key and a title for each run; runs with the same prox have their folder's name in it."""
+    from train.run import TITLES
+
+    return [
+        (f"{prox}-{i}", TITLES[prox] + (f" ({folders[i]})" if proxes.count(prox) > 1 else ""))
+        for i, prox in enumerate(proxes)
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status; a mistake of the user's ends in one sentence on stderr and status 2."""
+
+    def start():
+        import jsonargparse
+
+        parser = jsonargparse.ArgumentParser(
+            prog="python -m train.evaluate",
+            description="Evaluate trained runs on the same test images: PSNR and SSIM at several noise levels beside "
+            "reference methods, parameters, time per image, memory of a training step; table.md, results.json and "
+            "denoised.png, with the protocol.",
+        )
+        parser.add_argument("runs", metavar="RUN", nargs="+", type=str, help="Folders of finished runs.")
+        add_settings(parser, Settings)
+        values = parser.parse_args(arguments)
+        return prepare(values.runs, Settings(**{f.name: values[f.name] for f in fields(Settings)}))
+
+    return command.run(start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""`python -m train.pretrain`: train a Glow by likelihood; bits per dimension, samples, a prior for `train.unfolded`."""
+
+import sys
+from dataclasses import replace
+
+from train import command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status; a mistake of the user's ends in one sentence on stderr and status 2."""
+
+    def prepare():
+        from train import config
+
+        settings = config.Command(
+            "pretrain",
+            "Train a Glow by likelihood on dequantised images, report bits per dimension of held-out images and show "
+            "samples at several temperatures. The run's folder serves `train.unfolded --prior-checkpoint`. The same "
+            "command continues a run that was interrupted.",
+            hidden=("unfolded", "start", "denoising", "evaluation", "comparison"),
+        ).parse(arguments)
+        if settings.prox != "glow":
+            raise ValueError(f"only a Glow can be pre-trained; prox is {settings.prox!r}")
+        settings = replace(settings, prior_checkpoint=None, pretrain=True)
+        settings.check_schedule("prior")
+        from train import run
+
+        return run.prepare(settings, kind="pretrain").pretrain
+
+    return command.run(prepare)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

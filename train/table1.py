@@ -1,0 +1,81 @@
+"""`python -m train.table1`: the paper's Table 1 and Figure 1. Three proxes, trained alike, beside reference methods."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from train import command
+from train.config import Command, Config
+
+PROXES = ("resnet", "unet", "glow")
+
+
+def work(campaign, settings: Config) -> Path:
+    """Pre-training, trials of learning rates, all runs, then table and figure: what is done already is left alone."""
+    from train import comparison, ranks
+
+    priors = {seed: campaign.prior(f"prior-seed{seed}", seed=seed) for seed in settings.seeds}
+    start = {"glow": lambda seed: {"prior_checkpoint": str(priors[seed])}}
+    rates, trials = {}, {}
+    for prox in PROXES:
+        options = _options(prox) | start.get(prox, lambda seed: {})(settings.seeds[0])
+        trials[prox] = _trials(campaign, settings, prox, options) if len(settings.trial_lrs) > 1 else {}
+        rates[prox] = min(trials[prox], key=trials[prox].get, default=settings.trial_lrs[0])
+    runs = {
+        prox: [
+            campaign.network(
+                f"{prox}-seed{seed}",
+                seed=seed,
+                lr=rates[prox],
+                **_options(prox),
+                **start.get(prox, lambda seed: {})(seed),
+            )
+            for seed in settings.seeds
+        ]
+        for prox in PROXES
+    }
+    if ranks.is_first():
+        comparison.report_runs(campaign, settings, runs, trials)
+    return campaign.folder.path
+
+
+def _options(prox: str) -> dict:
+    return {"prox": prox} if prox == "glow" else {"prox": prox, "init": None, "references": ["tv"]}
+
+
+def _trials(campaign, settings: Config, prox: str, options: dict) -> dict[float, float]:
+    """The best validation loss that each learning rate reached."""
+    from train import report
+
+    losses = {}
+    for lr in settings.trial_lrs:
+        steps = settings.trial_steps or settings.steps
+        tried = campaign.attempt(f"trial-{prox}-lr{lr:g}", seed=settings.seeds[0], lr=lr, steps=steps, **options)
+        losses[lr] = report.training(tried.folder)["unfolded"]["best_val_loss"] if tried else float("inf")
+    return losses
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status; a mistake of the user's ends in one sentence on stderr and status 2."""
+
+    def prepare():
+        settings = Command(
+            "table1",
+            "Reproduce Table 1 and Figure 1 of Wei et al.: pre-train a Glow, choose each prox's learning rate on "
+            "validation images with equal trials, train the unfolded network with a ResNet, a U-Net and a Glow under "
+            "equal budgets, and compare them with reference methods on the same test images. The same command "
+            "continues where an interruption left off.",
+            hidden=("start",),
+        ).parse(arguments)
+        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None)
+        settings.check_schedule("prior", "unfolded")
+        from train import campaign
+
+        made = campaign.prepare(settings, "table1")
+        return lambda: made.keep(lambda: work(made, settings))
+
+    return command.run(prepare)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
