@@ -58,11 +58,11 @@ def markdown(title: str, header: list[str], rows: list[list[str]], notes: dict[s
     return f"{title}\n\n{body}\n\n" + "".join(f"- {name}: {text}\n" for name, text in notes.items())
 
 
-def write(folder: Folder, found: Evaluation, notes: dict[str, str], more: dict) -> None:
+def write(folder: Folder, found: Evaluation, notes: dict[str, str], more: dict, against: str = "tv") -> None:
     """table.md, then results.json. notes: what the table's reader has to know; more: further results, by name."""
-    header, rows = table(found)
+    header, rows = table(found, against)
     folder.table.write_text(markdown("PSNR in dB (SSIM); gains: mean ± standard error.", header, rows, notes))
-    results = {"methods": scores_as_json(found), "protocol": notes, **more, **circumstances()}
+    results = {"methods": scores_as_json(found, against), "protocol": notes, **circumstances(), **more}
     finish(folder.results, results)
 
 
@@ -73,15 +73,15 @@ def finish(path: Path, results: dict) -> None:
     partial.replace(path)
 
 
-def scores_as_json(found: Evaluation) -> dict:
+def scores_as_json(found: Evaluation, against: str = "tv") -> dict:
     """Everything in the table, and more digits of it."""
     result = {}
     for key, scores in found.scores.items():
         levels = []
         for sigma in found.sigmas:
             level = {"sigma": sigma, "psnr": scores.psnr[sigma].mean().item(), "ssim": scores.ssim[sigma].mean().item()}
-            if "tv" in found.scores and key not in ("tv", "noisy"):
-                level["gain_over_tv"] = found.gain(key, "tv", sigma)
+            if against in found.scores and key not in (against, "noisy"):
+                level[f"gain_over_{against}"] = found.gain(key, against, sigma)
             levels.append(level | ({"setting": scores.settings[sigma]} if sigma in scores.settings else {}))
         result[key] = {"title": scores.method.title, "levels": levels, **scores.method.facts}
         if not math.isnan(scores.seconds_per_image) and key != "noisy":

@@ -143,17 +143,18 @@ class Run:
             print(text, flush=True)
 
 
-def compare(methods: list[Method], images: Data, config: Config, folder: Folder, more: dict) -> evaluation.Evaluation:
-    """Evaluate methods on a run's test images and leave table, figure and results in the folder. more: further results.
+def compare(
+    methods: list[Method], images: Data, config: Config, folder: Folder, more: dict, against: str = "tv"
+) -> None:
+    """Evaluate methods on a run's test images, leave table, figure and results in the folder, and print the table.
 
-    The evaluation is returned; the table is printed, too.
+    more: further results. against: the method over which gains are given.
     """
     shown = config.figure_images
     found = evaluation.evaluate(methods, images.val, images.test, config.eval_sigmas, shown, progress=True)
     figures.denoised(folder.denoised, found)
-    report.write(folder, found, report.protocol(found) | {"data": images.describe()}, more)
-    report.show(*report.table(found), title=f"PSNR in dB (SSIM), {found.images} test images")
-    return found
+    report.write(folder, found, report.protocol(found) | {"data": images.describe()}, more, against)
+    report.show(*report.table(found, against), title=f"PSNR in dB (SSIM), {found.images} test images")
 
 
 def load_network(config: Config, folder: Folder) -> Unfolded:
