@@ -210,7 +210,7 @@ setup(
     description="Glow normalizing flows that train in constant memory, and the deep-unfolded denoiser built on them",
     license="MIT",
     python_requires=">=3.10",
-    packages=["flowkern", "flowkern.adapters", "flowkern.dialects", "flowkern.kernels"],
+    packages=["flowkern", "flowkern.adapters", "flowkern.dialects", "flowkern.kernels", "flowkern.operators"],
     package_dir={"flowkern.kernels": "kernels"},
     ext_modules=[Extension("flowkern._C", sources=_relative("*.cpp"), depends=[*_relative("*.h"), *_relative("*.cu")],
                            optional=True)],
@@ -219,7 +219,8 @@ setup(
                       "safetensors", "ninja", "pybind11"],
     extras_require={
         "train": ["lightning>=2.4", "jsonargparse[signatures]>=4.32", "torchmetrics>=1.4", "scikit-image>=0.23",
-                  "matplotlib>=3.8", "pillow>=10", "rich>=13", "tensorboard"],
+                  "matplotlib>=3.8", "pillow>=10", "imagecodecs>=2025.3.30", "tifffile>=2024.8.30", "rich>=13",
+                  "tensorboard"],
         "test": ["pytest>=8", "pytest-benchmark>=4", "ruff", "zuko", "scikit-learn", "onnx", "onnxscript",
                  "huggingface_hub"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", "tqdm", "scipy"],

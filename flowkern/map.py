@@ -33,10 +33,12 @@ def map_estimate(
     clipped either. gamma: a number >= 0. Both norms are sums, over as many pixels as latents, so that a gamma carries
     over to images of other sizes; white noise of standard deviation sigma makes z's posterior mode gamma = sigma^2.
     operator: A, an object with `forward` and `adjoint` (default: the identity). It sees the whole batch every time.
-    optimizer: "lbfgs" or "adam". steps: evaluations of the objective with its gradient, of which an L-BFGS iteration
-    costs one, and one more for every step it takes back. lr: Adam's rate; for L-BFGS the root mean square of the first
-    step, before there is curvature to go by. start: images (N, C, H, W) to start from (default: z = 0, the most likely
-    latent). progress: called after each evaluation with its number, from 1, and the lowest objective so far (N,).
+    optimizer: "lbfgs" or "adam". On a smooth flow L-BFGS is far ahead; the kinks of ReLU networks slow it down, so that
+    on a trained Glow Adam gets as far in as many steps. steps: evaluations of the objective with its gradient, of which
+    an L-BFGS iteration costs one, and one more for every step it takes back. lr: Adam's rate; for L-BFGS the root mean
+    square of the first step, before there is curvature to go by. start: images (N, C, H, W) to start from (default:
+    z = 0, the most likely latent). progress: called after each evaluation with its number, from 1, and the lowest
+    objective so far (N,).
 
     Every image is its own problem with its own steps: it comes out as it would alone. Points whose objective or
     gradient is not finite are taken back like any bad step. The lowest point seen is returned. The flow is used in
@@ -61,7 +63,8 @@ def map_estimate(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be a function of the step and the objective, got {type(progress).__name__}")
     if not isinstance(y, Tensor) or not y.is_floating_point():
-        raise TypeError(f"y must be a floating-point tensor, got {y.dtype if isinstance(y, Tensor) else type(y).__name__}")
+        given = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y must be a floating-point tensor, got {given}")
     # Lightning evaluates in inference mode, whose tensors autograd refuses: hence the copies.
     with torch.inference_mode(False), torch.enable_grad(), _as_it_is(glow):
         y = y.detach().clone()
@@ -70,8 +73,9 @@ def map_estimate(
         with torch.no_grad():
             like = glow._check_image(operator.adjoint(y))
             z, size = _latent(glow, like, start), like.shape[2:]
-            if operator.forward(like).shape != y.shape:
-                raise ValueError(f"y of shape {tuple(y.shape)} is no measurement by this operator of {tuple(like.shape)}")
+            measured = operator.forward(like)
+            if measured.shape != y.shape:
+                raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
         stepper = OPTIMIZERS[optimizer](z, lr)
         best, lowest = torch.zeros_like(like), torch.full_like(z[:, 0], math.inf)
         for step in range(1, steps + 1):

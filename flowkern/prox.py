@@ -33,7 +33,7 @@ class GlowProx(nn.Module):
         if not (isinstance(lam, int | float) and 0 < lam < math.inf):
             raise ValueError(f"lam must be a positive number, got {lam!r}")
         self.glow = glow
-        self.raw_lam = nn.Parameter(torch.tensor(lam + math.log(-math.expm1(-lam))))  # softplus's inverse
+        self.raw_lam = nn.Parameter(torch.tensor(inverse_softplus(lam)))
 
     @property
     def lam(self) -> Tensor:
@@ -58,14 +58,24 @@ class GlowProx(nn.Module):
             raise ValueError("a GlowProx whose Glow has its own coupling network can't be made from its configuration")
         return cls(Glow(**glow, **options))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (N, C, H, W) -> (N, C, H, W)."""
+    def forward(self, x: Tensor, scale: float | Tensor | None = None) -> Tensor:
+        """x (N, C, H, W) -> (N, C, H, W). scale: a factor of lambda, >= 0: a number or a tensor of one, or one an image
+        (N,).
+        """
         z, _ = self.glow(x)
-        return self.glow.inverse(ops.shrink(z, self.lam, self.glow.backend), x.shape[2:])
+        lam = self.lam if scale is None else self.lam * scale
+        # The op and its kernels know one lambda for all; this keeps the same for backward, the latent.
+        z = z / (1 + lam[:, None]) if lam.ndim else ops.shrink(z, lam, self.glow.backend)
+        return self.glow.inverse(z, x.shape[2:])
 
     def mode(self, x: Tensor) -> Tensor:
         """The image of the latent mode, g(0), (1, C, H, W) of the size of x (N, C, H, W); differentiable."""
         return self.glow.inverse(x.new_zeros(1, math.prod(x.shape[1:])), x.shape[2:])
+
+
+def inverse_softplus(value: float) -> float:
+    """The number whose softplus is `value` > 0."""
+    return value + math.log(-math.expm1(-value))
 
 
 class _NetworkProx(nn.Module):

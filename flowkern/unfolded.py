@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import ops, saving
-from flowkern.operators import Identity
-from flowkern.prox import PROXES
+from flowkern.operators import Identity, Operator, exact_consistency
+from flowkern.operators import from_config as operator_from_config
+from flowkern.prox import PROXES, inverse_softplus
 
 INITS = ("mode", "adjoint")
 FINALS = ("prox", "consistency")
+CONSISTENCIES = ("gradient", "exact")
 
 
 class Unfolded(nn.Module):
@@ -25,18 +28,32 @@ class Unfolded(nn.Module):
     prox: one module, copied for each fold, or a sequence of `folds` modules, used as they are.
     tied: the copies of a single prox share their weights; each fold keeps its own mu, lambda and batch norm, whose
         statistics differ from fold to fold. Default: untied, every fold has weights of its own.
-    operator: an object with `forward` and `adjoint`, default `Identity()` (denoising).
+    operator: an object with `forward` and `adjoint`, default `Identity()` (denoising); see `flowkern.operators`. One
+        that is a module moves and is saved with the network, and what it learns is trained along.
     init: where x starts: "mode", the prior's most likely image g(0) through fold 1's flow, computed once per batch;
-        "adjoint", A^T y; or a function of y. Default: "mode" where the prox has one, else "adjoint".
+        "adjoint", A^T y, which is dim or empty where A averages or loses pixels (divided by factor^2 behind
+        `Downsample`, black in the holes of `Inpainting`); or a function of y. Default: "mode" where the prox has one,
+        else "adjoint".
     final: "prox" ends with the last fold's prox; "consistency" is equation 11 as printed, g(f(x~)) = x~: the last
         fold ends after its data consistency, and its prox, which would cancel, is not run. A plain attribute: it may be
         changed after training.
-    mu: where the learnt step sizes start, away from 0: from 0.1 training went nowhere near as far as from 0.5.
+    consistency: "gradient", the step above; or "exact", for an operator with `normal_inverse`: x~ is the image that
+        minimises `||A x~ - y||^2 + rho_k ||x~ - x||^2`, with rho_k = softplus(raw_rho_k) learnt instead of mu_k. rho
+        starts at ||A||^2, from where the residual is halved in A's strongest direction as it is by mu's default.
+    mu: where the learnt step sizes start, away from 0: from 0.1 denoising went nowhere near as far as from 0.5.
+        Default: 0.5 / ||A||^2, a quarter of the step from which on the residual may grow; it is 0.5 for denoising.
+        ||A|| is `operator.norm(size)` for the size of the Glow, if there is one; an operator without `norm` is taken to
+        have norm 1.
+    noise_aware: the network is told the noise level, `net(y, sigma=...)`, and scales its lambdas by
+        (sigma / sigma_ref)^2, so that one network serves a range of levels: the square is how the prior's weight grows
+        in the posterior. It needs proxes with a lambda, as `GlowProx`. sigma_ref: where the lambdas are as learnt.
+        The default is the level at which the paper trains.
 
     What is kept for backward is a few images per fold and what the proxes keep, which for a `GlowProx` in recompute
     mode is one latent: memory does not grow with the depth of the flow.
 
-    Raises TypeError for a prox, operator or init of the wrong kind, ValueError for wrong values.
+    Raises TypeError for a prox, operator or init of the wrong kind, exact consistency with an operator that has none,
+    and noise awareness with a prox that has none, ValueError for wrong values.
     """
 
     def __init__(
@@ -48,20 +65,36 @@ class Unfolded(nn.Module):
         tied: bool = False,
         init: str | Callable[[Tensor], Tensor] | None = None,
         final: str = "prox",
-        mu: float = 0.5,
+        consistency: str = "gradient",
+        mu: float | None = None,
+        noise_aware: bool = False,
+        sigma_ref: float = 0.2,
     ):
         super().__init__()
         if not isinstance(folds, int) or isinstance(folds, bool) or folds < 1:
             raise ValueError(f"folds must be a positive integer, got {folds!r}")
-        if not (isinstance(mu, int | float) and math.isfinite(mu)):
+        if mu is not None and not (isinstance(mu, int | float) and math.isfinite(mu)):
             raise ValueError(f"mu must be a finite number, got {mu!r}")
+        if consistency not in CONSISTENCIES:
+            raise ValueError(f"consistency must be 'gradient' or 'exact', got {consistency!r}")
+        if consistency == "exact" and mu is not None:
+            raise ValueError(f"exact consistency learns rho and has no step size mu, got mu={mu!r}")
+        if not (isinstance(sigma_ref, int | float) and 0 < sigma_ref < math.inf):
+            raise ValueError(f"sigma_ref must be a positive number, got {sigma_ref!r}")
         operator = Identity() if operator is None else operator
         if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
             raise TypeError(f"operator must have the methods forward and adjoint, got {type(operator).__name__}")
+        if consistency == "exact" and not callable(getattr(operator, "normal_inverse", None)):
+            raise TypeError(f"exact consistency needs an operator with normal_inverse, not {type(operator).__name__}")
         self.operator = operator
+        self.consistency = consistency
         self.tied = tied
         self.proxes = nn.ModuleList(_one_per_fold(prox, folds, tied))
-        self.mu = nn.Parameter(torch.full((folds,), float(mu)))
+        gain = _norm(operator, self.proxes[0]) ** 2 if mu is None else None
+        exact = consistency == "exact"
+        # One of the two: a parameter that is not used would have no gradient, which DDP waits for.
+        self.mu = None if exact else nn.Parameter(torch.full((folds,), float(0.5 / gain if mu is None else mu)))
+        self.raw_rho = nn.Parameter(torch.full((folds,), inverse_softplus(gain))) if exact else None
         has_mode = hasattr(self.proxes[0], "mode")
         self.init = ("mode" if has_mode else "adjoint") if init is None else init
         if self.init not in INITS and not callable(self.init):
@@ -71,6 +104,15 @@ class Unfolded(nn.Module):
                 f"init='mode' needs a prox with a most likely image; {type(self.proxes[0]).__name__} has none"
             )
         self.final = final
+        without = [type(prox).__name__ for prox in self.proxes if not hasattr(prox, "lam")]
+        if noise_aware and without:
+            raise TypeError(f"noise_aware=True scales the lambda of a prox; {without[0]} has none")
+        self.noise_aware, self.sigma_ref = bool(noise_aware), float(sigma_ref)
+
+    @property
+    def rho(self) -> Tensor | None:
+        """The learnt weights (folds,) of exact data consistency, None with gradient steps."""
+        return None if self.raw_rho is None else F.softplus(self.raw_rho)
 
     @property
     def final(self) -> str:
@@ -82,43 +124,52 @@ class Unfolded(nn.Module):
             raise ValueError(f"final must be 'prox' or 'consistency', got {value!r}")
         self._final = value
 
-    def forward(self, y: Tensor) -> Tensor:
-        """The estimate of x from the measurement y. For denoising y is (N, C, H, W), pixels in [0, 1] plus noise,
-        and so is the result; it is not clipped.
+    def forward(self, y: Tensor, *, sigma: float | Tensor | None = None) -> Tensor:
+        """The estimate of x (N, C, H, W) from the measurement y; it is not clipped.
+
+        y: what the operator's `forward` gives, N first; for denoising (N, C, H, W), pixels in [0, 1] plus noise.
+        sigma: the standard deviation of the noise in y, in y's units, >= 0: a number or a tensor of one, or one an
+        image (N,). For a network with noise_aware=True, which wants it, and for no other.
+
+        Raises ValueError for a y or sigma that does not fit.
         """
-        if not isinstance(y, Tensor) or y.ndim != 4 or not y.is_floating_point():
-            given = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
-            raise ValueError(f"y must be a floating-point tensor (N, C, H, W), got {given}")
+        self._check(y)
+        scale = self._scale(sigma, y)
         x = self._start(y)
         last = len(self.proxes) - 1
         for k, prox in enumerate(self.proxes):
-            x = self._consistency(x, y, self.mu[k])
+            x = self._consistent(x, y, k)
             if k < last or self.final == "prox":
-                x = prox(x)
+                x = prox(x) if scale is None else prox(x, scale)
         return x
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write weights and configuration into the folder `path`, made if missing.
 
-        Raises ValueError for what a configuration can't name: an operator other than the identity, a function as
-        `init`, or proxes that differ between folds or don't describe themselves with `config`.
+        Raises ValueError for what a configuration can't name: an operator that has none, a function as `init`, or
+        proxes that differ between folds or don't describe themselves with `config`.
         """
         configs = [getattr(prox, "config", None) for prox in self.proxes]
+        operator = getattr(self.operator, "config", None) if isinstance(self.operator, Operator) else None
         if (
-            not isinstance(self.operator, Identity)
+            operator is None
             or self.init not in INITS
             or None in configs
             or any(config != configs[0] for config in configs)
         ):
             raise ValueError(
-                "only an Unfolded of alike, library-made proxes, with the identity as operator and a named "
+                "only an Unfolded of alike, library-made proxes, with an operator that has a configuration and a named "
                 "init, can be saved with its configuration; save the state_dict of this one"
             )
         config = {
             "folds": len(configs),
             "tied": self.tied,
+            "operator": operator,
             "init": self.init,
             "final": self.final,
+            "consistency": self.consistency,
+            "noise_aware": self.noise_aware,
+            "sigma_ref": self.sigma_ref,
             "kind": type(self.proxes[0]).__name__,
             "prox": configs[0],
         }
@@ -133,14 +184,51 @@ class Unfolded(nn.Module):
         config, weights = saving.read(path, "Unfolded")
         try:
             made = PROXES[config["kind"]].from_config(config["prox"], **options)
+            # Folders written before there were operators, or the choices below, hold none.
+            later = ("tied", "consistency", "noise_aware", "sigma_ref")
             net = cls(
-                made, config["folds"], tied=config.get("tied", False), init=config["init"], final=config["final"]
+                made,
+                config["folds"],
+                operator_from_config(config.get("operator", {"kind": "Identity"})),
+                init=config["init"],
+                final=config["final"],
+                # mu is among the weights: no norm of an operator that is still to be filled.
+                mu=None if config.get("consistency") == "exact" else 0.5,
+                **{name: config[name] for name in later if name in config},
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold the configuration of an Unfolded: {error}") from error
-        dtype = weights["mu"].dtype if "mu" in weights else torch.float32
+        dtype = next((weights[name].dtype for name in ("mu", "raw_rho") if name in weights), torch.float32)
         saving.fill(net.to(dtype), weights, f"the weights in {path}")
         return net
+
+    def _check(self, y: Tensor) -> None:
+        """Raises ValueError for what can't be a measurement; the operator knows more."""
+        images = isinstance(self.operator, Identity)
+        numbers = isinstance(y, Tensor) and (y.is_floating_point() or (y.is_complex() and not images))
+        if not numbers or (images and y.ndim != 4):
+            given = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"y must be a floating-point tensor{' (N, C, H, W)' if images else ''}, got {given}")
+
+    def _scale(self, sigma: float | Tensor | None, y: Tensor) -> float | Tensor | None:
+        """The factor of every lambda: a number or (N,) like sigma, None where the network is not told sigma."""
+        if not self.noise_aware:
+            if sigma is not None:
+                raise ValueError("sigma is for a network made with noise_aware=True, and this one was not")
+            return None
+        if sigma is None:
+            raise ValueError("this network was made with noise_aware=True and wants the noise level, net(y, sigma=...)")
+        if not isinstance(sigma, Tensor):
+            if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 <= sigma < math.inf:
+                raise ValueError(f"sigma must be a number >= 0, or a tensor of one or of one an image, got {sigma!r}")
+            return (sigma / self.sigma_ref) ** 2
+        if tuple(sigma.shape) not in ((), (len(y),)):
+            raise ValueError(f"sigma must hold one number or one for each of {len(y)} images, got {tuple(sigma.shape)}")
+        # On a GPU looking at the values would wait for it; traced, there are none yet.
+        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((sigma >= 0).all()):
+            raise ValueError("sigma must be >= 0, got a tensor with a number that is not")
+        steps = self.mu if self.raw_rho is None else self.raw_rho
+        return (sigma.to(steps) / self.sigma_ref) ** 2
 
     def _start(self, y: Tensor) -> Tensor:
         if self.init == "adjoint":
@@ -150,10 +238,28 @@ class Unfolded(nn.Module):
             return self.proxes[0].mode(like).expand_as(like) if len(like) else like
         return self.init(y)
 
-    def _consistency(self, x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
+    def _consistent(self, x: Tensor, y: Tensor, fold: int) -> Tensor:
+        """x, drawn towards the images whose measurement is y."""
+        if self.consistency == "exact":
+            return exact_consistency(self.operator, x, y, F.softplus(self.raw_rho[fold]))
+        mu = self.mu[fold]
         if isinstance(self.operator, Identity):
             return ops.data_consistency(x, y, mu)
-        return x - mu * self.operator.adjoint(self.operator.forward(x) - y)
+        measured = self.operator.forward(x)
+        if measured.shape != y.shape:
+            raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
+        return x - mu * self.operator.adjoint(measured - y)
+
+
+def _norm(operator, prox: nn.Module) -> float:
+    """||A||, on images of the size that the prox's Glow was made for if there is one; 1 if the operator can't tell."""
+    if not callable(getattr(operator, "norm", None)):
+        return 1.0
+    try:
+        norm = operator.norm(getattr(getattr(prox, "glow", None), "size", None))
+    except ValueError:  # an operator for another size: a Glow takes any
+        norm = operator.norm()
+    return norm if 0 < norm < math.inf else 1.0
 
 
 def _one_per_fold(prox, folds: int, tied: bool) -> list[nn.Module]:

@@ -1,4 +1,6 @@
-"""The unfolded network against a literal transcription of the paper's equations 7-11, and its choices and errors."""
+"""The unfolded network against a literal transcription of the paper's equations 7-11, for denoising and for other
+measurements, and its choices and errors.
+"""
 
 import copy
 import json
@@ -10,7 +12,18 @@ from torch import nn
 
 import flowkern
 from flowkern import reference
-from flowkern.operators import Identity
+from flowkern.operators import (
+    OPERATORS,
+    Blur,
+    Compose,
+    Downsample,
+    Identity,
+    Inpainting,
+    Operator,
+    RandomProjection,
+    gaussian_kernel,
+)
+from train.stages import is_step_size
 
 
 def make_glow(size=(3, 8, 8), depth=2, seed=0, dtype=torch.float64, **options):
@@ -30,24 +43,40 @@ def make_net(folds=3, dtype=torch.float64, **options):
     proxes = [flowkern.GlowProx(glow, lam=0.05 * (k + 1)) for k, glow in enumerate(glows)]
     net = flowkern.Unfolded(proxes, folds, **options).to(dtype)
     with torch.no_grad():
-        net.mu += torch.linspace(-0.1, 0.1, folds, dtype=dtype)
+        steps = net.mu if net.raw_rho is None else net.raw_rho
+        steps += torch.linspace(-0.1, 0.1, folds, dtype=dtype)
     return net
 
 
-def literal(net, y, final="prox", operator=None):
-    """Equations 7-11 as they are printed (equation 7 with mu negated), by the reference's formulas."""
+def literal(net, y, final="prox", operator=None, scale=1.0):
+    """Equations 7-11 as they are printed (equation 7 with mu negated), by the reference's formulas. Exact consistency
+    by a dense solve; scale: of the lambdas, () or (N, 1).
+    """
     operator = operator or Identity()
     shape = operator.adjoint(y).shape
-    x = reference.glow_inverse(net.proxes[0].glow, y.new_zeros(shape[0], math.prod(shape[1:])))[0]
+    zeros = net.proxes[0].raw_lam.new_zeros(shape[0], math.prod(shape[1:]))
+    x = reference.glow_inverse(net.proxes[0].glow, zeros)[0]
     for k, prox in enumerate(net.proxes):
-        minus_mu = -net.mu[k]
-        x_tilde = x - minus_mu * operator.adjoint(y - operator.forward(x))  # (7)
+        if net.consistency == "exact":
+            x_tilde = solved(operator, x, y, torch.log1p(torch.exp(net.raw_rho[k])), shape)
+        else:
+            minus_mu = -net.mu[k]
+            x_tilde = x - minus_mu * operator.adjoint(y - operator.forward(x))  # (7)
         z_tilde, _ = reference.glow_forward(prox.glow, x_tilde)  # (8)
         if final == "consistency" and k == len(net.proxes) - 1:
             return reference.glow_inverse(prox.glow, z_tilde)[0]  # (11)
-        z = z_tilde / (1 + torch.log1p(torch.exp(prox.raw_lam)))  # (9)
+        z = z_tilde / (1 + torch.log1p(torch.exp(prox.raw_lam)) * scale)  # (9)
         x = reference.glow_inverse(prox.glow, z)[0]  # (10)
     return x
+
+
+def solved(operator, x, y, rho, shape):
+    """The minimiser v of ||A v - y||^2 + rho ||v - x||^2, image by image, with A as a matrix."""
+    n, *size = shape
+    basis = torch.eye(math.prod(size), dtype=x.dtype)
+    a = torch.stack([operator.forward(e.reshape(1, *size).expand(n, *size)).flatten(1) for e in basis], dim=2)
+    right = (a.mT @ y.flatten(1)[..., None])[..., 0] + rho * x.flatten(1)
+    return torch.linalg.solve(a.mT @ a + rho * basis, right).reshape(shape)
 
 
 class Mask:
@@ -59,23 +88,221 @@ class Mask:
     adjoint = forward
 
 
-@pytest.mark.parametrize("operator", [None, Mask()])
-@pytest.mark.parametrize("final", ["prox", "consistency"])
-def test_equations_and_gradients(final, operator):
-    net = make_net(final=final, operator=operator)
-    y = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
-    expected, got = literal(net, y, final, operator), net(y)
+class Bands:
+    """A user's own, whose measurements (N, 11, 2) are no image: means of rows, and weighted means of channels."""
+
+    weights = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
+
+    def forward(self, x):
+        rows = x.mean(3).reshape(len(x), 12, 2)[:, :8]
+        return torch.cat([rows, x.mean((2, 3))[:, :, None] * self.weights], 1)
+
+    def adjoint(self, y):
+        rows = torch.cat([y[:, :8], y.new_zeros(len(y), 4, 2)], 1).reshape(len(y), 3, 8, 1).expand(-1, -1, -1, 8)
+        return rows / 8 + (y[:, 8:] * self.weights).sum(2)[:, :, None, None] / 64
+
+
+def kernel(*shape):
+    """Without symmetry, and of sum 1."""
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
+    return weights / weights.sum(dim=(-2, -1), keepdim=True)
+
+
+def pixels(*shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.6
+
+
+# Each for two images (3, 8, 8).
+MEASUREMENTS = {
+    "identity": Identity,
+    "mask": lambda: Inpainting(pixels(8, 8)),
+    "mask of images": lambda: Inpainting(pixels(2, 3, 8, 8)),
+    "blur": lambda: Blur(kernel(3, 3)),
+    "blur of images": lambda: Blur(kernel(2, 3, 2)),
+    "blur, learnt": lambda: Blur(nn.Parameter(kernel(3, 3))),
+    "blur, reflect": lambda: Blur(kernel(3, 3), "reflect"),
+    "downsample": lambda: Downsample(2),
+    "downsample, kernel": lambda: Downsample(4, gaussian_kernel(2.0, 6)),
+    "projection": lambda: RandomProjection((3, 8, 8), 0.3, seed=1),
+    "composition": lambda: Compose(Inpainting(pixels(4, 4)), Downsample(2)),
+    "own": Bands,
+}
+EXACT = [name for name in MEASUREMENTS if hasattr(MEASUREMENTS[name](), "normal_inverse")]
+
+
+def measured(operator, n=2, dtype=torch.float64):
+    return operator.forward(torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=dtype))
+
+
+def check_against_literal(net, y, operator=None, final="prox", scale=1.0, **options):
+    """That the values, and the gradients of y and all parameters, are the literal ones. Returns the names of those
+    without a gradient.
+    """
+    y = y.detach().requires_grad_()
+    expected, got = literal(net, y, final, operator, scale), net(y, **options)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
-    weights = torch.randn_like(y)
+    weights = torch.randn_like(got)
     names, inputs = zip(("y", y), *net.named_parameters(), strict=True)
     wanted = torch.autograd.grad((expected * weights).sum(), inputs, materialize_grads=True, allow_unused=True)
     found = torch.autograd.grad((got * weights).sum(), inputs, materialize_grads=True, allow_unused=True)
     for name, a, b in zip(names, found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
-    unused = [name for name, g in zip(names, found, strict=True) if not g.any()]
+    return [name for name, g in zip(names, found, strict=True) if not g.any()]
+
+
+@pytest.mark.parametrize("operator", [None, Mask()])
+@pytest.mark.parametrize("final", ["prox", "consistency"])
+def test_equations_and_gradients(final, operator):
+    net = make_net(final=final, operator=operator)
+    unused = check_against_literal(net, torch.rand(2, 3, 8, 8, dtype=torch.float64), operator, final)
+    names = ["y", *dict(net.named_parameters())]
     cancelled = [name for name in names if name.startswith("proxes.2.")] if final == "consistency" else []
     assert set(cancelled) <= set(unused)
     assert "mu" not in unused and "proxes.0.raw_lam" not in unused and "y" not in unused
+
+
+@pytest.mark.parametrize(
+    ("name", "consistency"), [(n, "gradient") for n in MEASUREMENTS] + [(n, "exact") for n in EXACT]
+)
+def test_equations_and_gradients_of_every_measurement(name, consistency):
+    net = make_net(folds=2, operator=MEASUREMENTS[name](), consistency=consistency)
+    steps = "mu" if consistency == "gradient" else "raw_rho"
+    assert [n for n, p in net.named_parameters() if p.shape == (2,)] == [steps]
+    unused = check_against_literal(net, measured(net.operator), net.operator)
+    assert not {steps, "y", "proxes.0.raw_lam", "operator.kernel"} & set(unused)
+
+
+def test_the_transcription_can_fail():
+    net, other = (make_net(folds=1, operator=MEASUREMENTS[name]()) for name in ("blur", "blur, reflect"))
+    with pytest.raises(AssertionError):
+        check_against_literal(net, measured(net.operator), other.operator)
+
+
+def test_the_own_operator_here_is_one():
+    x, y = (torch.rand(*shape, dtype=torch.float64) for shape in ((2, 3, 8, 8), (2, 11, 2)))
+    torch.testing.assert_close((Bands().forward(x) * y).sum(), (x * Bands().adjoint(y)).sum())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_consistency_halves_the_residual_where_the_gradient_step_does(name):
+    """Both start so that A's strongest direction goes half way to the measurement, and no other goes further."""
+    operator = MEASUREMENTS[name]().double()
+    y = measured(operator)
+    left = {}
+    for consistency in ("gradient", "exact"):
+        net = flowkern.Unfolded(
+            nn.Identity(), 1, operator, init=lambda y: torch.zeros_like(operator.adjoint(y)), consistency=consistency
+        ).double()
+        left[consistency] = ((operator.forward(net(y)) - y).norm() / y.norm()).item()
+        assert 0.5 - 1e-6 <= left[consistency] < 1
+    gain = operator.norm((3, 8, 8)) ** 2
+    torch.testing.assert_close(net.rho, torch.full((1,), gain, dtype=torch.float64), rtol=1e-5, atol=1e-7)
+    if name in ("identity", "mask", "projection", "downsample"):  # all of A's directions are as strong
+        assert left == pytest.approx({"gradient": 0.5, "exact": 0.5}, abs=1e-5)
+
+
+def test_many_exact_folds_fit_the_measurement():
+    operator = MEASUREMENTS["downsample, kernel"]()
+    y = measured(operator, dtype=torch.float32)
+    before, after = (
+        operator.forward(flowkern.Unfolded(nn.Identity(), folds, operator, consistency="exact")(y)) - y
+        for folds in (1, 10)
+    )
+    assert after.norm() < 0.1 * before.norm()
+
+
+def test_step_sizes_start_at_half_the_inverse_of_the_squared_norm():
+    prox = flowkern.GlowProx(make_glow(dtype=torch.float32))
+
+    def start(operator, prox=prox, **options):
+        return flowkern.Unfolded(prox, 1, operator, **options).mu.item()
+
+    assert start(None) == start(Identity()) == start(Mask()) == start(Inpainting(pixels(8, 8))) == 0.5
+    assert start(Downsample(4)) == pytest.approx(8) and start(Downsample(4), nn.Identity()) == pytest.approx(8)
+    assert start(Downsample(4), mu=0.5) == 0.5 and start(None, mu=2) == 2
+    asked = []
+
+    class Sized(Mask):
+        def norm(self, size=None):
+            asked.append(size)
+            if size == (3, 8, 8):
+                raise ValueError("for images of another size")
+            return 2.0
+
+    assert start(Sized()) == 0.125 and asked == [(3, 8, 8), None]
+    assert start(Sized(), nn.Identity()) == 0.125 and asked[2:] == [None]
+    assert start(Sized(), mu=1) == 1 and len(asked) == 3
+    Sized.norm = lambda self, size: 0.0
+    assert start(Sized()) == 0.5
+    # A Glow takes images of other sizes than it was made for, and so must not stand in the way of its operator.
+    assert start(Downsample(3)) == pytest.approx(4.5)
+
+
+@pytest.mark.parametrize("consistency", ["gradient", "exact"])
+def test_learnt_steps_are_step_sizes_to_the_training_layer(consistency):
+    net = flowkern.Unfolded(flowkern.GlowProx(make_glow()), 2, Downsample(2), consistency=consistency)
+    steps = {name for name, _ in net.named_parameters() if is_step_size(name)}
+    own = {"gradient": "mu", "exact": "raw_rho"}[consistency]
+    assert steps == {own, "proxes.0.raw_lam", "proxes.1.raw_lam"}
+    assert (net.mu is None, net.raw_rho is None, net.rho is None) == ((own != "mu",) + (own == "mu",) * 2)
+
+
+def test_complex_measurements():
+    """As in magnetic resonance: a real image, of which Fourier coefficients are measured."""
+
+    class Fourier:
+        def forward(self, x):
+            return torch.fft.fft2(x, norm="ortho")[..., ::2, :]
+
+        def adjoint(self, y):
+            full = torch.zeros(*y.shape[:2], 2 * y.shape[2], y.shape[3], dtype=y.dtype)
+            full[..., ::2, :] = y
+            return torch.fft.ifft2(full, norm="ortho").real
+
+    net = make_net(folds=2, operator=Fourier())
+    y = measured(net.operator)
+    torch.testing.assert_close(net(y), literal(net, y, operator=net.operator), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_operators_move_with_the_network(name):
+    net = flowkern.Unfolded(flowkern.GlowProx(make_glow(dtype=torch.float32)), 1, MEASUREMENTS[name]())
+    tensors = {n: t for n, t in net.state_dict().items() if n.startswith("operator.")}
+    assert bool(tensors) == (name not in ("identity", "own"))
+    net = net.double()
+    assert net(measured(net.operator)).dtype == torch.float64
+    assert all(t.is_meta for n, t in net.to("meta").state_dict().items() if n in tensors)
+
+
+def test_noise_level_scales_lambda():
+    net = make_net(folds=2, noise_aware=True)
+    plain = make_net(folds=2)
+    plain.load_state_dict(net.state_dict())
+    y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(net(y, sigma=0.2), plain(y))
+    assert torch.equal(net(y, sigma=torch.tensor(0.3)), net(y, sigma=torch.tensor(0.3, dtype=torch.float64).float()))
+    levels = torch.tensor([0.1, 0.4], dtype=torch.float64)
+    together = net(y, sigma=levels)
+    for i, level in enumerate(levels):
+        torch.testing.assert_close(together[i : i + 1], net(y[i : i + 1], sigma=level.item()))
+    assert not torch.allclose(together[0], plain(y)[0])
+    torch.testing.assert_close(net(y, sigma=0), literal(net, y, scale=0.0), rtol=1e-9, atol=1e-11)
+    assert net(y[:0], sigma=levels[:0]).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("sigma", [0.3, torch.tensor(0.3), torch.tensor([0.1, 0.5])])
+def test_equations_and_gradients_with_a_noise_level(sigma):
+    net = make_net(folds=2, operator=MEASUREMENTS["blur"](), noise_aware=True, sigma_ref=0.25)
+    scale = (torch.as_tensor(sigma, dtype=torch.float64) / 0.25) ** 2
+    scale = scale[:, None] if scale.ndim else scale
+    unused = check_against_literal(net, measured(net.operator), net.operator, scale=scale, sigma=sigma)
+    assert not {"proxes.0.raw_lam", "proxes.1.raw_lam"} & set(unused)
+
+
+def test_gradient_in_the_noise_level():
+    net, sigma = make_net(folds=1, noise_aware=True), torch.tensor([0.1, 0.3], dtype=torch.float64, requires_grad=True)
+    y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: net(y, sigma=s).mean(), sigma)
 
 
 def test_step_size_one_is_the_measurement():
@@ -208,6 +435,10 @@ def test_memory_does_not_grow_with_depth():
     assert kept["store", 8] > 3 * kept["store", 2] > kept["recompute", 2]
 
 
+def aware(prox, sigma):
+    return flowkern.Unfolded(prox, noise_aware=True)(torch.zeros(2, 3, 8, 8), sigma=sigma)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -239,6 +470,66 @@ def test_memory_does_not_grow_with_depth():
         ),
         (lambda p: flowkern.Unfolded(p)(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)), ValueError, "of torch.uint8"),
         (lambda p: flowkern.Unfolded(p)([1]), ValueError, "got list"),
+        (lambda p: flowkern.Unfolded(p, mu="x"), ValueError, "mu must be a finite number, got 'x'"),
+        (
+            lambda p: flowkern.Unfolded(p, consistency="proximal"),
+            ValueError,
+            "consistency must be 'gradient' or 'exact', got 'proximal'",
+        ),
+        (
+            lambda p: flowkern.Unfolded(p, operator=Mask(), consistency="exact"),
+            TypeError,
+            "exact consistency needs an operator with normal_inverse, not Mask",
+        ),
+        (
+            lambda p: flowkern.Unfolded(p, operator=Blur(kernel(3, 3), "reflect"), consistency="exact"),
+            TypeError,
+            "exact consistency needs an operator with normal_inverse, not Blur",
+        ),
+        (
+            lambda p: flowkern.Unfolded(p, consistency="exact", mu=0.5),
+            ValueError,
+            "exact consistency learns rho and has no step size mu, got mu=0.5",
+        ),
+        (lambda p: flowkern.Unfolded(p, operator=Bands())("y"), ValueError, "must be a floating-point tensor, got str"),
+        (
+            lambda p: flowkern.Unfolded(p, operator=Mask())(torch.zeros(1, 3, 8, 8, dtype=torch.int64)),
+            ValueError,
+            r"must be a floating-point tensor, got \(1, 3, 8, 8\) of torch.int64",
+        ),
+        (
+            lambda p: flowkern.Unfolded(p)(torch.zeros(1, 3, 8, 8, dtype=torch.complex64)),
+            ValueError,
+            "of torch.complex64",
+        ),
+        (
+            lambda p: flowkern.Unfolded(p, 1, Mask(), init=lambda y: y.mean(1, keepdim=True))(torch.zeros(1, 3, 8, 8)),
+            ValueError,
+            r"expected y of shape \(1, 1, 8, 8\) by its operator, got \(1, 3, 8, 8\)",
+        ),
+        (
+            lambda p: flowkern.Unfolded(p, operator=RandomProjection((3, 8, 8), 0.5))(torch.zeros(1, 3, 8, 8)),
+            ValueError,
+            r"RandomProjection wants measurements \(N, 96\), got",
+        ),
+        (
+            lambda p: flowkern.Unfolded(nn.Identity(), noise_aware=True),
+            TypeError,
+            "noise_aware=True scales the lambda of a prox; Identity has none",
+        ),
+        (lambda p: flowkern.Unfolded(p, sigma_ref=0), ValueError, "sigma_ref must be a positive number, got 0"),
+        (
+            lambda p: flowkern.Unfolded(p)(torch.zeros(1, 3, 8, 8), sigma=0.2),
+            ValueError,
+            "sigma is for a network made with noise_aware=True, and this one was not",
+        ),
+        (lambda p: aware(p, None), ValueError, "made with noise_aware=True and wants the noise level"),
+        (lambda p: aware(p, -0.1), ValueError, "sigma must be a number >= 0, .* got -0.1"),
+        (lambda p: aware(p, "low"), ValueError, "sigma must be a number >= 0, .* got 'low'"),
+        (lambda p: aware(p, math.inf), ValueError, "sigma must be a number >= 0, .* got inf"),
+        (lambda p: aware(p, torch.ones(3)), ValueError, r"one for each of 2 images, got \(3,\)"),
+        (lambda p: aware(p, torch.tensor([0.1, -1])), ValueError, "sigma must be >= 0, got a tensor"),
+        (lambda p: aware(p, torch.tensor(math.nan)), ValueError, "sigma must be >= 0, got a tensor"),
         (lambda p: flowkern.GlowProx(nn.Identity()), TypeError, "glow must be a flowkern.Glow, got Identity"),
         (lambda p: flowkern.GlowProx(p.glow, lam=0), ValueError, "lam must be a positive number, got 0"),
         (lambda p: flowkern.GlowProx(p.glow, lam="x"), ValueError, "lam must be a positive number, got 'x'"),
@@ -284,6 +575,57 @@ def test_broken_checkpoints(tmp_path):
     config.write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         flowkern.Unfolded.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("consistency", ["gradient", "exact"])
+@pytest.mark.parametrize("name", [name for name in MEASUREMENTS if name != "own"])
+def test_saved_and_loaded_with_its_operator(name, consistency, tmp_path):
+    if consistency == "exact" and name not in EXACT:
+        return
+    options = {"consistency": consistency, "noise_aware": True, "sigma_ref": 0.1}
+    net = make_net(2, torch.float32, operator=MEASUREMENTS[name](), **options)
+    net.save_pretrained(tmp_path)
+    loaded = flowkern.Unfolded.from_pretrained(tmp_path)
+    y = measured(net.operator, dtype=torch.float32)
+    assert torch.equal(loaded(y, sigma=0.15), net(y, sigma=0.15))
+    assert type(loaded.operator) is type(net.operator) and loaded.operator.config == net.operator.config
+    assert {option: getattr(loaded, option) for option in options} == options
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in net.named_parameters()]
+    net.double().save_pretrained(tmp_path)
+    assert {p.dtype for p in flowkern.Unfolded.from_pretrained(tmp_path).parameters()} == {torch.float64}
+
+
+def test_a_registered_operator_of_ones_own_is_saved(monkeypatch, tmp_path):
+    class Negative(Operator):
+        def forward(self, x):
+            return -x
+
+        adjoint = forward
+
+    net = make_net(1, torch.float32, operator=Negative())
+    with pytest.raises(ValueError, match="save the state_dict of this one"):
+        net.save_pretrained(tmp_path)
+    monkeypatch.setitem(OPERATORS, "Negative", Negative)
+    net.save_pretrained(tmp_path)
+    assert isinstance(flowkern.Unfolded.from_pretrained(tmp_path).operator, Negative)
+    monkeypatch.delitem(OPERATORS, "Negative")
+    with pytest.raises(ValueError, match="configuration has a 'kind' among .* got 'Negative'"):
+        flowkern.Unfolded.from_pretrained(tmp_path)
+
+
+def test_folders_from_before_there_were_operators(tmp_path):
+    net = make_net(dtype=torch.float32)
+    net.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    old = {name: config[name] for name in ("folds", "init", "final", "kind", "prox")}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    loaded, y = flowkern.Unfolded.from_pretrained(tmp_path), torch.rand(2, 3, 8, 8)
+    assert isinstance(loaded.operator, Identity) and torch.equal(loaded(y), net(y))
+    for wrong in ({"operator": {"kind": "Blur"}}, {"operator": None}, {"consistency": "none"}, {"sigma_ref": "x"}):
+        (tmp_path / "config.json").write_text(json.dumps(old | wrong))
+        with pytest.raises(ValueError) as caught:
+            flowkern.Unfolded.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("options", [{"operator": Mask()}, {"init": lambda y: y}])
