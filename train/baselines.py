@@ -7,6 +7,7 @@ highest mean PSNR (dB) after clipping, on images that are not the test's.
 
 import math
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Protocol
 
 import numpy as np
@@ -71,7 +72,7 @@ class BM3D:
     """BM3D in colour by the package of its authors (PyPI `bm3d`), told sigma; nothing is tuned.
 
     That package is for non-commercial use only and no dependency of this one: who wants the row installs it. Its
-    variances for a 3D transform cost two seconds an image however small the image is. Raises ImportError without it.
+    variances for a 3D transform cost a second or two an image, however small it is. Raises ImportError without it.
     """
 
     key, title = "bm3d", "BM3D"
@@ -83,9 +84,7 @@ class BM3D:
             num_threads = 1  # with more, the order of its sums differs from run to run
 
         self._denoise, self._profile = bm3d.bm3d_rgb, OneThread
-        self.protocol = (
-            f"bm3d.bm3d_rgb {getattr(bm3d, '__version__', '')}, its normal profile, told sigma (Mäkinen et al. 2020)"
-        )
+        self.protocol = f"bm3d.bm3d_rgb {version('bm3d')}, its normal profile, told sigma (Mäkinen et al. 2020)"
 
     def tune(self, clean: Tensor, noisy: Tensor, sigma: float) -> None:
         return None
@@ -157,7 +156,19 @@ def _score(estimate: Tensor, clean: Tensor) -> float:
 
 
 def _highest(score: Callable[[float], float], low: float, high: float) -> float:
-    """Where in [low, high] the score is highest, to 5 %. One peak is assumed."""
-    bounds = (math.log(low), math.log(high))
-    found = minimize_scalar(lambda x: -score(math.exp(x)), bounds=bounds, method="bounded", options={"xatol": 0.05})
-    return math.exp(found.x)
+    """The best of [low, high] among 13 points evenly spaced in the logarithm and those of a search around the best one.
+
+    A search alone would end on a bump: Chambolle's iteration stops by a rule that makes the score of a weight jump.
+    """
+    tried = {}
+
+    def loss(log_setting: float) -> float:
+        setting = math.exp(log_setting)
+        tried[setting] = score(setting)
+        return -tried[setting]
+
+    grid = np.linspace(math.log(low), math.log(high), 13)
+    best = int(np.argmin([loss(x) for x in grid]))
+    around = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
+    minimize_scalar(loss, bounds=around, method="bounded", options={"xatol": 0.05})
+    return max(tried, key=tried.get)

@@ -4,7 +4,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins import LayerSync
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 
 class AcrossProcesses(nn.BatchNorm2d):
@@ -14,15 +13,34 @@ class AcrossProcesses(nn.BatchNorm2d):
         if not self.training or dist.get_world_size() == 1:
             return super().forward(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()  # every process has an equal part of a batch
-        mean = all_reduce(x.sum((0, 2, 3))) / count
+        mean = total(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = total(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+class _Total(torch.autograd.Function):
+    """The sum over all processes. Every process's loss depends on it, so its gradient is a sum over them, too."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor) -> Tensor:
+        whole = part.clone()
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        whole = gradient.contiguous().clone()
+        dist.all_reduce(whole)
+        return whole
+
+
+total = _Total.apply
 
 
 class SyncAnywhere(LayerSync):

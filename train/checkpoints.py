@@ -6,6 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 STATE = "-last.ckpt"
@@ -35,6 +36,17 @@ class SafeCheckpoints(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
             partial.unlink(missing_ok=True)
             warnings.warn(f"{path.name} could not be written ({error}); training goes on without it", stacklevel=2)
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves within epochs. Not after an epoch's last step: its validation comes first, and then the epoch's own state.
+
+    A state from before that validation would be continued without it.
+    """
+
+    def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx: int) -> None:
+        if not (trainer.should_stop or trainer.is_last_batch):
+            super().on_train_batch_end(trainer, stage, outputs, batch, batch_idx)
 
 
 def previous(state: Path) -> Path:

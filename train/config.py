@@ -221,7 +221,9 @@ class Config:
     def execution(self) -> dict:
         """How the flow runs, as keyword arguments of `flowkern.Glow`."""
         dtype = self.compute_dtype and getattr(torch, self.compute_dtype)
-        return {name: getattr(self, name) for name in ("memory", "anchor_every", "backend")} | {"compute_dtype": dtype}
+        options = {name: getattr(self, name) for name in ("memory", "anchor_every", "backend")}
+        # What diverges has to reach the loss, where it is recognised as that.
+        return options | {"compute_dtype": dtype, "check_finite": False}
 
 
 def _require(name: str, value, holds, wanted: str) -> None:

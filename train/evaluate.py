@@ -40,12 +40,15 @@ def prepare(runs: list[str], settings: Settings):
     from train import data, folder, run
 
     found = [(config, where) for config, where in map(_read, runs)]
-    base = _common(found, settings)
-    chosen = {name: getattr(settings, name) for name in (*IMAGES, "references", "eval_sigmas", "figure_images")}
-    base = replace(base, **{k: v for k, v in chosen.items() if v is not None})
+    common = _common(found, settings)
     glow = next(((config, where) for config, where in found if config.prox == "glow"), None)
-    if "map" in base.references and glow is None:
+    if "map" in settings.references and glow is None:
         raise ValueError("the reference 'map' needs the prior of a Glow; none of the runs has one")
+    chosen = {name: getattr(settings, name) for name in (*IMAGES, "references", "eval_sigmas", "figure_images")}
+    chosen = common | {k: v for k, v in chosen.items() if v is not None}
+    for config, _ in found:  # every network has to take images of this size
+        replace(config, eval_size=chosen["eval_size"])
+    base = replace(glow[0] if glow else found[0][0], **chosen)
     target = folder.fresh(settings.out, "evaluate")
     images = data.prepare(base, splits=("val", "test"))
     networks = [run.load_network(config, where) for config, where in found]
@@ -72,8 +75,8 @@ def _read(path: str):
     return config.load(where.config), where
 
 
-def _common(found: list, settings: Settings):
-    """The first run's settings, if all that matters is the same in the others."""
+def _common(found: list, settings: Settings) -> dict:
+    """Where the first run's images come from, if it is the same in the others."""
     (base, first), *others = found
     for config, where in others:
         for name in IMAGES:
@@ -81,7 +84,7 @@ def _common(found: list, settings: Settings):
             if getattr(settings, name) is None and a != b:
                 option = "--" + name.replace("_", "-")
                 raise ValueError(f"{first.path} has {name} = {a!r} and {where.path} {b!r}: say which with {option}")
-    return replace(base, eval_size=base.eval_size or base.size)
+    return {name: getattr(base, name) for name in IMAGES} | {"eval_size": base.eval_size or base.size}
 
 
 def _names(proxes: list[str], folders: list[str]) -> list[tuple[str, str]]:

@@ -9,6 +9,8 @@ PACKAGES = {
     "yaml": "pyyaml",
     "skimage": "scikit-image",
     "PIL": "pillow",
+    "imagecodecs": "imagecodecs",
+    "tifffile": "tifffile",
     "matplotlib": "matplotlib",
     "rich": "rich",
 }

@@ -37,7 +37,6 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
         devices=ranks.local_count(),
         num_nodes=ranks.count() // ranks.local_count(),
         strategy="ddp" if ranks.count() > 1 else "auto",
-        sync_batchnorm=ranks.count() > 1,
         plugins=_plugins(),
         precision="32-true" if config.precision == "32" else config.precision,
         accumulate_grad_batches=config.accumulate,
@@ -81,7 +80,7 @@ def _saving(name: str, config, folder: Folder) -> tuple[ModelCheckpoint, list[Mo
     if config.checkpoint_steps:
         options["save_on_train_epoch_end"] = False
         every = {"every_n_train_steps": config.checkpoint_steps}
-        saving.append(ModelCheckpoint(folder.checkpoints, f"{name}-last", **every, **options))
+        saving.append(checkpoints.StepCheckpoint(folder.checkpoints, f"{name}-last", **every, **options))
     return best, saving
 
 

@@ -22,7 +22,7 @@ from train.fitting import discard_state, fit
 from train.folder import Folder
 from train.images import Pictures
 from train.memory import peak_mib
-from train.stages import PriorStage, UnfoldedStage
+from train.stages import PriorStage, UnfoldedStage, let_through
 
 T = TypeVar("T")
 TITLES = {"glow": "Unfolded Glow", "resnet": "Unfolded ResNet", "unet": "Unfolded U-Net"}
@@ -160,7 +160,9 @@ def compare(
 def load_network(config: Config, folder: Folder) -> Unfolded:
     """The trained network of a run. Raises FileNotFoundError or ValueError as `Unfolded.from_pretrained`."""
     options = config.execution() if config.prox == "glow" else {}
-    return Unfolded.from_pretrained(folder.model("unfolded"), **options)
+    net = Unfolded.from_pretrained(folder.model("unfolded"), **options)
+    let_through(net)
+    return net
 
 
 def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:

@@ -25,7 +25,9 @@ class _Stage(L.LightningModule):
 
     def adam(self, *groups: tuple[list[nn.Parameter], float]) -> torch.optim.Adam:
         """Adam as in the paper, with a learning rate for each group."""
-        return torch.optim.Adam([{"params": p, "lr": lr, "initial_lr": lr} for p, lr in groups], fused=True)
+        # Lightning can't clip gradients for a fused optimizer under autocast.
+        fused = self.config.precision == "32"
+        return torch.optim.Adam([{"params": p, "lr": lr, "initial_lr": lr} for p, lr in groups], fused=fused)
 
     def check_finite(self, loss: Tensor) -> Tensor:
         if not torch.isfinite(loss):
@@ -51,7 +53,8 @@ class PriorStage(_Stage):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.bits_per_dim(batch), prog_bar=True, batch_size=len(batch["prior"]))
+        loss = self.check_finite(self.bits_per_dim(batch))
+        self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["prior"]))
 
     def configure_optimizers(self) -> torch.optim.Adam:
         return self.adam((list(self.model.parameters()), self.config.prior_lr))
@@ -67,9 +70,12 @@ class UnfoldedStage(_Stage):
         super().__init__(model, config, budget)
         if config.prox != "glow":
             model.to(memory_format=torch.channels_last)  # convolutions run up to 2.5 times as fast
+        let_through(model)
         if config.final == "consistency":
-            # Its output cancels: without gradients, DDP would wait for them.
-            model.proxes[-1].requires_grad_(False)
+            # The last prox does not run: DDP would wait for gradients of what is its own. Tied folds share the rest.
+            used = {id(p) for prox in model.proxes[:-1] for p in prox.parameters()}
+            for p in model.proxes[-1].parameters():
+                p.requires_grad_(id(p) in used)
         self.val_psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
         self.val_ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
 
@@ -92,7 +98,7 @@ class UnfoldedStage(_Stage):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         estimate, clean = self._estimate(batch)
-        self.log("val_loss", nn.functional.mse_loss(estimate, clean), batch_size=len(clean))
+        self.log("val_loss", self.check_finite(nn.functional.mse_loss(estimate, clean)), batch_size=len(clean))
         self.val_psnr(estimate.clamp(0, 1), clean)
         self.val_ssim(estimate.clamp(0, 1), clean)
         self.log("val_psnr", self.val_psnr, prog_bar=True, batch_size=len(clean))
@@ -105,9 +111,16 @@ class UnfoldedStage(_Stage):
         return self.adam((weights, self.config.lr), (steps, self.config.lr_steps))
 
 
+def let_through(net: nn.Module) -> None:
+    """Let NaN and infinities pass from fold to fold: the loss, or the score, is where they are met."""
+    for prox in getattr(net, "proxes", []):
+        if hasattr(prox, "glow"):
+            prox.glow.check_finite = False
+
+
 def is_step_size(name: str) -> bool:
     """Whether a parameter of `Unfolded` is a step size mu or a shrinkage lambda, which learn at their own rate."""
-    return name.split(".")[-1] in ("mu", "raw_lam")
+    return name.split(".")[-1] in ("mu", "raw_lam", "raw_rho")
 
 
 def psnr(estimate: Tensor, clean: Tensor) -> Tensor:
