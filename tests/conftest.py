@@ -20,6 +20,24 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of pictures to train on, see `train_cases`."""
+    import train_cases
+
+    return train_cases.draw_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def finished(pictures, tmp_path_factory):
+    """The folder of one whole training run, to be read only."""
+    import train_cases
+
+    from train import run
+
+    return run.prepare(train_cases.tiny(pictures, tmp_path_factory.mktemp("runs") / "whole")).train()
+
+
 def _poison(tensor):
     """NaN, or for integers the lowest value, in everything that was promised to no one."""
     if tensor.layout == torch.strided and not tensor.is_meta and tensor.numel():

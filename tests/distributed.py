@@ -15,7 +15,7 @@ from train.config import Config
 
 
 def steady_adam(stage, *groups):
-    """Adam whose epsilon is far above rounding: from zero, its first steps would otherwise be made of rounding alone."""
+    """Adam whose epsilon is far above rounding: else its first steps, from zero, are rounding."""
     return torch.optim.Adam([{"params": p, "lr": lr, "initial_lr": lr} for p, lr in groups], eps=1e-2)
 
 

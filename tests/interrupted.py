@@ -39,7 +39,7 @@ def attempt(arguments, out, seconds):
 
 
 def states(out):
-    return {path.name: path.stat().st_mtime_ns for path in list(Path(out).glob("checkpoints/*.ckpt*"))}
+    return {path.name: path.stat().st_mtime_ns for path in list(Path(out).glob("checkpoints/*-last.ckpt"))}
 
 
 def main():

@@ -4,6 +4,7 @@ import io
 import itertools
 import warnings
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from train import data, images
 from train.config import Config
+from train.images import Pictures
 
 
 def picture(seed, size=(20, 16), mode="RGB"):
@@ -53,9 +55,9 @@ def config(**settings):
     return Config(**({"size": 8, "levels": 1, "depth": 1, "hidden": 4, "batch": 2, "fit": "crop"} | settings))
 
 
-def training(seed=0, prior_noise=0.2, augment="mirror"):
-    pictures = [np.asarray(picture(i, (24, 17))) for i in range(3)]
-    return data.TrainingSamples(pictures, 8, 6, augment, prior_noise, seed)
+def training(seed=0, prior_noise=0.2, augment="mirror", bits=8, count=3):
+    pictures = [np.asarray(picture(i, (24, 17))) for i in range(count)]
+    return data.TrainingSamples(pictures, 8, augment, bits, prior_noise, seed)
 
 
 # What --data may be
@@ -221,9 +223,9 @@ def test_broken_files_among_good_ones_are_counted(tmp_path):
     (tmp_path / "train" / "3.png").write_bytes(b"")
     with pytest.warns(UserWarning, match="left out 2 of 8 files that could not be read as images: 0.png, 3.png"):
         prepared = data.prepare(config(data=str(tmp_path)))
-    assert len(prepared.train.pictures) == 4 and len(prepared.skipped) == 2
-    samples = [prepared.train[0, i] for i in range(len(prepared.train))]
-    assert all(torch.isfinite(s["clean"]).all() for s in samples)
+    assert len(prepared.train.pictures) == prepared.epoch_images == 4
+    assert prepared.pictures.skipped == ["0.png", "3.png"]
+    assert all(torch.isfinite(prepared.train[i]["clean"]).all() for i in range(8))
 
 
 def test_a_damaged_member_of_a_zip_is_counted(tmp_path):
@@ -234,6 +236,28 @@ def test_a_damaged_member_of_a_zip_is_counted(tmp_path):
     path.write_bytes(content)
     with pytest.warns(UserWarning, match="left out 1 of 9 files"):
         assert len(images.load(str(path), keep).train) == 2
+
+
+def test_only_the_splits_asked_for_are_read(tmp_path):
+    for split in images.SPLITS:
+        folder_of(tmp_path / split, 3)
+    (tmp_path / "train" / "0.png").write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared = data.prepare(config(data=str(tmp_path), batch=16), splits=("val", "test"))
+    assert prepared.pictures.train == [] and len(prepared.val) == 12
+    assert prepared.describe() == "12 validation and 12 test images of 8x8"
+
+
+@pytest.mark.parametrize("fit", ["resize", "crop"])
+def test_as_many_held_out_images_as_asked_for(fit, tmp_path):
+    for split in images.SPLITS:
+        folder_of(tmp_path / split, 5)
+    found = data.prepare(config(data=str(tmp_path), fit=fit, val_images=2, test_images=3, eval_size=16))
+    assert (len(found.train.pictures), len(found.val), len(found.test)) == (5, 2, 3)
+    assert found.describe() == (
+        "5 training pictures, 5 samples of 8x8 an epoch; 2 validation and 3 test images of 16x16"
+    )
 
 
 def test_an_epoch_smaller_than_a_batch_is_refused(tmp_path):
@@ -287,7 +311,7 @@ def test_resized_and_cropped_to_size(tmp_path):
     assert resized.test.pictures[0].shape == (16, 16, 3)
     cropped = data.prepare(config(data=str(tmp_path)))
     assert sorted(p.shape for p in cropped.train.pictures) == [(16, 20, 3), (16, 20, 3), (64, 8, 3)]
-    assert all(cropped.train[0, i]["clean"].shape == (3, 8, 8) for i in range(3))
+    assert all(cropped.train[i]["clean"].shape == (3, 8, 8) for i in range(3))
     assert len(cropped.test) == 4
     picture(10, (4000, 100)).save(tmp_path / "train" / "wide.png")
     widest = max(p.shape[1] for p in data.prepare(config(data=str(tmp_path))).train.pictures)
@@ -310,62 +334,162 @@ def equal(a, b):
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_samples_are_pure_functions_of_seed_epoch_and_index():
-    samples = training()
-    keys = [(epoch, index) for epoch in (0, 1) for index in range(6)]
-    first = {key: samples[key] for key in keys}
-    again = {key: training()[key] for key in reversed(keys)}
-    assert all(equal(first[key], again[key]) for key in keys)
-    assert not any(torch.equal(first[0, i][k], first[1, i][k]) for i in range(6) for k in ("noise", "prior"))
-    levels = torch.stack([first[key]["level"] for key in keys])
-    assert len(levels.unique()) == len(keys) and 0 <= levels.min() < 0.3 and 0.7 < levels.max() < 1
-    assert not torch.equal(first[0, 0]["noise"], training(seed=1)[0, 0]["noise"])
-    assert not torch.equal(first[0, 0]["noise"], first[0, 3]["noise"])  # the same picture, another sample of it
+def test_samples_are_pure_functions_of_seed_and_position():
+    samples, positions = training(), range(12)
+    first = {i: samples[i] for i in positions}
+    again = {i: training()[i] for i in reversed(positions)}
+    assert all(equal(first[i], again[i]) for i in positions)
+    for key in ("noise", "prior"):
+        assert not any(torch.equal(first[i][key], first[j][key]) for i, j in itertools.combinations(positions, 2))
+    levels = torch.stack([first[i]["level"] for i in positions])
+    assert len(levels.unique()) == len(positions) and 0 <= levels.min() < 0.3 and 0.7 < levels.max() < 1
+    other = training(seed=1)
+    assert not any(torch.equal(first[i]["noise"], other[i]["noise"]) for i in positions)
+
+
+def test_the_sequence_passes_through_all_pictures_each_time_in_another_order():
+    samples = training(count=7)
+    passes = [[samples.picture_at(7 * turn + i) for i in range(7)] for turn in range(6)]
+    assert all(sorted(found) == list(range(7)) for found in passes)
+    assert len({tuple(found) for found in passes}) == 6
+    at_random = np.random.default_rng(0).permutation(42)
+    assert {int(i): training(count=7).picture_at(i) for i in at_random} == dict(enumerate(sum(passes, [])))
+    assert [training(seed=1, count=7).picture_at(i) for i in range(42)] != sum(passes, [])
+
+
+@pytest.mark.parametrize(("pictures", "epoch"), [(7, 4), (3, 8), (6, 6)])
+def test_epochs_are_consecutive_stretches_of_the_sequence(pictures, epoch):
+    """So after any number of whole passes every picture has been shown equally often, however long an epoch is."""
+    samples, sampler = training(count=pictures), data.EpochSampler(epoch, batch=2)
+    seen = []
+    for i in range(pictures):
+        sampler.set_epoch(i)
+        seen += list(sampler)
+    assert seen == list(range(pictures * epoch))
+    assert set(Counter(map(samples.picture_at, seen)).values()) == {epoch}
+
+
+def test_an_epoch_has_whole_batches_only():
+    sampler = data.EpochSampler(11, batch=4)
+    assert list(sampler) == list(range(8)) and len(sampler) == 8
+    sampler.set_epoch(1)
+    assert list(sampler) == list(range(8, 16))
+    arranged = data.arrange(Pictures(training().pictures, [], []), config(batch=4, epoch_images=11))
+    assert [len(batch["clean"]) for batch in data.training_loader(arranged, config(batch=4))] == [4, 4]
 
 
 def test_held_out_samples_never_change_and_differ_from_training():
     pictures = training().pictures
-    val, test = (data.FixedSamples(pictures, stream, 0.2) for stream in (data.VAL, data.TEST))
+    val, test = (data.FixedSamples(pictures, stream, 8, 0.2) for stream in (data.VAL, data.TEST))
     assert equal(val[1], val[1])
     assert not torch.equal(val[0]["noise"], test[0]["noise"])
+    assert not torch.equal(val[0]["noise"], val[1]["noise"])
     assert len(val) == 3
+    settings = [config(seed=seed, size=8) for seed in (0, 1)]
+    arranged = [data.arrange(Pictures(pictures, pictures, pictures), c) for c in settings]
+    assert equal(arranged[0].test[2], arranged[1].test[2])  # whatever the run's seed
+
+
+# Batches
 
 
 def test_workers_and_resumed_epochs_see_the_same_batches():
-    prepared = data.Data(training(), data.FixedSamples([], data.VAL, 0), data.FixedSamples([], data.TEST, 0), [])
+    prepared = data.arrange(Pictures(training().pictures, [], []), config(epoch_images=6))
     batches = {}
     for workers in (0, 2):
         loader = data.training_loader(prepared, config(workers=workers))
         for epoch in (0, 1):
             loader.sampler.set_epoch(epoch)
             batches[workers, epoch] = list(loader)
+    assert [len(found) for found in batches.values()] == [3, 3, 3, 3]
     assert all(equal(a, b) for e in (0, 1) for a, b in zip(batches[0, e], batches[2, e], strict=True))
     resumed = data.training_loader(prepared, config())
     resumed.sampler.set_epoch(1)
     assert all(equal(a, b) for a, b in zip(resumed, batches[0, 1], strict=True))
-    assert not all(equal(a, b) for a, b in zip(batches[0, 0], batches[0, 1], strict=True))
+    assert not any(equal(a, b) for a, b in zip(batches[0, 0], batches[0, 1], strict=True))
 
 
-def test_processes_share_an_epoch_without_overlap():
-    shares = [list(data.EpochSampler(11, seed=0, rank=rank, processes=2)) for rank in range(2)]
-    assert [len(s) for s in shares] == [5, 5]
-    assert len(set(shares[0]) | set(shares[1])) == 10
-    assert {key[1] for key in data.EpochSampler(11, seed=0)} == set(range(11))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_continues_in_mid_epoch(workers):
+    def loader_at(epoch):
+        loader = data.TrainingLoader(training(), 12, 2, 1, workers)
+        loader.sampler.set_epoch(epoch)
+        return loader
+
+    loader = loader_at(3)
+    assert loader.state_dict() == {"given": 0}
+    batches = iter(loader)
+    for _ in range(4):
+        next(batches)
+    state = loader.state_dict()
+    rest = list(batches)
+    assert len(rest) == 2 and loader.state_dict() == {"given": 0}
+    resumed = loader_at(3)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    for count, found in enumerate(resumed, 1):
+        assert equal(found, rest[count - 1])
+        assert resumed.state_dict() == {"given": (4 + count) % 6}
+    assert count == 2
+    resumed.sampler.set_epoch(4)
+    assert all(equal(a, b) for a, b in zip(resumed, loader_at(4), strict=True))
+    finished = loader_at(4)
+    finished.load_state_dict({"given": 0})
+    assert len(list(finished)) == 6
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_divide_each_batch_among_them(processes):
+    alone = data.EpochSampler(40, batch=6)
+    shares = [data.EpochSampler(40, 6, rank, processes) for rank in range(processes)]
+    for sampler in (alone, *shares):
+        sampler.set_epoch(2)
+    assert {len(s) for s in shares} == {36 // processes}
+    part, whole, lists = 6 // processes, list(alone), [list(s) for s in shares]
+    for i in range(6):
+        together = [place for share in lists for place in share[i * part : (i + 1) * part]]
+        assert sorted(together) == whole[6 * i : 6 * (i + 1)]
+
+
+def test_parts_of_all_processes_are_one_process_s_batch(monkeypatch):
+    """Also when a batch is worked through in parts."""
+    whole = list(data.TrainingLoader(training(), 16, 8, 1, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(list(data.TrainingLoader(training(), 16, 8, 2, 0)))
+    assert [len(p) for p in parts] == [4, 4]
+    for i, batch in enumerate(whole):
+        together = torch.cat([p["level"] for share in parts for p in share[2 * i : 2 * i + 2]])
+        assert torch.equal(together.sort().values, batch["level"].sort().values)
+    with pytest.raises(ValueError, match="^a batch of 6 can't be divided among 2 processes in 2 parts each$"):
+        data.TrainingLoader(training(), 16, 6, 2, 0)
+
+
+def test_the_first_batch_is_whole_in_every_process(monkeypatch):
+    arranged = data.arrange(Pictures(training().pictures, [], []), config(batch=4, epoch_images=8))
+    (expected, _) = data.training_loader(arranged, config(batch=4))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert equal(data.first_batch(arranged, config(batch=4)), expected)
+
+
+# Pixels of samples
 
 
 def test_crops_and_flips_come_from_the_picture():
     samples = training()
-    flipped = 0
-    for index in range(6):
-        for epoch in range(5):
-            clean = (samples[epoch, index]["clean"] * 255).round().byte()
-            whole = torch.tensor(samples.pictures[index % 3]).permute(2, 0, 1)
-            windows = whole.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)
-            straight = (windows == clean).all(dim=(2, 3, 4)).any()
-            mirrored = (windows == clean.flip(2)).all(dim=(2, 3, 4)).any()
-            assert straight != mirrored
-            flipped += int(mirrored)
-    assert 5 < flipped < 25
+    flipped, places = 0, set()
+    for position in range(30):
+        clean = (samples[position]["clean"] * 255).round().byte()
+        whole = torch.tensor(samples.pictures[samples.picture_at(position)]).permute(2, 0, 1)
+        windows = whole.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4)
+        straight = (windows == clean).all(dim=(2, 3, 4))
+        mirrored = (windows == clean.flip(2)).all(dim=(2, 3, 4))
+        assert straight.any() != mirrored.any()
+        flipped += int(mirrored.any())
+        places.add(tuple((straight | mirrored).nonzero()[0].tolist()))
+    assert 5 < flipped < 25 and len(places) > 15
 
 
 def test_augmentation_is_what_its_name_says():
@@ -385,13 +509,32 @@ def test_augmentation_is_what_its_name_says():
     assert len(everything) == 48 and made["all"] == everything
 
 
-def test_dequantisation_stays_within_its_bin_and_noise_has_its_spread():
-    pixels = torch.randint(0, 256, (3, 64, 64)).float()
-    x = data.dequantise(pixels, 0.0, np.random.default_rng(0))
-    assert ((x * 256 >= pixels) & (x * 256 <= pixels + 1)).all()
-    assert 0.45 < (x * 256 - pixels).mean() < 0.55
+@pytest.mark.parametrize("bits", [5, 8])
+def test_dequantisation_stays_within_its_bin(bits):
+    pixels = torch.arange(256.0).repeat(3, 16, 1)
+    x = data.dequantise(pixels, bits, 0.0, np.random.default_rng(0)) * 2**bits
+    quantised = pixels.int() >> (8 - bits)
+    assert ((x >= quantised) & (x <= quantised + 1)).all() and x.dtype == torch.float32
+    assert len(quantised.unique()) == 2**bits
+    within = x - quantised
+    assert abs(within.mean() - 0.5) < 0.01 and abs(within.std() - 12**-0.5) < 0.01
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_samples_are_dequantised_to_the_bits_asked_for(bits):
+    for samples in (
+        training(prior_noise=0, bits=bits),
+        data.FixedSamples(training().pictures, data.TEST, bits, prior_noise=0),
+    ):
+        sample = samples[1]
+        pixels = (sample["clean"] * 255).round().int()
+        assert torch.equal((sample["prior"] * 2**bits).floor().int(), pixels >> (8 - bits))
+
+
+def test_noise_of_the_prior_and_of_the_measurement_have_their_spread():
+    pixels = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0)).float()
     spreads = torch.tensor(
-        [(data.dequantise(pixels, 0.2, np.random.default_rng(i)) - pixels / 256).std() for i in range(200)]
+        [(data.dequantise(pixels, 8, 0.2, np.random.default_rng(i)) - pixels / 256).std() for i in range(200)]
     )
     assert 0 < spreads.min() < 0.02 and 0.18 < spreads.max() < 0.21 and 0.08 < spreads.mean() < 0.12
     noise = data.gaussian(np.random.default_rng(0), torch.empty(3, 64, 64))

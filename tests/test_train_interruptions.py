@@ -130,7 +130,7 @@ def test_with_nothing_to_read_it_says_so_and_touches_nothing(pictures, tmp_path,
     for state in states:
         state.write_bytes(b"torn")
     with pytest.raises(ValueError, match="can't be read; remove them to start their stage again") as caught:
-        run.prepare(settings).train()
+        run.prepare(settings)
     assert "\n" not in str(caught.value) and all(state.read_bytes() == b"torn" for state in states)
 
 

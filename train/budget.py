@@ -39,6 +39,8 @@ class Budget(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         self._since = time.monotonic() - self.used_seconds
+        if self.progress >= 1:  # interrupted after its last step
+            trainer.should_stop = True
 
     def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         self.used_steps = trainer.global_step

@@ -54,10 +54,14 @@ class Campaign:
         return made
 
     def attempt(self, name: str, **overrides) -> Run | None:
-        """A run that may diverge: None if it did."""
+        """A run that may diverge: None if it did, now or before an interruption."""
+        failed = self.folder.path / "runs" / name / "failed.txt"
         try:
+            if ranks.from_first(failed.is_file):
+                raise FloatingPointError(ranks.from_first(failed.read_text))
             return self.network(name, **overrides)
         except FloatingPointError as error:
             if ranks.is_first():
+                failed.write_text(str(error))
                 print(f"{name} failed: {error}", flush=True)
             return None

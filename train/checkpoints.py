@@ -41,11 +41,13 @@ class SafeCheckpoints(TorchCheckpointIO):
 class StepCheckpoint(ModelCheckpoint):
     """Saves within epochs. Not after an epoch's last step: its validation comes first, and then the epoch's own state.
 
-    A state from before that validation would be continued without it.
+    A state from before that validation would be continued without it. Nor between the parts of a batch, whose gradients
+    no state holds: Lightning would there after a continuation, as it has forgotten which step it has saved.
     """
 
     def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx: int) -> None:
-        if not (trainer.should_stop or trainer.is_last_batch):
+        between_parts = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if not (trainer.should_stop or trainer.is_last_batch or between_parts):
             super().on_train_batch_end(trainer, stage, outputs, batch, batch_idx)
 
 

@@ -48,7 +48,7 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
             Recorder(folder.metrics, echo=not bar),
             DriftWatch(data.val),
             *([ProgressBar()] if bar else []),
-            EarlyStopping("val_loss", patience=config.patience, check_on_train_epoch_end=False),
+            Patience("val_loss", patience=config.patience, check_on_train_epoch_end=False),
             *saving,
         ],
         enable_progress_bar=bar,
@@ -67,6 +67,14 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
         print(f"interrupted: the same command with --resume --out {folder.path} continues", file=sys.stderr)
         raise
     _keep_best(stage, Path(best.best_model_path))
+
+
+class Patience(EarlyStopping):
+    """Also ends a stage that had come to its end when it was interrupted."""
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
 
 
 def _saving(name: str, config, folder: Folder) -> tuple[ModelCheckpoint, list[ModelCheckpoint]]:

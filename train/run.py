@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from flowkern import Glow, GlowProx, ResNetProx, UNetProx, Unfolded
-from train import baselines, data, evaluation, figures, likelihood, ranks, report
+from train import baselines, checkpoints, data, evaluation, figures, likelihood, ranks, report
+from train import config as configuration
 from train import folder as folders
 from train.budget import Budget
 from train.config import FLOW, Config
@@ -22,7 +23,7 @@ from train.fitting import discard_state, fit
 from train.folder import Folder
 from train.images import Pictures
 from train.memory import peak_mib
-from train.stages import PriorStage, UnfoldedStage, let_through
+from train.stages import PriorStage, UnfoldedStage
 
 T = TypeVar("T")
 TITLES = {"glow": "Unfolded Glow", "resnet": "Unfolded ResNet", "unet": "Unfolded U-Net"}
@@ -40,6 +41,8 @@ def prepare(config: Config, kind: str = "unfolded", pictures: Pictures | None = 
         prior = _load_prior(Path(config.prior_checkpoint), config) if config.prior_checkpoint else _new_prior(config)
         config = replace(config, **{name: prior.config[name] for name in FLOW})
     folder = folders.choose_for_all(config, kind)
+    for stage in ("prior", "unfolded"):
+        ranks.from_first(lambda stage=stage: checkpoints.newest(folder.last(stage)))  # raises what can't be continued
     samples = data.arrange(pictures, config) if pictures else data.prepare(config)
     data.training_loader(samples, config)  # raises what is wrong with the batch
     ranks.from_first(lambda: folders.create(folder, config))
@@ -160,9 +163,7 @@ def compare(
 def load_network(config: Config, folder: Folder) -> Unfolded:
     """The trained network of a run. Raises FileNotFoundError or ValueError as `Unfolded.from_pretrained`."""
     options = config.execution() if config.prox == "glow" else {}
-    net = Unfolded.from_pretrained(folder.model("unfolded"), **options)
-    let_through(net)
-    return net
+    return Unfolded.from_pretrained(folder.model("unfolded"), **options)
 
 
 def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:
@@ -197,12 +198,24 @@ def trained_as(config: Config) -> str:
     ends = " or ".join(limit for limit in limits if limit) or "until validation stops improving"
     prior = ""
     if config.prox == "glow":
-        clean = f"noise of sigma up to {config.prior_noise:g}" if config.prior_noise else "clean images"
-        prior = f", pre-trained on {clean}" if config.pretrain else ", not pre-trained"
+        prior = f", {pretrained_as(config)}"
     return (
         f"{config.folds} {'tied' if config.tied else 'untied'} folds trained at σ = {config.trained_at()}{prior}; "
         f"{ends} of {config.batch} images of {config.size}x{config.size}, learning rate {config.lr:g}"
     )
+
+
+def pretrained_as(config: Config) -> str:
+    """How a run's Glow came about, in words; of one from elsewhere, as far as its run's settings are there."""
+    if config.prior_checkpoint:
+        source = Folder(Path(config.prior_checkpoint)).config
+        if not source.is_file():
+            return "with a Glow trained before"
+        config = configuration.load(source)
+    if not config.pretrain:
+        return "not pre-trained"
+    images = f"images with noise of sigma up to {config.prior_noise:g}" if config.prior_noise else "clean images"
+    return f"pre-trained on {images}"
 
 
 def training_mib(net: Unfolded, config: Config) -> float:

@@ -70,7 +70,6 @@ class UnfoldedStage(_Stage):
         super().__init__(model, config, budget)
         if config.prox != "glow":
             model.to(memory_format=torch.channels_last)  # convolutions run up to 2.5 times as fast
-        let_through(model)
         if config.final == "consistency":
             # The last prox does not run: DDP would wait for gradients of what is its own. Tied folds share the rest.
             used = {id(p) for prox in model.proxes[:-1] for p in prox.parameters()}
@@ -109,13 +108,6 @@ class UnfoldedStage(_Stage):
         steps = [p for name, p in named if is_step_size(name)]
         weights = [p for name, p in named if not is_step_size(name)]
         return self.adam((weights, self.config.lr), (steps, self.config.lr_steps))
-
-
-def let_through(net: nn.Module) -> None:
-    """Let NaN and infinities pass from fold to fold: the loss, or the score, is where they are met."""
-    for prox in getattr(net, "proxes", []):
-        if hasattr(prox, "glow"):
-            prox.glow.check_finite = False
 
 
 def is_step_size(name: str) -> bool:

@@ -1,0 +1,394 @@
+"""A run and its folder: what it leaves, how it is continued, where its prior comes from."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from PIL import Image
+from train_cases import FILES, TINY, Interrupted, names, network, rows, table, tiny
+
+import flowkern
+from train import callbacks, config, fitting, folder, report, run
+from train.config import Config
+
+# The folder of a run
+
+
+def test_the_folder_is_complete(finished):
+    assert names(finished) == FILES
+    assert names(finished / "checkpoints") == {"prior", "unfolded"}
+    for name in ("denoised.png", "curves.png"):
+        with Image.open(finished / name) as image:
+            image.load()
+            assert min(image.size) > 300 and len(set(image.convert("L").tobytes())) > 50
+    saved = config.load(finished / "config.yaml")
+    assert saved == replace(tiny(saved.data, saved.out), depth=[2])
+
+
+def test_results_hold_the_numbers_and_their_protocol(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results) == {
+        "methods", "protocol", "network", "training", "config", "machine", "versions", "commit",
+    }  # fmt: skip
+    methods = results["methods"]
+    assert list(methods) == ["noisy", "tv", "unfolded"]
+    levels = zip(*(method["levels"] for method in methods.values()), strict=True)
+    for sigma, (noisy, tv, unfolded) in zip(TINY["eval_sigmas"], levels, strict=True):
+        assert noisy["sigma"] == tv["sigma"] == unfolded["sigma"] == sigma
+        gain = unfolded["gain_over_tv"]
+        assert gain["n"] == 5 and gain["mean"] == pytest.approx(unfolded["psnr"] - tv["psnr"], abs=1e-4)
+        assert noisy["psnr"] == pytest.approx(-20 * math.log10(sigma), abs=0.5)
+        assert tv["psnr"] > noisy["psnr"] and 0.02 <= tv["setting"] <= 2
+        assert "gain_over_tv" not in noisy and "gain_over_tv" not in tv
+    assert set(results["protocol"]) >= {
+        "sigma", "clipping", "psnr", "ssim", "noise", "gain", "time", "memory", "images", "data",
+    }  # fmt: skip
+    assert "at each sigma maximises the mean PSNR on validation images" in results["protocol"]["total variation"]
+    assert results["protocol"]["Unfolded Glow"] == (
+        "2 untied folds trained at σ = 0.20, pre-trained on clean images; 8 steps of 4 images of 16x16, "
+        "learning rate 0.001"
+    )
+    net = network(finished)
+    assert results["network"]["mu"] == net.mu.tolist()
+    assert results["network"]["lambda"] == [prox.lam.item() for prox in net.proxes]
+    assert methods["unfolded"]["parameters"] == sum(p.numel() for p in net.parameters())
+    assert methods["unfolded"]["training_mib"] > 0 and methods["tv"]["seconds_per_image"] > 0
+    training = results["training"]
+    assert (training["prior"]["steps"], training["unfolded"]["steps"]) == (5, 8)
+    assert all(stage["images_per_second"] > 0 and stage["process_peak_mib"] > 50 for stage in training.values())
+    for name, stage in training.items():
+        losses = [float(r["val_loss"]) for r in rows(finished, name)]
+        assert (stage["val_loss"], stage["best_val_loss"]) == (losses[-1], min(losses))
+    minutes = sum(stage["seconds"] for stage in training.values()) / 60
+    assert methods["unfolded"]["training_minutes"] == pytest.approx(minutes)
+    assert results["versions"]["torch"] == torch.__version__ and results["machine"]["cores"] >= 1
+    assert results["config"]["folds"] == 2 and "out" not in results["config"]
+
+
+def test_the_table_repeats_the_results(finished):
+    header, *found = table(finished)
+    assert header == [
+        "", "σ = 0.10", "σ = 0.20", "σ = 0.25", "ms per image", "Parameters", "Training MiB", "Training min",
+    ]  # fmt: skip
+    methods = json.loads((finished / "results.json").read_text())["methods"]
+    assert [row[0] for row in found] == [
+        "Noisy", "total variation", "Unfolded Glow", "Unfolded Glow − total variation",
+    ]  # fmt: skip
+    for row, method in zip(found, methods.values(), strict=False):
+        assert row[0] == method["title"]
+        assert row[1:4] == [f"{level['psnr']:.2f} ({level['ssim']:.3f})" for level in method["levels"]]
+    gains = [level["gain_over_tv"] for level in methods["unfolded"]["levels"]]
+    assert found[3][1:4] == [f"{gain['mean']:+.2f} ± {gain['standard_error']:.2f}" for gain in gains]
+    unfolded = methods["unfolded"]
+    assert found[2][4:7] == [
+        f"{1000 * unfolded['seconds_per_image']:.1f}",
+        f"{unfolded['parameters'] / 1e6:.2f} M",
+        f"{unfolded['training_mib']:.1f}",
+    ]
+    assert "- clipping: " in (finished / "table.md").read_text()
+
+
+def test_metrics_have_a_row_per_epoch(finished):
+    with (finished / "metrics.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [(r["stage"], int(r["epoch"]), int(r["step"])) for r in found] == [
+        ("prior", 0, 3), ("prior", 1, 5), ("unfolded", 0, 3), ("unfolded", 1, 6), ("unfolded", 2, 8),
+    ]  # fmt: skip
+    assert all(math.isfinite(float(r[k])) for r in found for k in ("loss", "val_loss", "seconds", "images_per_second"))
+    assert all(float(r["val_psnr"]) > 5 and float(r["val_ssim"]) <= 1 for r in found if r["stage"] == "unfolded")
+
+
+def test_event_files_are_written_unless_declined(pictures, finished, tmp_path):
+    assert not list(finished.rglob("events.out.*"))
+    made = run.prepare(tiny(pictures, tmp_path / "run", prior_steps=1, tensorboard=True))
+    made.trained_prior()
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.*"))
+
+
+# Continuing and starting again
+
+
+@pytest.mark.parametrize(("stage", "epoch"), [("prior", 1), ("unfolded", 1)])
+def test_a_resumed_run_ends_bitwise_where_an_uninterrupted_one_does(
+    stage, epoch, pictures, finished, tmp_path, monkeypatch, capsys
+):
+    batch_end = callbacks.Recorder.on_train_batch_end
+
+    def interrupt(self, trainer, module, *arguments):
+        if module.name == stage and trainer.current_epoch == epoch:
+            raise Interrupted
+        batch_end(self, trainer, module, *arguments)
+
+    settings = tiny(pictures, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.Recorder, "on_train_batch_end", interrupt)
+        with pytest.raises(Interrupted):
+            run.prepare(settings).train()
+    assert (tmp_path / "run" / "checkpoints" / f"{stage}-last.ckpt").exists()
+    assert not (tmp_path / "run" / "results.json").exists()
+    again = run.prepare(settings)  # the same command
+    assert f"{tmp_path / 'run'} continues" in capsys.readouterr().out
+    again.holding(again.trained_network)
+    resumed, whole = (network(path).state_dict() for path in (tmp_path / "run", finished))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    columns = ("stage", "epoch", "step", "loss", "val_loss", "val_psnr")
+    found, expected = ([[r[c] for c in columns] for r in rows(path)] for path in (tmp_path / "run", finished))
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"accumulate": 2}, {"steps": 500, "lr": 1e-7, "lr_steps": 0.3, "patience": 2}],
+    ids=["steps", "parts", "early stopping"],
+)
+def test_a_stage_interrupted_between_its_last_state_and_its_model_is_not_trained_further(
+    settings, pictures, tmp_path, monkeypatch
+):
+    def interrupt(*arguments):
+        raise Interrupted
+
+    settings = tiny(pictures, tmp_path / "run", prox="resnet", **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr(fitting, "_keep_best", interrupt)
+        with pytest.raises(Interrupted):
+            run.prepare(settings).trained_network()
+    before = rows(tmp_path / "run")
+    run.prepare(settings).trained_network()
+    assert rows(tmp_path / "run") == before
+    run.prepare(replace(settings, out=str(tmp_path / "whole"))).trained_network()
+    resumed, whole = (network(tmp_path / name).state_dict() for name in ("run", "whole"))
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_a_finished_run_is_refused_or_reports_again(finished, tmp_path, monkeypatch):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    monkeypatch.setattr(run, "fit", None)
+    settings = replace(config.load(copy / "config.yaml"), out=str(copy))
+    with pytest.raises(FileExistsError, match="copy holds a finished run: pass --resume to report again, or another"):
+        run.prepare(settings)
+    (copy / "table.md").unlink()
+    run.prepare(replace(settings, resume=True)).train()
+    clock = 4  # the column with milliseconds
+    assert [row[:clock] + row[clock + 1 :] for row in table(copy)] == [
+        row[:clock] + row[clock + 1 :] for row in table(finished)
+    ]
+    run.prepare(replace(settings, resume=True))  # what is done lets go of the folder
+
+
+def test_other_settings_are_named_and_nothing_is_touched(pictures, finished, tmp_path):
+    before = (finished / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"was started with other settings: folds was 2 and is now 3$"):
+        run.prepare(tiny(pictures, finished, folds=3, resume=True))
+    unfinished = run.prepare(tiny(pictures, tmp_path / "run"))
+    unfinished.folder.unlock()
+    with pytest.raises(ValueError, match="lr was 0.001 and is now 0.5; seed was 0 and is now 1"):
+        run.prepare(tiny(pictures, tmp_path / "run", lr=0.5, seed=1))
+    assert (finished / "config.yaml").read_text() == before
+
+
+def test_what_is_no_run_is_neither_continued_nor_written_over(pictures, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    for name in ("file", "folder"):
+        with pytest.raises(FileExistsError, match=f"{name} exists, is not empty and holds no unfinished run: pass an"):
+            run.prepare(tiny(pictures, tmp_path / name))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("- not\n- settings\n")
+    with pytest.raises(ValueError, match="other/config.yaml does not hold the settings of a run") as caught:
+        run.prepare(tiny(pictures, tmp_path / "other"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="nothing to resume: .*elsewhere holds no run"):
+        run.prepare(tiny(pictures, tmp_path / "elsewhere", resume=True))
+    (tmp_path / "empty").mkdir()
+    assert run.prepare(tiny(pictures, tmp_path / "empty")).folder.path == tmp_path / "empty"
+
+
+def test_ctrl_c_says_how_to_continue(pictures, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(callbacks.Recorder, "on_train_batch_end", interrupt)
+    with pytest.raises(SystemExit):
+        run.prepare(tiny(pictures, tmp_path / "run")).train()
+    signal.signal(signal.SIGINT, handler)  # Lightning switches it off while it shuts down
+    assert f"--resume --out {tmp_path / 'run'} continues" in capsys.readouterr().err
+
+
+def test_numbered_runs(pictures, tmp_path, monkeypatch):
+    """A new number for what is new; the latest one goes on if it is unfinished, the same, and nobody is at it."""
+    monkeypatch.chdir(tmp_path)
+    settings = tiny(pictures, None)
+
+    def prepared(**changes):
+        return run.prepare(replace(settings, **changes)).folder
+
+    first = prepared()
+    assert str(first.path) == "runs/unfolded-001"
+    second = prepared()  # the first is being written
+    assert str(second.path) == "runs/unfolded-002"
+    second.unlock()
+    again = prepared()
+    assert again.path == second.path
+    again.unlock()
+    third = prepared(seed=1)
+    assert str(third.path) == "runs/unfolded-003"
+    third.unlock()
+    assert str(run.prepare(settings, kind="pretrain").folder.path) == "runs/pretrain-001"
+    with pytest.raises(ValueError, match="unfolded-003 was started with other settings: seed was 1 and is now 0"):
+        prepared(resume=True)
+    third.results.write_text("{}")
+    assert str(prepared(seed=1).path) == "runs/unfolded-004"
+    shutil.rmtree("runs/unfolded-004")
+    resumed = prepared(seed=1, resume=True)
+    assert resumed.path == third.path
+    with pytest.raises(FileExistsError, match="unfolded-003 is being written by another process"):
+        prepared(seed=1, resume=True)
+
+
+def test_a_folder_in_use_by_another_process_is_refused(pictures, tmp_path):
+    settings = tiny(pictures, tmp_path / "run")
+    run.prepare(settings).folder.unlock()
+    program = "import filelock as f, sys; a = f.FileLock(sys.argv[1]); a.acquire(); print('held', flush=True); input()"
+    command = [sys.executable, "-c", program, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for changes in ({}, {"resume": True}):
+            with pytest.raises(FileExistsError, match="run is being written by another process"):
+                run.prepare(replace(settings, **changes))
+        other.kill()  # a process that dies gives its folder back
+    held = run.prepare(settings)
+    with pytest.raises(Exception, match="could not be acquired"):
+        FileLock(tmp_path / "run" / ".lock").acquire(blocking=False)
+    with pytest.raises(Interrupted):
+        held.holding(lambda: (_ for _ in ()).throw(Interrupted))
+    FileLock(tmp_path / "run" / ".lock").acquire(blocking=False)
+
+
+def test_nothing_is_written_when_preparation_fails(pictures, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run.prepare(tiny(tmp_path / "no pictures", tmp_path / "out"))
+    with pytest.raises(ValueError, match="a batch of 4 can't be divided among 1 processes in 3 parts each"):
+        run.prepare(tiny(pictures, tmp_path / "out", accumulate=3))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_says_which_stages_are_complete(tmp_path):
+    made = folder.Folder(tmp_path)
+    assert not made.is_complete("prior")
+    flowkern.Glow((3, 8, 8), levels=1, depth=1, hidden=4).save_pretrained(made.model("prior"))
+    assert made.is_complete("prior") and not made.is_complete("unfolded")
+    (made.model("prior") / "config.json").unlink()  # an interruption while it was written
+    assert not made.is_complete("prior")
+    assert set(asdict(Config())) - set(Config().of_run()) == {"out", "resume"}
+
+
+def test_settings_are_read_back(tmp_path):
+    settings = Config(depth=[1, 2, 3, 4], eval_sigmas=(0.3,), references=(), out="x")
+    config.save(settings, tmp_path / "a.yaml")
+    assert config.load(tmp_path / "a.yaml") == settings
+    (tmp_path / "a.yaml").write_text("folds: 4\nwings: 2\n")
+    with pytest.raises(ValueError, match="a.yaml does not hold the settings of a run: .*wings"):
+        config.load(tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match="does not hold the settings of a run"):
+        (tmp_path / "a.yaml").write_text("folds: [")
+        config.load(tmp_path / "a.yaml")
+
+
+# A prior from a checkpoint
+
+
+def test_prior_from_a_checkpoint_skips_pre_training(pictures, finished, tmp_path):
+    for source in (finished, finished / "checkpoints" / "prior"):
+        out = tmp_path / source.name
+        prepared = run.prepare(tiny(pictures, out, prior_checkpoint=str(source), depth=7, hidden=5, steps=3))
+        assert (prepared.config.depth, prepared.config.hidden) == ([2], 8)
+        prepared.holding(prepared.trained_network)
+        assert {r["stage"] for r in rows(out)} == {"unfolded"}
+        kept = flowkern.Glow.from_pretrained(out / "checkpoints" / "prior").state_dict()
+        given = flowkern.Glow.from_pretrained(finished / "checkpoints" / "prior").state_dict()
+        assert all(torch.equal(kept[name], given[name]) for name in given)
+        # The same command goes on although its flow settings are not those that were saved.
+        run.prepare(tiny(pictures, out, prior_checkpoint=str(source), depth=7, hidden=5, steps=3)).folder.unlock()
+
+
+def damaged(finished, tmp_path, how):
+    """A copy of the finished prior with something wrong."""
+    path = tmp_path / "prior"
+    glow = flowkern.Glow.from_pretrained(finished / "checkpoints" / "prior")
+    if how == "missing":
+        return path
+    if how == "grey":
+        glow = flowkern.Glow((1, 8, 8), levels=1, depth=1, hidden=4)
+    glow.save_pretrained(path)
+    if how == "truncated":
+        content = (path / "model.safetensors").read_bytes()
+        (path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    elif how == "of another configuration":
+        saved = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(saved | {"hidden": 16}))
+    elif how == "unfolded":
+        return finished / "checkpoints" / "unfolded"
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("missing", "is not a saved Glow: it has no config.json"),
+        ("truncated", "is truncated or not a safetensors file"),
+        ("of another configuration", "don't fit this configuration: .* of another shape"),
+        ("unfolded", "does not hold the configuration of a Glow"),
+        ("grey", "is for images of 1 channels; training wants 3"),
+    ],
+)
+def test_unusable_prior_is_one_sentence(how, message, pictures, finished, tmp_path):
+    path = damaged(finished, tmp_path, how)
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as caught:
+        run.prepare(tiny(pictures, tmp_path / "out", prior_checkpoint=str(path)))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# What a run says of itself
+
+
+def test_commit_of_this_checkout_and_of_none(tmp_path, monkeypatch):
+    found = report.commit()
+    assert found is None or len(found.removesuffix("-modified")) == 40
+    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert report.commit() is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tied": True}, "4 tied folds trained at σ = 0.20, pre-trained on clean images; until validation stops"),
+        ({"prior_noise": 0.3, "seconds": 9}, "pre-trained on noise of sigma up to 0.3; 9 s of 16 images of 64x64"),
+        ({"pretrain": False, "sigma_max": 0.4}, "σ = 0.20 to 0.40, not pre-trained;"),
+        ({"prox": "unet", "steps": 7, "seconds": 9}, "4 untied folds trained at σ = 0.20; 7 steps or 9 s of 16"),
+    ],
+)
+def test_a_run_says_how_it_was_trained(settings, said):
+    assert said in run.trained_as(Config(**settings))
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "results.json").write_text('{"old": 1}')
+    with pytest.raises(TypeError):
+        report.finish(tmp_path / "results.json", {"not for JSON": torch.zeros(1)})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"old": 1}
+    report.finish(tmp_path / "results.json", {"new": 2})
+    assert yaml.safe_load((tmp_path / "results.json").read_text()) == {"new": 2}
+    assert names(tmp_path) == {"results.json"}
