@@ -218,9 +218,9 @@ setup(
     install_requires=["torch>=2.6", "triton; platform_system == 'Linux' and platform_machine == 'x86_64'", "numpy",
                       "safetensors", "ninja", "pybind11"],
     extras_require={
-        "train": ["lightning>=2.4", "jsonargparse[signatures]>=4.32", "torchmetrics>=1.4", "scikit-image>=0.23",
+        "train": ["lightning>=2.6", "jsonargparse[signatures]>=4.32", "torchmetrics>=1.4", "scikit-image>=0.23",
                   "matplotlib>=3.8", "pillow>=10", "imagecodecs>=2025.3.30", "tifffile>=2024.8.30", "rich>=13",
-                  "tensorboard"],
+                  "tensorboard", "filelock", "scipy"],
         "test": ["pytest>=8", "pytest-benchmark>=4", "ruff", "zuko", "scikit-learn", "onnx", "onnxscript",
                  "huggingface_hub"],
         "bench": ["pytest>=8", "pytest-benchmark>=4", "tqdm", "scipy"],

@@ -1,6 +1,7 @@
 """Saved models: a folder with the weights (safetensors) and the configuration (JSON), enough by itself."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ def write(path: str | Path, module: nn.Module, config: dict) -> None:
     save_file(weights, path / f"{WEIGHTS}.partial", metadata={"format": "pt"})
     (path / f"{CONFIG}.partial").write_text(json.dumps(config, indent=2) + "\n")
     for name in (WEIGHTS, CONFIG):
+        with (path / f"{name}.partial").open("rb") as file:
+            os.fsync(file.fileno())  # a name must not come to stand for what is not on the disk yet
         (path / f"{name}.partial").replace(path / name)
 
 

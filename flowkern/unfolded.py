@@ -276,9 +276,17 @@ def _one_per_fold(prox, folds: int, tied: bool) -> list[nn.Module]:
 
 
 def _shared(prox: nn.Module) -> dict[int, nn.Module]:
-    """What a tied copy takes instead of copying, as deepcopy's memo: the inner modules that hold no batch norm."""
-
-    def has_batch_norm(module: nn.Module) -> bool:
-        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
-
-    return {id(module): module for module in prox.modules() if module is not prox and not has_batch_norm(module)}
+    """What a tied copy takes instead of copying, as deepcopy's memo: the inner modules that hold no batch norm, and of
+    the others the parameters, but for batch norms' and the prox's lambda.
+    """
+    norms = nn.modules.batchnorm._BatchNorm
+    split = [m for m in prox.modules() if m is prox or any(isinstance(inner, norms) for inner in m.modules())]
+    whole = [m for m in prox.modules() if m not in split]
+    loose = [
+        parameter
+        for module in split
+        if not isinstance(module, norms)
+        for name, parameter in module.named_parameters(recurse=False)
+        if not (module is prox and name == "raw_lam")
+    ]
+    return {id(shared): shared for shared in (*whole, *loose)}

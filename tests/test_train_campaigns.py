@@ -111,7 +111,7 @@ def test_rows_of_the_table(compared):
     header, *cells = table(out)
     assert header[:3] == ["", "σ = 0.20", "σ = 0.30"]
     assert [row[0] for row in cells] == [
-        "Noisy", "total variation", "ResNet prox", "U-Net prox", "Glow prox",
+        "Noisy", "Total variation", "ResNet prox", "U-Net prox", "Glow prox",
         "Glow − U-Net", "U-Net − ResNet", "Glow − ResNet",
         "Paper: ResNet prox", "Paper: U-Net prox", "Paper: Glow prox",
     ]  # fmt: skip
@@ -225,8 +225,8 @@ def test_ablations_change_one_choice_at_a_time_and_share_priors(ablated):
 def test_the_ablations_table_has_gains_over_the_settings_given_and_tells_of_failures(ablated):
     out, _ = ablated
     assert [row[0] for row in table(out)[1:]] == [
-        "Noisy", "total variation", "as given", "not pre-trained", "tied folds",
-        "total variation − as given", "not pre-trained − as given", "tied folds − as given",
+        "Noisy", "Total variation", "as given", "not pre-trained", "tied folds",
+        "Total variation − as given", "not pre-trained − as given", "tied folds − as given",
     ]  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert list(results["methods"]) == ["noisy", "tv", "as-given", "not-pre-trained", "tied-folds"]

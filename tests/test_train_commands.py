@@ -200,7 +200,7 @@ def test_unfolded_from_its_options_to_its_folder(words, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert names(tmp_path / "run") == FILES | {"tensorboard"}
     assert "prior  epoch   1  step     5" in done.stdout and "images/s" in done.stdout and "MiB" in done.stdout
-    assert "Unfolded Glow" in done.stdout and "Unfolded Glow − total variation" in done.stdout
+    assert "Unfolded Glow" in done.stdout and "Unfolded Glow − Total variation" in done.stdout
     assert len(rows(tmp_path / "run", "unfolded")) == 1
     assert unfolded.main(line) == 2
     assert "holds a finished run: pass --resume to report again" in told(capsys)
@@ -290,14 +290,14 @@ def test_evaluate_puts_runs_and_references_into_one_table(finished, resnet, tmp_
     titles = [row[0] for row in cells]
     denoiser = baselines.reference_denoiser().title
     assert titles[:7] == [
-        "Noisy", "total variation", denoiser, "MAP over z", "Unfolded ResNet", "Unfolded Glow (whole)",
+        "Noisy", "Total variation", denoiser, "MAP over z", "Unfolded ResNet", "Unfolded Glow (whole)",
         "Unfolded Glow (whole)",
     ]  # fmt: skip
-    assert titles[7:] == [f"{title} − total variation" for title in titles[2:7]]
+    assert titles[7:] == [f"{title} − Total variation" for title in titles[2:7]]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["methods"])[4:] == ["resnet-0", "glow-1", "glow-2"]
     assert results["runs"] == [str(resnet), str(finished), str(finished)]
-    assert {"total variation", denoiser, "MAP over z", "Unfolded ResNet"} <= set(results["protocol"])
+    assert {"Total variation", denoiser, "MAP over z", "Unfolded ResNet"} <= set(results["protocol"])
     # The same figures as each run has in its own folder.
     for key, path in (("resnet-0", resnet), ("glow-1", finished), ("glow-2", finished)):
         own = json.loads((path / "results.json").read_text())["methods"]["unfolded"]

@@ -52,7 +52,7 @@ def test_results_hold_the_numbers_and_their_protocol(finished):
     assert set(results["protocol"]) >= {
         "sigma", "clipping", "psnr", "ssim", "noise", "gain", "time", "memory", "images", "data",
     }  # fmt: skip
-    assert "at each sigma maximises the mean PSNR on validation images" in results["protocol"]["total variation"]
+    assert "at each sigma maximises the mean PSNR on validation images" in results["protocol"]["Total variation"]
     assert results["protocol"]["Unfolded Glow"] == (
         "2 untied folds trained at σ = 0.20, pre-trained on clean images; 8 steps of 4 images of 16x16, "
         "learning rate 0.001"
@@ -81,7 +81,7 @@ def test_the_table_repeats_the_results(finished):
     ]  # fmt: skip
     methods = json.loads((finished / "results.json").read_text())["methods"]
     assert [row[0] for row in found] == [
-        "Noisy", "total variation", "Unfolded Glow", "Unfolded Glow − total variation",
+        "Noisy", "Total variation", "Unfolded Glow", "Unfolded Glow − Total variation",
     ]  # fmt: skip
     for row, method in zip(found, methods.values(), strict=False):
         assert row[0] == method["title"]

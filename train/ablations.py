@@ -30,12 +30,15 @@ def work(campaign, settings: Config) -> Path:
 
     methods, failed, priors = [], {}, {}
     for title, changes in VARIANTS.items():
+        if changes and all(getattr(campaign.base, k) == v for k, v in changes.items()):
+            continue  # as given
         name = title.replace(" ", "-")
         prior = {k: v for k, v in changes.items() if k in OF_PRIOR}
         key = tuple(prior.items())
         if key not in priors:
-            priors[key] = str(campaign.prior(f"prior-{name}", **prior))
-        made = campaign.attempt(name, **changes, prior_checkpoint=priors[key])
+            priors[key] = campaign.attempt(campaign.prior, f"prior-{name}", **prior)
+        start = {"prior_checkpoint": str(priors[key])}
+        made = priors[key] and campaign.attempt(campaign.network, name, **changes, **start)
         if made is None:
             failed[title] = "diverged: no result"
         elif ranks.is_first():

@@ -38,7 +38,7 @@ class Baseline(Protocol):
 class TotalVariation:
     """Chambolle's total variation, of each channel by itself. Setting: its weight."""
 
-    key, title = "tv", "total variation"
+    key, title = "tv", "Total variation"
     protocol = (
         "skimage.restoration.denoise_tv_chambolle per channel, defaults but the weight, which at each sigma maximises "
         "the mean PSNR on validation images"
@@ -54,7 +54,7 @@ class TotalVariation:
 class NonLocalMeans:
     """Non-local means in colour, told sigma. Setting: the filter strength h, on [0, 1] pixels."""
 
-    key, title = "nlm", "non-local means"
+    key, title = "nlm", "Non-local means"
     protocol = (
         "skimage.restoration.denoise_nl_means in colour, patches of 5 within 6 pixels, told sigma, fast mode; h at "
         "each sigma maximises the mean PSNR on validation images"

@@ -12,16 +12,18 @@ class AcrossProcesses(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or dist.get_world_size() == 1:
             return super().forward(x)
+        kind, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))  # under autocast it may be less
         count = x.numel() // x.shape[1] * dist.get_world_size()  # every process has an equal part of a batch
         mean = total(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
         variance = total(centred.square().sum((0, 2, 3))) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            new = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean, new)
+            self.running_var.lerp_(variance * count / (count - 1), new)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(kind)
 
 
 class _Total(torch.autograd.Function):

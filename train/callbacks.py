@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
 
 COLUMNS = (
     "stage",
@@ -54,18 +55,27 @@ class Recorder(L.Callback):
 
     def __init__(self, path: Path, echo: bool):
         self.path, self.echo = path, echo
+        self._trainer = None
         self._begin()
 
     def _begin(self) -> None:
         self._losses, self._images, self._seconds = [], 0, 0.0
 
+    def _mean_losses(self) -> Tensor:
+        """The loss of each step of the epoch so far, averaged over processes; all of them take part."""
+        losses = torch.stack([torch.as_tensor(x, device=self._trainer.strategy.root_device) for x in self._losses])
+        return self._trainer.strategy.reduce(losses, reduce_op="mean")
+
     def state_dict(self) -> dict:
-        return {"losses": [float(x) for x in self._losses], "images": self._images, "seconds": self._seconds}
+        # Lightning gathers a checkpoint in every process, and writes it in the first.
+        losses = self._mean_losses().tolist() if self._losses else []
+        return {"losses": losses, "images": self._images, "seconds": self._seconds}
 
     def load_state_dict(self, state: dict) -> None:
         self._losses, self._images, self._seconds = state["losses"], state["images"], state["seconds"]
 
     def on_train_start(self, trainer, stage) -> None:
+        self._trainer = trainer
         if not trainer.is_global_zero:
             return
         rows = [r for r in read_metrics(self.path) if r["stage"] != stage.name or int(r["step"]) <= trainer.global_step]
@@ -92,13 +102,12 @@ class Recorder(L.Callback):
 
     def on_train_epoch_end(self, trainer, stage) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-        loss = trainer.strategy.reduce(torch.tensor([float(x) for x in self._losses]).mean(), reduce_op="mean")
         row = {
             "stage": stage.name,
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "seconds": round(stage.budget.used_seconds, 2),
-            "loss": float(loss),
+            "loss": float(self._mean_losses().mean()),
             **{k: metrics.get(k, "") for k in ("val_loss", "val_psnr", "val_ssim")},
             "images_per_second": round(self._images / self._seconds, 2),
             "peak_mib": round(peak_memory_mib(stage.device), 1),

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from train import data, ranks, run
 from train import folder as folders
@@ -11,11 +12,15 @@ from train.data import Data
 from train.folder import Folder
 from train.run import Run
 
+T = TypeVar("T")
+
 
 def prepare(settings: Config, kind: str) -> "Campaign":
     """Check the settings, read the pictures, make the campaign's folder. Raises as `run.prepare` does."""
+    run.new_prior(settings)  # raises what is wrong with the flow
     folder = folders.choose_for_all(settings, kind)
     images = data.prepare(settings)
+    data.training_loader(images, settings)  # and with the batch
     ranks.from_first(lambda: folders.create(folder, settings))
     return Campaign(folder, replace(settings, resume=False), images)
 
@@ -53,13 +58,13 @@ class Campaign:
         made.holding(made.trained_network)
         return made
 
-    def attempt(self, name: str, **overrides) -> Run | None:
-        """A run that may diverge: None if it did, now or before an interruption."""
+    def attempt(self, work: Callable[..., T], name: str, **overrides) -> T | None:
+        """`prior` or `network` of a run that may diverge: None if it did, now or before an interruption."""
         failed = self.folder.path / "runs" / name / "failed.txt"
         try:
             if ranks.from_first(failed.is_file):
                 raise FloatingPointError(ranks.from_first(failed.read_text))
-            return self.network(name, **overrides)
+            return work(name, **overrides)
         except FloatingPointError as error:
             if ranks.is_first():
                 failed.write_text(str(error))

@@ -14,7 +14,7 @@ def run(prepare: Callable[[], Callable[[], object]]) -> int:
 
     prepare: checks everything that can be checked and returns what then does the work. A mistake of the user's ends in
     one sentence on stderr and status 2, a loss that is no longer finite in one sentence and status 3. Under torchrun
-    only the first process speaks.
+    only the first process speaks, but for options that can't be parsed, which each refuses.
     """
     try:
         try:

@@ -1,6 +1,7 @@
 """Every setting of a training run, in one flat dataclass, and the command line made from it."""
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -185,10 +186,14 @@ class Config:
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         if self.sigma_max is not None and self.sigma_max < self.sigma:
             raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")
-        for name in ("prior_noise", "warmup", "workers"):
+        if self.prox == "unet" and min(self.size, self.eval_size or self.size) < 16:
+            raise ValueError(f"a U-Net wants size and eval_size of at least 16, got {self.size}, {self.eval_size}")
+        _require("mu", self.mu, math.isfinite(self.mu), "a finite number")
+        for name in ("prior_noise", "warmup", "workers", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1")
-        _require("seeds", self.seeds, self.seeds and len(set(self.seeds)) == len(self.seeds), "different numbers")
+        differ = self.seeds and len(set(self.seeds)) == len(self.seeds)
+        _require("seeds", self.seeds, differ and min(self.seeds) >= 0, "different numbers, 0 or more")
         if self.init == "mode" and self.prox != "glow":
             raise ValueError(f"init='mode' needs the most likely image of a Glow; prox is {self.prox!r}")
         if "map" in self.references and self.prox != "glow":
@@ -299,5 +304,7 @@ def load(path: Path) -> Config:
 
 
 def save(config: Config, path: Path) -> None:
-    """Write the settings as YAML that `--config` reads back."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    """Write the settings as YAML that `--config` reads back, whole or not at all; where the run is, is not in it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(config.of_run(), sort_keys=False))
+    partial.replace(path)

@@ -256,4 +256,9 @@ def first_batch(data: Data, config: Config) -> dict[str, Tensor]:
 
 def validation_loader(data: Data, config: Config) -> DataLoader:
     """Batches of validation samples, all of them in every process."""
-    return DataLoader(data.val, config.batch)
+    return DataLoader(data.val, part(config))
+
+
+def part(config: Config) -> int:
+    """How many images are worked on at once: a batch's share of one process, in as many parts as there are."""
+    return max(1, config.batch // (config.accumulate * ranks.count()))

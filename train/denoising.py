@@ -36,11 +36,13 @@ def load(checkpoint: Path, device: str) -> Unfolded:
     net = Unfolded.from_pretrained(run.model("unfolded") if run.checkpoints.is_dir() else checkpoint)
     if not isinstance(net.operator, Identity):
         raise ValueError(f"{checkpoint} was trained for {type(net.operator).__name__} measurements, not for denoising")
+    if net.noise_aware:
+        raise ValueError(f"{checkpoint} wants to be told the noise level, which this command does not know")
     net = net.to(device).eval()
     side = tiling.grid(net)
     try:
         with torch.no_grad():
-            net(net.mu.new_zeros(1, 3, side, side))
+            net(next(net.parameters()).new_zeros(1, 3, side, side))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} can't denoise images of three channels: {error}") from error
     return net

@@ -24,8 +24,11 @@ PROTOCOL = {
     "every method",
     "gain": "mean over test images of the paired difference of PSNR, standard error of that mean",
     "time": "wall-clock time per test image, in batches, on the machine named, all else as it happened to be",
-    "memory": "most bytes that tensors take during one training step beyond what was there before it (parameters, "
-    "Adam's state), counted allocation by allocation, at the batch and size of training",
+    "memory": "most bytes allocated during one training step beyond what was there before it (parameters, Adam's "
+    "state), counted allocation by allocation, at the size of training and the batch of one process",
+    "training min": "of the network and, for a Glow, of its pre-training, on the machine named and beside whatever "
+    "else ran there",
+    "precision": "evaluation runs in 32 bits, also of networks trained in bf16",
 }
 
 
@@ -103,14 +106,18 @@ def evaluate(
     return Evaluation(sigmas, scores, clean[:shown], len(clean))
 
 
+def device() -> torch.device:
+    """Where evaluation runs: on the GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def network(net: nn.Module, batch: int) -> Callable[[Tensor, float], Tensor]:
     """A network as a method's `estimate`, in batches, on the GPU if there is one. It is not told sigma."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = net.to(device).eval()
+    net = net.to(device()).eval()
 
     def estimate(noisy: Tensor, sigma: float) -> Tensor:
         parts = noisy.contiguous(memory_format=torch.channels_last).split(batch)
-        return torch.cat([net(part.to(device)).float().cpu() for part in parts]).contiguous()
+        return torch.cat([net(part.to(device())).float().cpu() for part in parts]).contiguous()
 
     return estimate
 

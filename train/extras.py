@@ -13,6 +13,9 @@ PACKAGES = {
     "tifffile": "tifffile",
     "matplotlib": "matplotlib",
     "rich": "rich",
+    "tensorboard": "tensorboard",
+    "filelock": "filelock",
+    "scipy": "scipy",
 }
 
 

@@ -44,7 +44,7 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
         max_epochs=-1,
         callbacks=[
             stage.budget,
-            *([EMAWeightAveraging(decay=config.ema)] if config.ema else []),
+            *([EMAWeightAveraging(_device(), decay=config.ema)] if config.ema else []),
             Recorder(folder.metrics, echo=not bar),
             DriftWatch(data.val),
             *([ProgressBar()] if bar else []),
@@ -64,7 +64,8 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
             stage, training_loader(data, config), validation_loader(data, config), ckpt_path=state, weights_only=True
         )
     except SystemExit:  # how Lightning ends on Ctrl-C
-        print(f"interrupted: the same command with --resume --out {folder.path} continues", file=sys.stderr)
+        if ranks.is_first():
+            print(f"interrupted, states are in {folder.path}: the same command continues", file=sys.stderr)
         raise
     _keep_best(stage, Path(best.best_model_path))
 
@@ -90,6 +91,10 @@ def _saving(name: str, config, folder: Folder) -> tuple[ModelCheckpoint, list[Mo
         every = {"every_n_train_steps": config.checkpoint_steps}
         saving.append(checkpoints.StepCheckpoint(folder.checkpoints, f"{name}-last", **every, **options))
     return best, saving
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _keep_best(stage: L.LightningModule, path: Path) -> None:

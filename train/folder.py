@@ -93,7 +93,13 @@ def choose(config: Config, kind: str) -> Folder:
     named = bool(config.out or config.resume)
     if path is not None and Folder(path).config.is_file():
         folder = Folder(path)
-        differing, finished = differences(config, folder), folder.results.is_file()
+        finished = folder.results.is_file()
+        try:
+            differing = differences(config, folder)
+        except ValueError:
+            if named:
+                raise
+            differing = ["all"]  # not a run of this version: left alone
         if named and finished and not config.resume:
             raise FileExistsError(f"{path} holds a finished run: pass --resume to report again, or another --out")
         if named and differing:
@@ -132,7 +138,10 @@ def create(folder: Folder, config: Config) -> None:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     if not folder.lock():
         raise FileExistsError(f"{folder.path} is being written by another process")
-    configuration.save(config, folder.config)
+    if not folder.config.is_file():
+        configuration.save(config, folder.config)
+    elif differences(config, folder):
+        raise FileExistsError(f"{folder.path} has been taken by another process in the meantime: start again")
 
 
 def differences(config: Config, folder: Folder) -> list[str]:

@@ -72,7 +72,7 @@ def load(
     splits: tuple[str, ...] = SPLITS,
     progress: Callable = lambda items, total: items,
 ) -> Pictures:
-    """Read every picture that `data` names: 'photos', or a folder or zip as the README describes.
+    """Read every picture that `data` names: 'photos', or a folder or zip as docs/training.md describes.
 
     prepare: (RGB image, split) -> the image to keep. limits: at most so many pictures of a split. splits: which to
     read; of the others there are no pictures. progress: wraps the iteration over the files.

@@ -4,9 +4,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from flowkern import Glow
-from train import figures, report
+from train import evaluation, figures, report
 from train.config import Config
-from train.data import Data, FixedSamples
+from train.data import Data, FixedSamples, part
 from train.folder import Folder
 
 TEMPERATURES = (0.5, 0.7, 0.85, 1.0)
@@ -24,7 +24,7 @@ def bits_per_dim(glow: Glow, held_out: FixedSamples, config: Config) -> float:
     """Mean bits per dimension of held-out pictures, dequantised without noise."""
     clean = FixedSamples(held_out.pictures, held_out.stream, config.bits, prior_noise=0.0)
     device = next(glow.parameters()).device
-    batches = DataLoader(clean, config.batch)
+    batches = DataLoader(clean, part(config))
     found = [glow.bits_per_dim(batch["prior"].to(device), bits=config.bits).double() for batch in batches]
     return torch.cat(found).mean().item()
 
@@ -41,7 +41,7 @@ def samples(glow: Glow, config: Config) -> dict[float, torch.Tensor]:
 
 def write(glow: Glow, data: Data, config: Config, folder: Folder, commit: str | None) -> None:
     """samples.png, curves.png, table.md and results.json, and the figures on the terminal."""
-    glow = glow.eval()
+    glow = glow.to(evaluation.device()).eval()
     figures.samples(folder.samples, samples(glow, config))
     figures.curves(folder.curves, folder.metrics)
     found = {"val": bits_per_dim(glow, data.val, config), "test": bits_per_dim(glow, data.test, config)}

@@ -12,8 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 def peak_mib(step: Callable[[], object], device: torch.device) -> float:
     """The most MiB that `step` has allocated at any moment, beyond what was there when it began.
 
-    Of tensors, as PyTorch's allocator counts them: activations, gradients and what operators return, not the scratch
-    memory inside of them.
+    As PyTorch's allocator counts them: activations, gradients and what operators return; on a GPU also the scratch
+    memory that libraries ask it for, on a CPU not.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -38,7 +38,7 @@ def prepare(config: Config, kind: str = "unfolded", pictures: Pictures | None = 
     torch.manual_seed(config.seed)
     prior = None
     if config.prox == "glow":
-        prior = _load_prior(Path(config.prior_checkpoint), config) if config.prior_checkpoint else _new_prior(config)
+        prior = _load_prior(Path(config.prior_checkpoint), config) if config.prior_checkpoint else new_prior(config)
         config = replace(config, **{name: prior.config[name] for name in FLOW})
     folder = folders.choose_for_all(config, kind)
     for stage in ("prior", "unfolded"):
@@ -90,6 +90,7 @@ class Run:
         """The Glow after pre-training, which is done now if it is not done yet."""
         config, folder = self.config, self.folder
         if folder.is_complete("prior"):
+            discard_state("prior", folder)
             return Glow.from_pretrained(folder.model("prior"), **config.execution())
         if not self.prior.is_initialized:
             self.prior.initialize(data.first_batch(self.data, config)["prior"])
@@ -102,10 +103,12 @@ class Run:
         """The unfolded network after training, which is done now if it is not done yet."""
         config, folder = self.config, self.folder
         if folder.is_complete("unfolded"):
+            discard_state("unfolded", folder)
             return load_network(config, folder)
         prox = self.make_prox()
         net = Unfolded(prox, config.folds, tied=config.tied, init=config.init, final=config.final, mu=config.mu)
-        fit(UnfoldedStage(net, config, Budget(config.steps, config.seconds)), self.data, folder)
+        budget = Budget(config.steps, config.seconds)
+        fit(UnfoldedStage(net, config, budget, lambda: data.training_loader(self.data, config)), self.data, folder)
         self._save(net, "unfolded")
         return net
 
@@ -169,12 +172,17 @@ def load_network(config: Config, folder: Folder) -> Unfolded:
 def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:
     """A run's network as a method to evaluate, with what its training took."""
     stages = report.training(folder)
+    if config.prior_checkpoint:
+        stages |= {k: v for k, v in report.training(Folder(Path(config.prior_checkpoint))).items() if k == "prior"}
     facts = {
         "parameters": sum(p.numel() for p in net.parameters()),
-        "training_mib": training_mib(net, config),
         "training_minutes": sum(stage["seconds"] for stage in stages.values()) / 60,
     }
-    estimate = evaluation.network(net, config.batch)
+    try:
+        facts["training_mib"] = training_mib(net, config)
+    except torch.OutOfMemoryError:  # trained by more processes than are here
+        pass
+    estimate = evaluation.network(net, data.part(config))
     return Method("unfolded", TITLES[config.prox], estimate, trained_as(config), facts=facts)
 
 
@@ -187,7 +195,8 @@ def references(config: Config, folder: Folder) -> list[Method]:
         elif name == "denoiser":
             made = baselines.reference_denoiser()
         else:
-            made = baselines.MapPrior(Glow.from_pretrained(folder.model("prior"), backend=config.backend))
+            prior = Glow.from_pretrained(folder.model("prior"), **config.execution())
+            made = baselines.MapPrior(prior.to(evaluation.device()))
         found.append(Method(made.key, made.title, made, made.protocol, made.tune))
     return found
 
@@ -222,22 +231,27 @@ def training_mib(net: Unfolded, config: Config) -> float:
     """The memory of one training step of this network at its own batch and size, see `memory.peak_mib`."""
     device = next(net.parameters()).device
     stage = UnfoldedStage(copy.deepcopy(net), config, Budget(None, None)).to(device).train()
-    size = (config.batch // config.accumulate, 3, config.size, config.size)
+    size = (data.part(config), 3, config.size, config.size)
     generator = torch.Generator().manual_seed(0)
     batch = {name: torch.rand(size, generator=generator).to(device) for name in ("clean", "noise")}
     batch["level"] = torch.zeros(size[0], device=device)
     low = config.precision == "bf16-mixed"
 
     def step() -> None:
+        stage.zero_grad()
         with torch.autocast(device.type, torch.bfloat16) if low else nullcontext():
             loss = stage.loss(batch)
         loss.backward()
 
     with torch.enable_grad():
+        if device.type == "cuda":
+            step()  # what is allocated once is not a step's
+            stage.zero_grad()
         return peak_mib(step, device)
 
 
-def _new_prior(config: Config) -> Glow:
+def new_prior(config: Config) -> Glow:
+    """A Glow of these settings, untrained. Raises ValueError, TypeError or RuntimeError for what can't be."""
     return Glow((3, config.size, config.size), **config.flow(), shift=0.5, **config.execution())
 
 

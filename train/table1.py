@@ -49,8 +49,8 @@ def _trials(campaign, settings: Config, prox: str, options: dict) -> dict[float,
 
     losses = {}
     for lr in settings.trial_lrs:
-        steps = settings.trial_steps or settings.steps
-        tried = campaign.attempt(f"trial-{prox}-lr{lr:g}", seed=settings.seeds[0], lr=lr, steps=steps, **options)
+        changes = {"seed": settings.seeds[0], "lr": lr, "steps": settings.trial_steps or settings.steps}
+        tried = campaign.attempt(campaign.network, f"trial-{prox}-lr{lr:g}", **changes, **options)
         losses[lr] = report.training(tried.folder)["unfolded"]["best_val_loss"] if tried else float("inf")
     return losses
 
@@ -69,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         ).parse(arguments)
         settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None)
         settings.check_schedule("prior", "unfolded")
+        trial = settings.trial_steps or settings.steps
+        if len(settings.trial_lrs) > 1 and trial and trial <= settings.warmup:
+            raise ValueError(f"a trial of {trial} steps ends within a warm-up of {settings.warmup}: set --trial-steps")
         from train import campaign
 
         made = campaign.prepare(settings, "table1")
