@@ -87,7 +87,7 @@ class UnfoldedStage(_Stage):
         self.calibration = calibration
         if config.prox != "glow":
             model.to(memory_format=torch.channels_last)  # convolutions run up to 2.5 times as fast
-        if config.final == "consistency" and config.folds > 1:
+        if config.final == "consistency" and (config.folds > 1 or model.init != "mode"):
             # The last prox does not run: DDP would wait for gradients of what is its own. Tied folds share the rest.
             used = {id(p) for prox in model.proxes[:-1] for p in prox.parameters()}
             for p in model.proxes[-1].parameters():
@@ -104,8 +104,8 @@ class UnfoldedStage(_Stage):
     def on_validation_epoch_start(self) -> None:
         """Measure batch norms' statistics anew, with the weights as they are now.
 
-        Running averages are of weights of the last steps. Through the norms of several folds, one behind the other,
-        that small error grows: a U-Net in four folds lost 1 dB and more to it.
+        Running averages are of the weights of the last steps, and through the norms of several folds, one behind the
+        other, that small error grows (docs/results.md).
         """
         norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if not norms or self.calibration is None:
