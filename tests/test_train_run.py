@@ -222,7 +222,7 @@ def test_ctrl_c_says_how_to_continue(pictures, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run.prepare(tiny(pictures, tmp_path / "run")).train()
     signal.signal(signal.SIGINT, handler)  # Lightning switches it off while it shuts down
-    assert f"--resume --out {tmp_path / 'run'} continues" in capsys.readouterr().err
+    assert f"states are in {tmp_path / 'run'}: the same command continues" in capsys.readouterr().err
 
 
 def test_numbered_runs(pictures, tmp_path, monkeypatch):
@@ -296,7 +296,7 @@ def test_folder_says_which_stages_are_complete(tmp_path):
 def test_settings_are_read_back(tmp_path):
     settings = Config(depth=[1, 2, 3, 4], eval_sigmas=(0.3,), references=(), out="x")
     config.save(settings, tmp_path / "a.yaml")
-    assert config.load(tmp_path / "a.yaml") == settings
+    assert config.load(tmp_path / "a.yaml") == replace(settings, out=None)
     (tmp_path / "a.yaml").write_text("folds: 4\nwings: 2\n")
     with pytest.raises(ValueError, match="a.yaml does not hold the settings of a run: .*wings"):
         config.load(tmp_path / "a.yaml")
@@ -375,7 +375,7 @@ def test_commit_of_this_checkout_and_of_none(tmp_path, monkeypatch):
     ("settings", "said"),
     [
         ({"tied": True}, "4 tied folds trained at σ = 0.20, pre-trained on clean images; until validation stops"),
-        ({"prior_noise": 0.3, "seconds": 9}, "pre-trained on noise of sigma up to 0.3; 9 s of 16 images of 64x64"),
+        ({"prior_noise": 0.3, "seconds": 9}, "pre-trained on images with noise of sigma up to 0.3; 9 s of 16 images of 64x64"),
         ({"pretrain": False, "sigma_max": 0.4}, "σ = 0.20 to 0.40, not pre-trained;"),
         ({"prox": "unet", "steps": 7, "seconds": 9}, "4 untied folds trained at σ = 0.20; 7 steps or 9 s of 16"),
     ],

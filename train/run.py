@@ -107,8 +107,8 @@ class Run:
             return load_network(config, folder)
         prox = self.make_prox()
         net = Unfolded(prox, config.folds, tied=config.tied, init=config.init, final=config.final, mu=config.mu)
-        budget = Budget(config.steps, config.seconds)
-        fit(UnfoldedStage(net, config, budget, lambda: data.training_loader(self.data, config)), self.data, folder)
+        budget, samples = Budget(config.steps, config.seconds), self.data
+        fit(UnfoldedStage(net, config, budget, lambda: data.training_loader(samples, config)), samples, folder)
         self._save(net, "unfolded")
         return net
 
