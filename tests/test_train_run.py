@@ -375,7 +375,7 @@ def test_commit_of_this_checkout_and_of_none(tmp_path, monkeypatch):
     ("settings", "said"),
     [
         ({"tied": True}, "4 tied folds trained at σ = 0.20, pre-trained on clean images; until validation stops"),
-        ({"prior_noise": 0.3, "seconds": 9}, "pre-trained on images with noise of sigma up to 0.3; 9 s of 16 images of 64x64"),
+        ({"prior_noise": 0.3, "seconds": 9}, "pre-trained on images with noise of sigma up to 0.3; 9 s of 16"),
         ({"pretrain": False, "sigma_max": 0.4}, "σ = 0.20 to 0.40, not pre-trained;"),
         ({"prox": "unet", "steps": 7, "seconds": 9}, "4 untied folds trained at σ = 0.20; 7 steps or 9 s of 16"),
     ],
