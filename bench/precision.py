@@ -35,8 +35,8 @@ def crops(split: str, size: int, count: int, epoch: int = 0, seed: int = 0) -> T
     """`count` random crops of a split's photographs, dequantised: (count, 3, size, size) in [0, 1]."""
     if split not in _pictures:
         _pictures.update(vars(images.load("photos", lambda image, split: image)))
-    samples = data.TrainingSamples(_pictures[split], size, count, "mirror", 0.0, seed)
-    return torch.stack([samples[epoch, index]["prior"] for index in range(count)])
+    samples = data.TrainingSamples(_pictures[split], size, "mirror", bits=8, prior_noise=0.0, seed=seed)
+    return torch.stack([samples[epoch * count + index]["prior"] for index in range(count)])
 
 
 _pictures: dict = {}

@@ -5,6 +5,7 @@ bounded here too, so that nothing can hide among them. Native scratch is counted
 """
 
 import pytest
+import torch
 
 from bench import memory
 from bench.workload import Setup, footprints
@@ -45,7 +46,9 @@ def test_recompute_holds_and_peaks_at_a_fraction_of_store(seen, lean, storing):
 
 def test_a_bf16_network_is_lean_too(seen):
     assert seen["bf16 16"]["held"] <= seen["store bf16"]["held"] / 30
-    assert seen["bf16 16"]["peak"] < seen["recompute 16"]["peak"]
+    # Without instructions for bf16 (AVX2 alone), oneDNN multiplies copies in fp32 of what it is given.
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert seen["bf16 16"]["peak"] < (1 if native else 2) * seen["recompute 16"]["peak"]
 
 
 @pytest.mark.parametrize("direction", ["recompute", "reverse", "own", "bf16"])

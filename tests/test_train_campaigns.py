@@ -171,7 +171,7 @@ def test_one_rate_needs_no_trials_and_a_diverging_one_is_not_taken(line, tmp_pat
         def network(self, name, **overrides):
             asked.append((name, overrides["lr"]))
 
-        def attempt(self, name, **overrides):
+        def attempt(self, work, name, **overrides):
             found = None if overrides["lr"] > 0.5 else overrides["lr"]
             return found and type("Run", (), {"folder": found})
 
