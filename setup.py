@@ -29,7 +29,9 @@ CSRC = ROOT / "csrc"
 
 # Units that are compiled once per instruction set, and the flags of each set; the machine chooses at run time.
 VECTORISED = ("mix", "couple", "pointwise")
+WIDELY_VECTORISED = ("network",)    # where PyTorch's convolutions would be slower: not in the baseline
 X86 = {
+    "avx512bf16": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma",
 }
@@ -139,7 +141,8 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
              (CSRC / "cpu" / "dispatch.cpp", "dispatch", "compile", "-DFLOWKERN_X86" if x86 else "")]
     for isa, flags in {"baseline": "", **(X86 if x86 else {})}.items():
         flags = f"-fopenmp-simd -DFLOWKERN_ISA={isa} {flags}"
-        units += [(CSRC / "cpu" / f"{unit}.cpp", f"{unit}.{isa}", "compile", flags) for unit in VECTORISED]
+        vectorised = VECTORISED if isa == "baseline" else VECTORISED + WIDELY_VECTORISED
+        units += [(CSRC / "cpu" / f"{unit}.cpp", f"{unit}.{isa}", "compile", flags) for unit in vectorised]
     if cuda:
         kernels = sorted((CSRC / "cuda").glob("*.cu"))
         units += [(CSRC / "cuda" / "bindings.cpp", "cuda.bindings", "cuda", f"{includes} {cuda.flags()}")]

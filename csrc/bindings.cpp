@@ -103,6 +103,88 @@ void consistency(int threads, int type, int64_t size, Pointer x, Pointer y, Poin
     cpu::active().consistency(m, threads);
 }
 
+const cpu::NetworkLoops& network_loops(int type) {
+    const cpu::NetworkLoops* loops = cpu::active().network;
+    require(loops != nullptr, "the instruction set in use has no loops for the coupling network");
+    require(type_of(type) == Type::f32 || (type_of(type) == Type::bf16 && loops->bf16),
+            "the coupling network's factors must be fp32, or bf16 where the processor multiplies it");
+    return *loops;
+}
+
+// The nine parameters, in flowkern.network's order, and the strides of the three weights, four each.
+using Pointers = std::vector<Pointer>;
+using Integers = std::vector<int64_t>;
+
+Network network(const Pointers& p, const Integers& strides, int64_t few, int64_t hidden, int64_t out) {
+    require(p.size() == 9 && strides.size() == 12, "the coupling network has nine parameters, three of them of four dimensions");
+    require(few >= 1 && hidden >= 1 && out >= 1, "the coupling network needs at least one channel in every layer");
+    const auto weight = [&](int parameter, int i) {
+        const int64_t* s = strides.data() + 4 * i;
+        return Weight{address(p[parameter]), s[0], s[1], s[2], s[3]};
+    };
+    return {weight(0, 0), weight(3, 1), weight(6, 2), address(p[1]), address(p[2]), address(p[4]), address(p[5]),
+            address(p[7]), address(p[8]), few, hidden, out};
+}
+
+Image image(Pointer data, const Integers& strides) {
+    require(strides.size() == 3, "an image has three strides: of samples, rows and pixels");
+    return {address(data), strides[0], strides[1], strides[2]};
+}
+
+void check_all(const Pointers& pointers) {
+    for (Pointer p : pointers) check_arrays(1, p);
+}
+
+bool network_runs(int type) {
+    const cpu::NetworkLoops* loops = cpu::active().network;
+    return loops && (type_of(type) == Type::f32 || (type_of(type) == Type::bf16 && loops->bf16));
+}
+
+int64_t network_packed_size(int type, int64_t few, int64_t hidden, int64_t out) {
+    require(few >= 1 && hidden >= 1 && out >= 1, "the coupling network needs at least one channel in every layer");
+    return network_loops(type).packed_size(type_of(type), few, hidden, out);
+}
+
+void network_fold(int threads, int type, int64_t few, int64_t hidden, int64_t out, const Pointers& parameters,
+                  const Integers& strides, Pointer packed) {
+    check_threads(threads);
+    check_all(parameters);
+    check_arrays(1, packed);
+    NetworkFold m{network(parameters, strides, few, hidden, out), static_cast<float*>(address(packed)), type_of(type)};
+    const cpu::NetworkLoops& loops = network_loops(type);
+    py::gil_scoped_release release;
+    loops.fold(m, threads);
+}
+
+void network_trace(int threads, int type, int64_t samples, int64_t height, int64_t width, int64_t few, int64_t hidden,
+                   int64_t out, Pointer packed, Pointer a, const Integers& a_strides, Pointer h, Pointer h1, Pointer h2) {
+    check_threads(threads);
+    require(samples >= 1 && height >= 1 && width >= 1, "the coupling network needs at least one pixel");
+    check_arrays(1, packed, a, h);
+    require((h1 == 0) == (h2 == 0), "either both hidden activations are kept or none");
+    NetworkTrace m{static_cast<float*>(address(packed)), image(a, a_strides), address(h), address(h1), address(h2),
+                   samples, height, width, few, hidden, out, type_of(type)};
+    const cpu::NetworkLoops& loops = network_loops(type);
+    py::gil_scoped_release release;
+    loops.trace(m, threads);
+}
+
+void network_vjp(int threads, int type, int64_t samples, int64_t height, int64_t width, int64_t few, int64_t hidden,
+                 int64_t out, const Pointers& parameters, const Integers& strides, const Pointers& gradients,
+                 const Integers& gradient_strides, Pointer a, const Integers& a_strides, Pointer da,
+                 const Integers& da_strides, Pointer h1, Pointer h2, Pointer dh) {
+    check_threads(threads);
+    require(samples >= 1 && height >= 1 && width >= 1, "the coupling network needs at least one pixel");
+    check_all(parameters);
+    check_arrays(1, a, da, h1, h2, dh);
+    NetworkVjp m{network(parameters, strides, few, hidden, out), network(gradients, gradient_strides, few, hidden, out),
+                 image(a, a_strides), image(da, da_strides), address(h1), address(h2), address(dh),
+                 samples, height, width, type_of(type)};
+    const cpu::NetworkLoops& loops = network_loops(type);
+    py::gil_scoped_release release;
+    loops.vjp(m, threads);
+}
+
 std::vector<std::string> instruction_sets(bool supported_only) {
     std::vector<std::string> names;
     for (const cpu::InstructionSet* set = cpu::begin(); set != cpu::end(); set++) {
@@ -148,6 +230,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("couple_vjp", &couple_vjp);
     module.def("shrink", &shrink);
     module.def("consistency", &consistency);
+    module.def("network_runs", &network_runs, "Whether the instruction set in use has loops for networks of a type.");
+    module.def("network_packed_size", &network_packed_size);
+    module.def("network_fold", &network_fold);
+    module.def("network_trace", &network_trace);
+    module.def("network_vjp", &network_vjp);
     module.def("build_config", &build_config, "What was compiled, and what runs: a dict.");
     module.def("select_isa", &select_isa, "Use one instruction set from now on. Raises ValueError where it can't run.");
 #ifdef FLOWKERN_BIND_CUDA

@@ -96,4 +96,47 @@ struct ComposeVjp {
     Type type;
 };
 
+// Images of fp32 numbers whose channels are contiguous, with the distances of their samples, rows and pixels.
+struct Image {
+    void* data;
+    int64_t sample, row, pixel;
+};
+
+// A convolution's weight (out, in, rows, columns) of fp32 numbers, with its strides.
+struct Weight {
+    void* data;
+    int64_t out, in, row, column;
+};
+
+// The coupling network's nine parameters, or their gradients (null where not wanted): 3x3 -> ActNorm -> ReLU -> 1x1 ->
+// ActNorm -> ReLU -> 3x3 times exp(3 logs). `few` channels in, `out` channels out. All vectors are dense.
+struct Network {
+    Weight weight1, weight2, weight3;
+    void *scale1, *bias1, *scale2, *bias2, *bias3, *logs;
+    int64_t few, hidden, out;
+};
+
+// The weights as the forward pass multiplies by them, normalisation folded in: `packed` has network_packed_size() numbers.
+struct NetworkFold {
+    Network network;
+    float* packed;
+    Type type;  // of the factors: fp32 or bf16
+};
+
+struct NetworkTrace {
+    const float* packed;
+    Image a;
+    void *h, *h1, *h2;  // of `type`, dense, channels-last; h1 and h2 are null unless kept
+    int64_t samples, height, width, few, hidden, out;
+    Type type;
+};
+
+struct NetworkVjp {
+    Network network, gradient;
+    Image a, da;  // the gradient of a is added to da
+    const void *h1, *h2, *dh;
+    int64_t samples, height, width;
+    Type type;
+};
+
 }  // namespace flowkern

@@ -1,4 +1,4 @@
-"""The `cpp` backend: the pixel ops of `flowkern.reference` by the native extension, on the CPU.
+"""The `cpp` backend: the pixel ops and the coupling network by the native extension, on the CPU.
 
 Functions have the reference's names, arguments and results. They expect what the op layer guarantees: CPU tensors of
 one dtype (fp32 or fp64; beside fp32, h may be bf16 or fp16), states in channels-last memory. Small operands may have
@@ -8,10 +8,13 @@ any strides, and a tensor in another layout than its op needs is copied into it.
 import functools
 import os
 import sys
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowkern import network
 from flowkern.backend import OPS, Backend, register
 from flowkern.layout import channels_last, empty_channels_last, in_order_of
 
@@ -150,5 +153,96 @@ def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[T
     return dx, dy, dmu
 
 
+class Folded(NamedTuple):
+    """A coupling network's folded weights as the native loops read them, and its sizes."""
+
+    packed: Tensor
+    dtype: torch.dtype
+    few: int
+    hidden: int
+    out: int
+
+
+def network_fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded | tuple[Tensor, ...]:
+    """As `flowkern.network.fold`. Where this processor has no fast loops for `dtype`, that function's own result, on
+    which the others leave the work to PyTorch's convolutions.
+    """
+    native = dtype in _TYPES and _native().network_runs(_TYPES[dtype])
+    if not native or any(p.dtype != torch.float32 for p in parameters):
+        return network.fold(parameters, dtype)
+    sizes = _sizes(parameters)
+    packed = torch.empty(_native().network_packed_size(_TYPES[dtype], *sizes))
+    dense = _dense_vectors(parameters)
+    _native().network_fold(torch.get_num_threads(), _TYPES[dtype], *sizes, *_addresses(dense), packed.data_ptr())
+    return Folded(packed, dtype, *sizes)
+
+
+def network_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
+    """As `flowkern.network.trace`: a (N, C/2, H, W) -> h and, to `keep`, the hidden activations."""
+    if not isinstance(folded, Folded):
+        return network.trace(folded, a, keep)
+    packed, dtype, few, hidden, out = folded
+    n, _, height, width = a.shape
+
+    def empty(channels: int) -> Tensor:
+        return a.new_empty((n, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+
+    h, kept = empty(out), [empty(hidden) for _ in range(2 * keep)]
+    if a.numel():
+        a = _image(a)
+        hiddens = [k.data_ptr() for k in kept] or [0, 0]
+        _native().network_trace(torch.get_num_threads(), _TYPES[dtype], n, height, width, few, hidden, out,
+                                packed.data_ptr(), a.data_ptr(), _strides(a), h.data_ptr(), *hiddens)
+    return h, kept
+
+
+def network_vjp(parameters: Sequence[Tensor], folded, a: Tensor, hidden: list[Tensor], dh: Tensor,
+                need: Sequence[bool], da: Tensor) -> list[Tensor | None]:
+    """As `flowkern.network.vjp`: gradients of the nine parameters where `need` says so, and of a, added to `da`."""
+    if not isinstance(folded, Folded):
+        return network.vjp(parameters, folded, a, hidden, dh, need, da)
+    gradients = [torch.empty_like(p) if needed else None for p, needed in zip(parameters, need, strict=True)]
+    h1, h2 = hidden
+    hidden.clear()
+    if not a.numel():
+        return [g if g is None else g.zero_() for g in gradients]
+    n, _, height, width = a.shape
+    through = da if _image(da) is da else torch.zeros_like(da, memory_format=torch.channels_last)
+    a, h1, h2, dh, dense = _image(a), channels_last(h1), channels_last(h2), channels_last(dh), _dense_vectors(parameters)
+    _native().network_vjp(torch.get_num_threads(), _TYPES[folded.dtype], n, height, width, folded.few, folded.hidden,
+                          folded.out, *_addresses(dense), *_addresses(gradients), a.data_ptr(), _strides(a),
+                          through.data_ptr(), _strides(through), h1.data_ptr(), h2.data_ptr(), dh.data_ptr())
+    if through is not da:
+        da.add_(through)
+    return gradients
+
+
+def _sizes(parameters: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Channels in, hidden channels and channels out of a coupling network."""
+    hidden, few = parameters[0].shape[:2]
+    return few, hidden, len(parameters[6])
+
+
+def _dense_vectors(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p if p.dim() == 4 else p.contiguous() for p in parameters]
+
+
+def _addresses(parameters: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
+    """The addresses of nine parameters, 0 for what is missing, and the strides of the three weights."""
+    strides = [s for i in (0, 3, 6) for s in ((0,) * 4 if parameters[i] is None else parameters[i].stride())]
+    return [0 if p is None else p.data_ptr() for p in parameters], strides
+
+
+def _image(x: Tensor) -> Tensor:
+    """x in fp32 with contiguous channels: itself, or a copy."""
+    contiguous = x.stride(1) == 1 or x.shape[1] == 1
+    return x if contiguous and x.dtype == torch.float32 else channels_last(x.float())
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Of samples, rows and pixels."""
+    return [x.stride(0), x.stride(2), x.stride(3)]
+
+
 register(Backend("cpp", devices=("cpu",), probe=probe, load=lambda: sys.modules[__name__],
-                 preferred={"cpu": OPS}))
+                 preferred={"cpu": (*OPS, "network_fold", "network_trace", "network_vjp")}))

@@ -4,6 +4,15 @@
 
 namespace flowkern::cpu {
 
+// The coupling network, in fp32 and, where `bf16`, with bf16 factors.
+struct NetworkLoops {
+    bool bf16;
+    int64_t (*packed_size)(Type, int64_t few, int64_t hidden, int64_t out);
+    void (*fold)(const NetworkFold&, int threads);
+    void (*trace)(const NetworkTrace&, int threads);
+    void (*vjp)(const NetworkVjp&, int threads);
+};
+
 struct InstructionSet {
     const char* name;
     bool supported;  // by this machine
@@ -13,6 +22,7 @@ struct InstructionSet {
     void (*couple_vjp)(const CoupleVjp&, int threads);
     void (*shrink)(const Shrink&, int threads);
     void (*consistency)(const Consistency&, int threads);
+    const NetworkLoops* network;  // null where PyTorch's convolutions serve
 };
 
 // All that were compiled, best first.
