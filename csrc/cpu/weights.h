@@ -22,9 +22,6 @@ struct Sizes {
 };
 
 inline float number(const void* p, int64_t i) { return static_cast<const float*>(p)[i]; }
-inline float at(const Weight& w, int64_t o, int64_t i, int64_t tap) {
-    return number(w.data, o * w.out + i * w.in + tap / 3 * w.row + tap % 3 * w.column);
-}
 
 // exp of each of n numbers times a factor.
 struct Exponentials {
@@ -41,34 +38,81 @@ struct Scales {
         : first(n.scale1, n.hidden, 1), second(n.scale2, n.hidden, 1), third(n.logs, n.out, 3) {}
 };
 
-inline uint32_t unit_of(const float* numbers, float) { return bits_of(numbers[0]); }
-inline uint32_t unit_of(const float* numbers, BFloat16) {
-    BFloat16 low, high;
-    convert(numbers[0], low);
-    convert(numbers[1], high);
-    return low.bits | uint32_t(high.bits) << 16;
-}
+// One dimension of a factor: where its numbers lie in the weight, and what they are multiplied by; 0 for padding.
+struct Axis {
+    Scratch<int32_t> offset;
+    Scratch<float> scale;
 
-// Packs a right factor in which element(i, column) is row i's number, i < depth * PER_UNIT.
-template <class E, class F>
-void pack_factor(int threads, int64_t depth, int64_t columns, float* packed, const F& element) {
-    parallel(threads, panel_count(columns), [&](int64_t begin, int64_t end) {
+    // Numbered (group, channel), `padded` channels a group of which `channels` exist; from(group, channel) is an offset.
+    template <class F, class G>
+    Axis(int64_t groups, int64_t channels, int64_t padded, const F& from, const G& scale_of)
+        : offset(groups * padded), scale(groups * padded) {
+        for (int64_t i = 0, g = 0; g < groups; g++) {
+            for (int64_t c = 0; c < padded; c++, i++) {
+                offset.data()[i] = c < channels ? int32_t(from(g, c)) : 0;
+                scale.data()[i] = c < channels ? scale_of(c) : 0;
+            }
+        }
+    }
+};
+
+// Packs the right factor whose number (i, column) is the weight's at the sum of both offsets, times both scales.
+template <class E>
+void pack_factor(int threads, const void* weight, const Axis& rows, int64_t depth, const Axis& columns, int64_t count, float* packed) {
+    const float* data = static_cast<const float*>(weight);
+    parallel(threads, panel_count(count), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-            const Panel p = panel(columns, i);
-            float* to = packed + depth * p.first * WIDTH;
+            const Panel p = panel(count, i);
+            const int64_t first = p.first * WIDTH, valid = min(p.vectors * WIDTH, count - first);
+            float* to = packed + depth * first;
+            const int32_t* offset = columns.offset.data() + first;
+            const float* scale = columns.scale.data() + first;
             for (int64_t k = 0; k < depth; k++, to += p.vectors * WIDTH) {
-                for (int64_t j = 0; j < p.vectors * WIDTH; j++) {
-                    const int64_t column = p.first * WIDTH + j;
-                    float numbers[2] = {0, 0};
-                    if (column < columns) {
-                        for (int n = 0; n < PER_UNIT<E>; n++) numbers[n] = element(k * PER_UNIT<E> + n, column);
-                    }
-                    to[j] = float_of(unit_of(numbers, E()));
+                const float* row[2];
+                float factor[2];
+                for (int n = 0; n < PER_UNIT<E>; n++) {
+                    row[n] = data + rows.offset.data()[k * PER_UNIT<E> + n];
+                    factor[n] = rows.scale.data()[k * PER_UNIT<E> + n];
                 }
+                if constexpr (PER_UNIT<E> == 1) {
+                    for (int64_t j = 0; j < valid; j++) to[j] = row[0][offset[j]] * factor[0] * scale[j];
+                } else {
+                    for (int64_t j = 0; j < valid; j++) {
+                        BFloat16 low, high;
+                        convert(row[0][offset[j]] * factor[0] * scale[j], low);
+                        convert(row[1][offset[j]] * factor[1] * scale[j], high);
+                        to[j] = float_of(low.bits | uint32_t(high.bits) << 16);
+                    }
+                }
+                for (int64_t j = valid; j < p.vectors * WIDTH; j++) to[j] = 0;
             }
         }
     });
 }
+
+// The axes of the three weights as factors. Of what a factor's number is multiplied by, the row's or the column's scale
+// is one.
+template <class E>
+struct Axes {
+    const Network& n;
+    const Sizes<E>& s;
+    const Scales& e;
+
+    static float one(int64_t) { return 1; }
+    static int64_t tap(const Weight& w, int64_t t) { return t / 3 * w.row + t % 3 * w.column; }
+
+    Axis few(int64_t padded) const {  // the first layer's taps
+        return {9, n.few, padded, [&](int64_t t, int64_t c) { return tap(n.weight1, t) + c * n.weight1.in; }, one};
+    }
+    Axis out(int64_t padded) const {  // the third layer's, from last to first
+        return {9, n.out, padded, [&](int64_t t, int64_t c) { return tap(n.weight3, 8 - t) + c * n.weight3.out; },
+                [&](int64_t c) { return e.third[c]; }};
+    }
+    Axis hidden(int64_t stride, const Exponentials* scale) const {
+        return {1, n.hidden, s.hidden_units * PER_UNIT<E>, [=](int64_t, int64_t c) { return c * stride; },
+                [=](int64_t c) { return scale ? (*scale)[c] : 1; }};
+    }
+};
 
 // Where the folded weights lie in NetworkFold's `packed`: factors of the three layers, then their biases.
 template <class E>
@@ -89,17 +133,13 @@ void fold(const Network& n, float* packed, int threads) {
     const Sizes<E> s(n.few, n.hidden, n.out);
     const Folded<E> to(s);
     const Scales e(n);
-    const int64_t wide = s.few_units * PER_UNIT<E>;
-    pack_factor<E>(threads, 9 * s.few_units, n.hidden, packed + to.w1, [&](int64_t k, int64_t o) {
-        return k % wide < n.few ? at(n.weight1, o, k % wide, k / wide) * e.first[o] : 0;
-    });
-    pack_factor<E>(threads, s.hidden_units, n.hidden, packed + to.w2, [&](int64_t k, int64_t o) {
-        return k < n.hidden ? number(n.weight2.data, o * n.weight2.out + k * n.weight2.in) * e.second[o] : 0;
-    });
-    pack_factor<E>(threads, s.hidden_units, 9 * n.out, packed + to.w3, [&](int64_t k, int64_t column) {
-        const int64_t o = column % n.out;
-        return k < n.hidden ? at(n.weight3, o, k, 8 - column / n.out) * e.third[o] : 0;
-    });
+    const Axes<E> axes{n, s, e};
+    pack_factor<E>(threads, n.weight1.data, axes.few(s.few_units * PER_UNIT<E>), 9 * s.few_units,
+                   axes.hidden(n.weight1.out, &e.first), n.hidden, packed + to.w1);
+    pack_factor<E>(threads, n.weight2.data, axes.hidden(n.weight2.in, nullptr), s.hidden_units,
+                   axes.hidden(n.weight2.out, &e.second), n.hidden, packed + to.w2);
+    pack_factor<E>(threads, n.weight3.data, axes.hidden(n.weight3.in, nullptr), s.hidden_units, axes.out(n.out), 9 * n.out,
+                   packed + to.w3);
     memset(packed + to.b1, 0, (to.size - to.b1) * sizeof(float));
     for (int64_t i = 0; i < n.hidden; i++) {
         packed[to.b1 + i] = e.first[i] * number(n.bias1, i);
@@ -115,17 +155,13 @@ struct Backward {
     Backward(const Network& n, const Sizes<E>& s, const Scales& e, int threads)
         : w3(packed_size(9 * s.out_units, n.hidden)), w2(packed_size(s.hidden_units, n.hidden)),
           w1(packed_size(s.hidden_units, 9 * n.few)) {
-        const int64_t wide = s.out_units * PER_UNIT<E>;
-        pack_factor<E>(threads, 9 * s.out_units, n.hidden, w3.data(), [&](int64_t k, int64_t i) {
-            const int64_t o = k % wide;
-            return o < n.out ? at(n.weight3, o, i, 8 - k / wide) * e.third[o] : 0;
-        });
-        pack_factor<E>(threads, s.hidden_units, n.hidden, w2.data(), [&](int64_t k, int64_t i) {
-            return k < n.hidden ? number(n.weight2.data, k * n.weight2.out + i * n.weight2.in) * e.second[k] : 0;
-        });
-        pack_factor<E>(threads, s.hidden_units, 9 * n.few, w1.data(), [&](int64_t k, int64_t column) {
-            return k < n.hidden ? at(n.weight1, k, column % n.few, column / n.few) * e.first[k] : 0;
-        });
+        const Axes<E> axes{n, s, e};
+        pack_factor<E>(threads, n.weight3.data, axes.out(s.out_units * PER_UNIT<E>), 9 * s.out_units,
+                       axes.hidden(n.weight3.in, nullptr), n.hidden, w3.data());
+        pack_factor<E>(threads, n.weight2.data, axes.hidden(n.weight2.out, &e.second), s.hidden_units,
+                       axes.hidden(n.weight2.in, nullptr), n.hidden, w2.data());
+        pack_factor<E>(threads, n.weight1.data, axes.hidden(n.weight1.out, &e.first), s.hidden_units, axes.few(n.few),
+                       9 * n.few, w1.data());
     }
 };
 
@@ -151,53 +187,54 @@ void unfold(const Network& n, const Network& gradient, const Sizes<E>& s, const 
     const Sums<E> where(s);
     const int64_t few = s.few_units * PER_UNIT<E>, out = s.out_units * PER_UNIT<E>;
     const int64_t wide = padded<float>(n.hidden);
-    const auto set = [](void* to, int64_t i, float value) {
-        if (to) static_cast<float*>(to)[i] = value;
-    };
-    const auto set_weight = [](const Weight& g, int64_t o, int64_t i, int64_t tap, float value) {
-        if (g.data) static_cast<float*>(g.data)[o * g.out + i * g.in + tap / 3 * g.row + tap % 3 * g.column] = value;
-    };
-    parallel(threads, n.hidden, [&](int64_t begin, int64_t end) {
-        for (int64_t o = begin; o < end; o++) {
-            const float e = scales.first[o], db = total[where.b1 + o];
-            double sum = double(db) * number(n.bias1, o);
-            for (int64_t i = 0; i < n.few; i++) {
-                for (int64_t tap = 0; tap < 9; tap++) {
-                    const float dw = total[where.w1 + (tap * few + i) * wide + o];
-                    sum += double(dw) * at(n.weight1, o, i, tap);
-                    set_weight(gradient.weight1, o, i, tap, e * dw);
-                }
-            }
-            set(gradient.scale1, o, float(e * sum));
-            set(gradient.bias1, o, e * db);
+    // `count` outputs from o on of a layer. Term i of all of them lies at dw(i) and belongs to the weight's
+    // number at offset(weight, i) from its output's start.
+    const auto rows = [](const Weight& w, const Weight& g, int64_t o, int64_t count, int64_t terms, const auto& dw,
+                         const auto& offset, const Exponentials& e, double* sum) {
+        for (int64_t i = 0; i < terms; i++) {
+            const float *d = dw(i), *from = static_cast<const float*>(w.data) + o * w.out + offset(w, i);
+            for (int64_t j = 0; j < count; j++) sum[j] += double(d[j]) * from[j * w.out];
+            if (!g.data) continue;
+            float* to = static_cast<float*>(g.data) + o * g.out + offset(g, i);
+            for (int64_t j = 0; j < count; j++) to[j * g.out] = d[j] * e[o + j];
         }
-    });
-    parallel(threads, n.hidden, [&](int64_t begin, int64_t end) {
-        for (int64_t o = begin; o < end; o++) {
-            const float e = scales.second[o], db = total[where.b2 + o];
-            double sum = double(db) * number(n.bias2, o);
-            for (int64_t i = 0; i < n.hidden; i++) {
-                const float dw = total[where.w2 + o * wide + i];
-                sum += double(dw) * number(n.weight2.data, o * n.weight2.out + i * n.weight2.in);
-                set_weight(gradient.weight2, o, i, 0, e * dw);
+    };
+    const auto finish = [](int64_t o, int64_t count, const float* db, const void* bias, const double* sum, const Exponentials& e,
+                           double factor, void* dscale, void* dbias) {
+        for (int64_t j = o; j < o + count; j++) {
+            const double all = sum[j - o] + double(db[j]) * number(bias, j);
+            if (dscale) static_cast<float*>(dscale)[j] = float(factor * e[j] * all);
+            if (dbias) static_cast<float*>(dbias)[j] = e[j] * db[j];
+        }
+    };
+    const auto at_tap = [](const Weight& w, int64_t t) { return t / 3 * w.row + t % 3 * w.column; };
+    parallel(threads, ceil_div(n.hidden, WIDTH), [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin * WIDTH; o < min(end * WIDTH, n.hidden); o += WIDTH) {
+            const int64_t count = min(WIDTH, n.hidden - o);
+            double first[WIDTH] = {}, second[WIDTH] = {};
+            for (int64_t tap = 0; tap < 9; tap++) {
+                rows(n.weight1, gradient.weight1, o, count, n.few,
+                     [&](int64_t i) { return total + where.w1 + (tap * few + i) * wide + o; },
+                     [&](const Weight& w, int64_t i) { return i * w.in + at_tap(w, tap); }, scales.first, first);
             }
-            set(gradient.scale2, o, float(e * sum));
-            set(gradient.bias2, o, e * db);
+            for (int64_t j = 0; j < count; j++) {
+                rows(n.weight2, gradient.weight2, o + j, 1, n.hidden,
+                     [&](int64_t i) { return total + where.w2 + (o + j) * wide + i; },
+                     [&](const Weight& w, int64_t i) { return i * w.in; }, scales.second, second + j);
+            }
+            finish(o, count, total + where.b1, n.bias1, first, scales.first, 1, gradient.scale1, gradient.bias1);
+            finish(o, count, total + where.b2, n.bias2, second, scales.second, 1, gradient.scale2, gradient.bias2);
         }
     });
     parallel(threads, n.out, [&](int64_t begin, int64_t end) {
         for (int64_t o = begin; o < end; o++) {
-            const float e = scales.third[o], db = total[where.b3 + o];
-            double sum = double(db) * number(n.bias3, o);
-            for (int64_t i = 0; i < n.hidden; i++) {
-                for (int64_t tap = 0; tap < 9; tap++) {
-                    const float dw = total[where.w3 + ((8 - tap) * out + o) * wide + i];
-                    sum += double(dw) * at(n.weight3, o, i, tap);
-                    set_weight(gradient.weight3, o, i, tap, e * dw);
-                }
+            double sum = 0;
+            for (int64_t tap = 0; tap < 9; tap++) {
+                rows(n.weight3, gradient.weight3, o, 1, n.hidden,
+                     [&](int64_t i) { return total + where.w3 + ((8 - tap) * out + o) * wide + i; },
+                     [&](const Weight& w, int64_t i) { return i * w.in + at_tap(w, tap); }, scales.third, &sum);
             }
-            set(gradient.bias3, o, e * db);
-            set(gradient.logs, o, float(3 * e * sum));
+            finish(o, 1, total + where.b3, n.bias3, &sum, scales.third, 3, gradient.logs, gradient.bias3);
         }
     });
 }
