@@ -47,6 +47,31 @@ void pointwise(const cpu::InstructionSet& isa, Type type, int64_t size) {
     }
 }
 
+// A network whose weights and images have gaps, so that strides are told apart; gradients wanted or not.
+void networks(const cpu::InstructionSet& isa, Type type, int64_t samples, int64_t height, int64_t width, int64_t few, int64_t hidden,
+              int64_t out, bool wanted) {
+    const int64_t pixels = samples * height * width, pixel = few + 3;
+    Array w1(hidden * few * 9, Type::f32), w2(hidden * hidden, Type::f32), w3(out * hidden * 9, Type::f32), v(hidden, Type::f32),
+        u(out, Type::f32), g1(hidden * few * 9, Type::f32), g2(hidden * hidden, Type::f32), g3(out * hidden * 9, Type::f32),
+        gs(hidden, Type::f32), gu(out, Type::f32), a((pixels - 1) * pixel + few, Type::f32),
+        da((pixels - 1) * pixel + few, Type::f32), h(pixels * out, type), h1(pixels * hidden, type), h2(pixels * hidden, type),
+        packed(isa.network->packed_size(type, few, hidden, out), Type::f32);
+    const auto net = [&](const Array& x, const Array& y, const Array& z, const Array& s, const Array& t) {
+        return Network{{x.get(), few * 9, 1, 3 * few, few}, {y.get(), hidden, 1, 1, 1}, {z.get(), hidden * 9, 9, 3, 1}, s.get(),
+                       s.get(), s.get(), s.get(), t.get(), t.get(), few, hidden, out};
+    };
+    const auto image = [&](const Array& x) { return Image{x.get(), height * width * pixel, width * pixel, pixel}; };
+    const Network network = net(w1, w2, w3, v, u);
+    Network gradient = wanted ? net(g1, g2, g3, gs, gu) : Network{};
+    float* folded = static_cast<float*>(packed.get());
+    isa.network->fold({network, folded, type}, 2);
+    for (bool keep : {false, true}) {
+        isa.network->trace({folded, image(a), h.get(), keep ? h1.get() : nullptr, keep ? h2.get() : nullptr, samples, height, width,
+                            few, hidden, out, type}, 2);
+    }
+    isa.network->vjp({network, gradient, image(a), image(da), h1.get(), h2.get(), h.get(), samples, height, width, type}, 2);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -69,6 +94,14 @@ int main(int count, char** arguments) {
                         calls++;
                     }
                 }
+            }
+        }
+    }
+    for (Type type : {Type::f32, Type::bf16}) {
+        if (!isa.network || (type == Type::bf16 && !isa.network->bf16)) continue;
+        for (int64_t width : {1, 7, 32, 600}) {
+            for (int64_t hidden : {1, 5, 16, 33, 70}) {
+                for (int64_t few : {1, 3, 6}) networks(isa, type, 1 + hidden % 2, width > 32 ? 2 : 19, width, few, hidden, 2 * few, few != 3);
             }
         }
     }
