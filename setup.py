@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
 # Units that are compiled once per instruction set, and the flags of each set; the machine chooses at run time.
-VECTORISED = ("mix", "couple", "pointwise")
+VECTORISED = ("mix", "couple", "pointwise", "compose")
 WIDELY_VECTORISED = ("network",)    # where PyTorch's convolutions would be slower: not in the baseline
 X86 = {
     "avx512bf16": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx512bf16 -mfma -mprefer-vector-width=512",

@@ -103,6 +103,42 @@ void consistency(int threads, int type, int64_t size, Pointer x, Pointer y, Poin
     cpu::active().consistency(m, threads);
 }
 
+const int64_t* permutation_of(Pointer p, int64_t steps, int64_t channels) {
+    const int64_t* permutation = static_cast<const int64_t*>(address(p));
+    for (int64_t i = 0; i < steps * channels; i++) {
+        require(permutation[i] >= 0 && permutation[i] < channels, "a permutation's entries must be channel numbers");
+    }
+    return permutation;
+}
+
+void compose(int threads, int type, int64_t steps, int64_t channels, Pointer lower, Pointer upper, Pointer log_s,
+             Pointer log_scale, Pointer bias, Pointer sign, Pointer permutation, Pointer matrix, Pointer offset,
+             Pointer inverse, Pointer logdet) {
+    check_threads(threads);
+    check_sizes(steps, 1, channels);
+    check_arrays(1, lower, upper, log_s, log_scale, bias, sign, permutation, matrix, offset, inverse, logdet);
+    Compose m{address(lower), address(upper), address(log_s), address(log_scale), address(bias), address(sign),
+              permutation_of(permutation, steps, channels), address(matrix), address(offset), address(inverse),
+              address(logdet), steps, channels, state_type(type)};
+    py::gil_scoped_release release;
+    cpu::active().compose(m, threads);
+}
+
+void compose_vjp(int threads, int type, int64_t steps, int64_t channels, Pointer lower, Pointer upper, Pointer log_s,
+                 Pointer log_scale, Pointer bias, Pointer sign, Pointer permutation, Pointer dmatrix, Pointer doffset,
+                 Pointer dlogdet, Pointer dlower, Pointer dupper, Pointer dlog_s, Pointer dlog_scale, Pointer dbias) {
+    check_threads(threads);
+    check_sizes(steps, 1, channels);
+    check_arrays(1, lower, upper, log_s, log_scale, bias, sign, permutation, dmatrix, doffset, dlogdet, dlower, dupper,
+                 dlog_s, dlog_scale, dbias);
+    ComposeVjp m{address(lower), address(upper), address(log_s), address(log_scale), address(bias), address(sign),
+                 permutation_of(permutation, steps, channels), address(dmatrix), address(doffset), address(dlogdet),
+                 address(dlower), address(dupper), address(dlog_s), address(dlog_scale), address(dbias), steps, channels,
+                 state_type(type)};
+    py::gil_scoped_release release;
+    cpu::active().compose_vjp(m, threads);
+}
+
 const cpu::NetworkLoops& network_loops(int type) {
     const cpu::NetworkLoops* loops = cpu::active().network;
     require(loops != nullptr, "the instruction set in use has no loops for the coupling network");
@@ -230,6 +266,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("couple_vjp", &couple_vjp);
     module.def("shrink", &shrink);
     module.def("consistency", &consistency);
+    module.def("compose", &compose);
+    module.def("compose_vjp", &compose_vjp);
     module.def("network_runs", &network_runs, "Whether the instruction set in use has loops for networks of a type.");
     module.def("network_packed_size", &network_packed_size);
     module.def("network_fold", &network_fold);

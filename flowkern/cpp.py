@@ -9,7 +9,6 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,14 +152,45 @@ def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[T
     return dx, dy, dmu
 
 
-class Folded(NamedTuple):
-    """A coupling network's folded weights as the native loops read them, and its sizes."""
+def compose(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, bias: Tensor, sign: Tensor,
+            permutation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `flowkern.mix.mixes`, in one call."""
+    operands = [p.contiguous() for p in (lower, upper, log_s, log_scale, bias, sign, permutation)]
+    results = [lower.new_empty(shape) for shape in (lower.shape, log_s.shape, lower.shape, ())]
+    _native().compose(torch.get_num_threads(), _TYPES[lower.dtype], *log_s.shape,
+                      *(t.data_ptr() for t in (*operands, *results)))
+    return tuple(results)
 
-    packed: Tensor
-    dtype: torch.dtype
-    few: int
-    hidden: int
-    out: int
+
+def compose_vjp(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, bias: Tensor, sign: Tensor,
+                permutation: Tensor, dmatrix: Tensor, doffset: Tensor, dlogdet: Tensor) -> tuple[Tensor, ...]:
+    """As `flowkern.mix.mixes_vjp`, in one call."""
+    parameters = [lower, upper, log_s, log_scale, bias]
+    operands = [t.contiguous() for t in (*parameters, sign, permutation, dmatrix, doffset, dlogdet)]
+    results = tuple(p.new_empty(p.shape) for p in parameters)
+    _native().compose_vjp(torch.get_num_threads(), _TYPES[lower.dtype], *log_s.shape,
+                          *(t.data_ptr() for t in (*operands, *results)))
+    return results
+
+
+class Folded:
+    """A coupling network's sizes, and its folded weights as the native loops read them, packed when first wanted:
+    stored activations need them in forward alone.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype):
+        self.dtype = dtype
+        self.hidden, self.few = parameters[0].shape[:2]
+        self.out = len(parameters[6])
+        self._parameters = parameters
+
+    @functools.cached_property
+    def packed(self) -> Tensor:
+        sizes = _TYPES[self.dtype], self.few, self.hidden, self.out
+        packed = torch.empty(_native().network_packed_size(*sizes))
+        addresses, strides, _owners = _addresses(self._parameters)
+        _native().network_fold(torch.get_num_threads(), *sizes, addresses, strides, packed.data_ptr())
+        return packed
 
 
 def network_fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded | tuple[Tensor, ...]:
@@ -170,29 +200,25 @@ def network_fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded | t
     native = dtype in _TYPES and _native().network_runs(_TYPES[dtype])
     if not native or any(p.dtype != torch.float32 for p in parameters):
         return network.fold(parameters, dtype)
-    sizes = _sizes(parameters)
-    packed = torch.empty(_native().network_packed_size(_TYPES[dtype], *sizes))
-    dense = _dense_vectors(parameters)
-    _native().network_fold(torch.get_num_threads(), _TYPES[dtype], *sizes, *_addresses(dense), packed.data_ptr())
-    return Folded(packed, dtype, *sizes)
+    return Folded(parameters, dtype)
 
 
 def network_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """As `flowkern.network.trace`: a (N, C/2, H, W) -> h and, to `keep`, the hidden activations."""
     if not isinstance(folded, Folded):
         return network.trace(folded, a, keep)
-    packed, dtype, few, hidden, out = folded
     n, _, height, width = a.shape
 
     def empty(channels: int) -> Tensor:
-        return a.new_empty((n, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+        return a.new_empty((n, height, width, channels), dtype=folded.dtype).permute(0, 3, 1, 2)
 
-    h, kept = empty(out), [empty(hidden) for _ in range(2 * keep)]
+    h, kept = empty(folded.out), [empty(folded.hidden) for _ in range(2 * keep)]
     if a.numel():
         a = _image(a)
-        hiddens = [k.data_ptr() for k in kept] or [0, 0]
-        _native().network_trace(torch.get_num_threads(), _TYPES[dtype], n, height, width, few, hidden, out,
-                                packed.data_ptr(), a.data_ptr(), _strides(a), h.data_ptr(), *hiddens)
+        hidden = [k.data_ptr() for k in kept] or [0, 0]
+        _native().network_trace(torch.get_num_threads(), _TYPES[folded.dtype], n, height, width, folded.few,
+                                folded.hidden, folded.out, folded.packed.data_ptr(), a.data_ptr(), _strides(a),
+                                h.data_ptr(), *hidden)
     return h, kept
 
 
@@ -208,29 +234,23 @@ def network_vjp(parameters: Sequence[Tensor], folded, a: Tensor, hidden: list[Te
         return [g if g is None else g.zero_() for g in gradients]
     n, _, height, width = a.shape
     through = da if _image(da) is da else torch.zeros_like(da, memory_format=torch.channels_last)
-    a, h1, h2, dh, dense = _image(a), channels_last(h1), channels_last(h2), channels_last(dh), _dense_vectors(parameters)
+    a, h1, h2, dh = _image(a), channels_last(h1), channels_last(h2), channels_last(dh)
+    weights, strides, _owners = _addresses(parameters)
     _native().network_vjp(torch.get_num_threads(), _TYPES[folded.dtype], n, height, width, folded.few, folded.hidden,
-                          folded.out, *_addresses(dense), *_addresses(gradients), a.data_ptr(), _strides(a),
+                          folded.out, weights, strides, *_addresses(gradients)[:2], a.data_ptr(), _strides(a),
                           through.data_ptr(), _strides(through), h1.data_ptr(), h2.data_ptr(), dh.data_ptr())
     if through is not da:
         da.add_(through)
     return gradients
 
 
-def _sizes(parameters: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Channels in, hidden channels and channels out of a coupling network."""
-    hidden, few = parameters[0].shape[:2]
-    return few, hidden, len(parameters[6])
-
-
-def _dense_vectors(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [p if p.dim() == 4 else p.contiguous() for p in parameters]
-
-
-def _addresses(parameters: Sequence[Tensor | None]) -> tuple[list[int], list[int]]:
-    """The addresses of nine parameters, 0 for what is missing, and the strides of the three weights."""
-    strides = [s for i in (0, 3, 6) for s in ((0,) * 4 if parameters[i] is None else parameters[i].stride())]
-    return [0 if p is None else p.data_ptr() for p in parameters], strides
+def _addresses(parameters: Sequence[Tensor | None]) -> tuple[list[int], list[int], list[Tensor | None]]:
+    """The addresses of nine parameters, 0 for what is missing, the strides of the three weights, and what has to live
+    as long as the addresses are used: vectors are copied where they are not dense.
+    """
+    owners = [p if p is None or p.dim() == 4 else p.contiguous() for p in parameters]
+    strides = [s for i in (0, 3, 6) for s in ((0,) * 4 if owners[i] is None else owners[i].stride())]
+    return [0 if p is None else p.data_ptr() for p in owners], strides, owners
 
 
 def _image(x: Tensor) -> Tensor:
@@ -245,4 +265,4 @@ def _strides(x: Tensor) -> list[int]:
 
 
 register(Backend("cpp", devices=("cpu",), probe=probe, load=lambda: sys.modules[__name__],
-                 preferred={"cpu": (*OPS, "network_fold", "network_trace", "network_vjp")}))
+                 preferred={"cpu": (*OPS, "compose", "compose_vjp", "network_fold", "network_trace", "network_vjp")}))

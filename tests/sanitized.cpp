@@ -47,6 +47,18 @@ void pointwise(const cpu::InstructionSet& isa, Type type, int64_t size) {
     }
 }
 
+void compositions(const cpu::InstructionSet& isa, Type type, int64_t steps, int64_t c) {
+    Array lower(steps * c * c, type), upper(steps * c * c, type), v(steps * c, type), matrix(steps * c * c, type),
+        inverse(steps * c * c, type), offset(steps * c, type), logdet(1, type), dlower(steps * c * c, type),
+        dupper(steps * c * c, type), dv(steps * c, type);
+    std::unique_ptr<int64_t[]> permutation(new int64_t[steps * c]);
+    for (int64_t i = 0; i < steps * c; i++) permutation[i] = (i + i / c) % c;
+    isa.compose({lower.get(), upper.get(), v.get(), v.get(), v.get(), v.get(), permutation.get(), matrix.get(), offset.get(),
+                 inverse.get(), logdet.get(), steps, c, type}, 2);
+    isa.compose_vjp({lower.get(), upper.get(), v.get(), v.get(), v.get(), v.get(), permutation.get(), matrix.get(), offset.get(),
+                     logdet.get(), dlower.get(), dupper.get(), dv.get(), dv.get(), dv.get(), steps, c, type}, 2);
+}
+
 // A network whose weights and images have gaps, so that strides are told apart; gradients wanted or not.
 void networks(const cpu::InstructionSet& isa, Type type, int64_t samples, int64_t height, int64_t width, int64_t few, int64_t hidden,
               int64_t out, bool wanted) {
@@ -96,6 +108,9 @@ int main(int count, char** arguments) {
                 }
             }
         }
+    }
+    for (Type type : {Type::f32, Type::f64}) {
+        for (int64_t c : {1, 2, 7, 12, 48}) compositions(isa, type, 1 + c % 3, c);
     }
     for (Type type : {Type::f32, Type::bf16}) {
         if (!isa.network || (type == Type::bf16 && !isa.network->bf16)) continue;

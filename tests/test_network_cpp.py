@@ -9,7 +9,11 @@ from flowkern import cpp
 
 CPP = Forms(cpp.network_fold, cpp.network_trace, cpp.network_vjp)
 # Bands of several rows and of one, chunks of pixels that end within a row, more hidden channels than a panel has.
-LARGE = {"bands": (2, 12, 40, 30, 20, 12), "rows of their own": (1, 4, 3, 600, 9, 4), "levels": (2, 24, 16, 16, 128, 24)}
+LARGE = {
+    "bands": (2, 12, 40, 30, 20, 12),
+    "rows of their own": (1, 4, 3, 600, 9, 4),
+    "levels": (2, 24, 16, 16, 128, 24),
+}
 
 
 @pytest.fixture(autouse=True, params=["avx512bf16", "avx512", "avx2"])
@@ -41,3 +45,104 @@ def test_against_pytorch(dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_against_pytorch_on_larger_images(dtype):
     compare(CPP, LARGE.values(), DTYPES[dtype])
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def dtype(request):
+    if not native(DTYPES[request.param]):
+        pytest.skip("not native here: PyTorch's own form")
+    return DTYPES[request.param]
+
+
+def test_empty(dtype):
+    for shape in ((0, 6, 4, 4, 5, 6), (2, 6, 0, 4, 5, 6)):
+        for g, w in zip(results(CPP, shape, dtype, FLOAT), results(PYTORCH, shape, dtype, FLOAT), strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", ["additive", "many hidden"])
+def test_keeping_hidden_activations_or_not_gives_the_same(shape, dtype):
+    n, c, height, width, hidden, out = SHAPES[shape]
+    folded = CPP.fold(parameters(c // 2, hidden, out), dtype)
+    a = state(n, c, height, width)[:, : c // 2]
+    h, kept = CPP.trace(folded, a, True)
+    alone, none = CPP.trace(folded, a, False)
+    assert len(kept) == 2 and none == [] and torch.equal(alone, h)
+
+
+def test_operands_of_other_memory_layouts(dtype):
+    n, c, height, width, hidden, out = SHAPES["additive"]
+    given = parameters(c // 2, hidden, out)
+    folded = CPP.fold(given, dtype)
+    a, dh = state(n, c, height, width)[:, : c // 2], state(n, out, height, width).to(dtype)
+    expected = CPP.trace(folded, a, True)[0]
+    for other in (a.contiguous(), a.contiguous(memory_format=torch.channels_last), a.flip(3).flip(3), a.double()):
+        assert torch.equal(CPP.trace(folded, other, True)[0], expected)
+    strided = [torch.stack([p, p], dim=-1)[..., 0] for p in given]      # neither dense nor in a usual order
+    assert torch.equal(CPP.trace(CPP.fold(strided, dtype), a, True)[0], expected)
+    gradient, through = torch.zeros(n, c // 2, height, width), state(n, c, height, width, 2)
+    before, found = through.clone(), []
+    for parameters_, da in ((given, gradient), (strided, through[:, : c // 2])):
+        found.append(CPP.vjp(parameters_, folded, a, CPP.trace(folded, a, True)[1], dh.contiguous(), [True] * 9, da))
+    torch.testing.assert_close(through[:, : c // 2] - before[:, : c // 2], gradient, rtol=1e-5, atol=1e-5)
+    assert torch.equal(through[:, c // 2 :], before[:, c // 2 :])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [(), (0,), (5,), (6, 8), (1, 3)])
+def test_only_the_gradients_that_are_wanted(wanted, dtype):
+    shape = SHAPES["two channels"]
+    everything = results(CPP, shape, dtype, FLOAT)
+    some = results(CPP, shape, dtype, FLOAT, need=[i in wanted for i in range(9)])
+    assert torch.equal(some[3], everything[3])
+    for i in range(9):
+        assert (some[4 + i] is None) if i not in wanted else torch.equal(some[4 + i], everything[4 + i])
+
+
+def test_gradients_in_the_memory_layout_of_their_parameters(dtype):
+    n, c, height, width, hidden, out = SHAPES["additive"]
+    a, dh, found = state(n, c, height, width)[:, : c // 2], state(n, out, height, width).to(dtype), []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = parameters(c // 2, hidden, out, layout=layout)
+        folded = CPP.fold(given, dtype)
+        found.append(CPP.vjp(given, folded, a, CPP.trace(folded, a, True)[1], dh, [True] * 9, torch.zeros_like(a)))
+        assert [g.stride() for g in found[-1]] == [p.stride() for p in given]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_same_bits_again_whatever_the_threads_do_and_inputs_left_alone(dtype):
+    """The sums over pixels alone depend on how many threads share them, up to rounding."""
+    n, c, height, width, hidden, out = LARGE["bands"]
+    given, x, dh = parameters(c // 2, hidden, out), state(n, c, height, width), state(n, out, height, width).to(dtype)
+    folded = CPP.fold(given, dtype)
+    _, kept = CPP.trace(folded, x[:, : c // 2], True)
+    inputs = [*given, x, *kept, dh]
+    before, found, threads = [t.clone() for t in inputs], [], torch.get_num_threads()
+    try:
+        for count in (3, 3, 1):
+            torch.set_num_threads(count)
+            g = state(n, c, height, width, 2)
+            gradients = CPP.vjp(given, folded, x[:, : c // 2], list(kept), dh, [True] * 9, g[:, : c // 2])
+            found.append([CPP.trace(folded, x[:, : c // 2], False)[0], g, *gradients])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[2][:2], strict=True))
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+def test_chain_gives_the_references_gradients(dtype):
+    options = dict(size=(2, 8, 8), levels=2, depth=2, hidden=6, compute_dtype=dtype)
+    x = torch.rand(2, 2, 8, 8)
+    exact = small_glow(**options | {"compute_dtype": None}, backend="reference")
+    wanted = gradients(exact, x.double(), list(exact.parameters()))
+    for memory in ("store", "recompute", "checkpoint"):
+        errors = {}
+        for backend in ("cpp", "reference"):
+            glow = small_glow(**options, dtype=FLOAT, backend=backend, memory=memory)
+            glow.load_state_dict(exact.state_dict())
+            got = gradients(glow, x, list(glow.parameters()))
+            errors[backend] = torch.tensor([relative(g.double(), w) for g, w in zip(got, wanted, strict=True)])
+        mine, theirs = (e.square().mean().sqrt() for e in (errors["cpp"], errors["reference"]))
+        assert mine <= 2 * theirs + 20 * torch.finfo(FLOAT).eps

@@ -38,7 +38,7 @@ def program(tmp_path_factory):
     jobs = [("tests/sanitized.cpp", "main", ""), ("csrc/cpu/parallel.cpp", "parallel", ""),
             ("csrc/cpu/dispatch.cpp", "dispatch", "-DFLOWKERN_X86" if len(sets) > 1 else "")]
     jobs += [(f"csrc/cpu/{unit}.cpp", f"{unit}.{isa}", f"-DFLOWKERN_ISA={isa} {flags}")
-             for isa, flags in sets.items() for unit in ("mix", "couple", "pointwise", "network")
+             for isa, flags in sets.items() for unit in ("mix", "couple", "pointwise", "compose", "network")
              if (isa, unit) != ("baseline", "network")]
     for source, name, flags in jobs:
         command = [*compiler, *SANITIZE.split(), "-fno-sanitize-recover=all", *flags.split(), "-c", ROOT / source, "-o",

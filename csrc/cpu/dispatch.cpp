@@ -11,6 +11,8 @@
     void couple_vjp(const CoupleVjp&, int);   \
     void shrink(const Shrink&, int);          \
     void consistency(const Consistency&, int); \
+    void compose(const Compose&, int);        \
+    void compose_vjp(const ComposeVjp&, int); \
     }
 #define DECLARE_NETWORK(isa)                                          \
     namespace flowkern::isa {                                         \
@@ -20,7 +22,8 @@
     void network_vjp(const NetworkVjp&, int);                         \
     }
 #define ENTRY(isa, supported, network) \
-    {#isa, supported, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency, network}
+    {#isa, supported, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency, \
+     isa::compose, isa::compose_vjp, network}
 
 DECLARE(baseline)
 #ifdef FLOWKERN_X86

@@ -22,6 +22,8 @@ struct InstructionSet {
     void (*couple_vjp)(const CoupleVjp&, int threads);
     void (*shrink)(const Shrink&, int threads);
     void (*consistency)(const Consistency&, int threads);
+    void (*compose)(const Compose&, int threads);
+    void (*compose_vjp)(const ComposeVjp&, int threads);
     const NetworkLoops* network;  // null where PyTorch's convolutions serve
 };
 
