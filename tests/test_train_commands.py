@@ -47,8 +47,8 @@ def words(pictures, tmp_path_factory):
     ("command", "hidden"),
     [
         ("unfolded", {"comparison"}),
-        ("pretrain", {"unfolded", "start", "denoising", "evaluation", "comparison"}),
-        ("table1", {"start"}),
+        ("pretrain", {"measurement", "unfolded", "start", "denoising", "evaluation", "comparison"}),
+        ("table1", {"start", "measurement"}),
         ("ablations", {"start", "comparison"}),
         ("evaluate", set()),
     ],
