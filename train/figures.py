@@ -60,7 +60,7 @@ def panels(path: Path, rows: list[tuple[str, Evaluation, float, int]]) -> None:
     # Beyond what all but one pixel in a hundred exceed, a scale shows nothing but outliers.
     flat = torch.cat([error.flatten() for row in errors for error in row] or [torch.ones(1)])
     scale = Normalize(0, max(flat.quantile(0.99).item() if len(flat) < 2**24 else flat.max().item(), 1e-3))
-    size = (SIDE * columns + 0.9, (2 * SIDE + 0.25) * len(rows) + 0.4)
+    size = (SIDE * columns + 1.5, (2 * SIDE + 0.25) * len(rows) + 0.4)
     figure, axes = plt.subplots(2 * len(rows), columns, squeeze=False, layout="constrained", figsize=size)
     for index, (label, found, sigma, image) in enumerate(rows):
         upper, lower = axes[2 * index], axes[2 * index + 1]
@@ -74,6 +74,7 @@ def panels(path: Path, rows: list[tuple[str, Evaluation, float, int]]) -> None:
             _show(axis, scores.shown[sigma][image], title, f"{reached:.2f} dB", bold=bool(reached == best))
         for axis in lower[:2]:
             axis.axis("off")
+        lower[1].text(0.95, 0.5, "error", fontsize=8, ha="right", transform=lower[1].transAxes)
         for axis, error in zip(lower[2:], errors[index], strict=True):
             axis.imshow(error.numpy(), cmap="inferno", norm=scale, interpolation="nearest")
             axis.axis("off")

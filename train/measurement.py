@@ -129,9 +129,10 @@ class Measurement:
         """What is measured, in words."""
         s = self.settings
         if self.kind == "inpaint":
-            lost = f" but for a hole of {s['hole']}x{s['hole']}" if s["hole"] else ""
+            hole = f"all but a hole of {s['hole']}x{s['hole']}" if s["hole"] else ""
+            share = f"{100 * s['keep']:g} % of the pixels" if s["keep"] < 1 or not hole else ""
             drawn = "drawn for each image" if self.varies else f"the same for all images (seed {s['seed']})"
-            return f"{100 * s['keep']:g} % of the pixels{lost}, {drawn}"
+            return f"{' of '.join(filter(None, (share, hole)))}, {drawn}"
         if self.kind == "blur":
             return f"a Gaussian blur of {s['sigma']:g} pixels ({s['boundary']})"
         if self.kind == "sr":
