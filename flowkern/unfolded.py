@@ -82,8 +82,7 @@ class Unfolded(nn.Module):
         if not (isinstance(sigma_ref, int | float) and 0 < sigma_ref < math.inf):
             raise ValueError(f"sigma_ref must be a positive number, got {sigma_ref!r}")
         operator = Identity() if operator is None else operator
-        if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
-            raise TypeError(f"operator must have the methods forward and adjoint, got {type(operator).__name__}")
+        _check_operator(operator)
         if consistency == "exact" and not callable(getattr(operator, "normal_inverse", None)):
             raise TypeError(f"exact consistency needs an operator with normal_inverse, not {type(operator).__name__}")
         self.operator = operator
@@ -124,21 +123,26 @@ class Unfolded(nn.Module):
             raise ValueError(f"final must be 'prox' or 'consistency', got {value!r}")
         self._final = value
 
-    def forward(self, y: Tensor, *, sigma: float | Tensor | None = None) -> Tensor:
+    def forward(self, y: Tensor, *, sigma: float | Tensor | None = None, operator=None) -> Tensor:
         """The estimate of x (N, C, H, W) from the measurement y; it is not clipped.
 
         y: what the operator's `forward` gives, N first; for denoising (N, C, H, W), pixels in [0, 1] plus noise.
         sigma: the standard deviation of the noise in y, in y's units, >= 0: a number or a tensor of one, or one an
         image (N,). For a network with noise_aware=True, which wants it, and for no other.
+        operator: what y was measured with, in place of the network's own: where each image has a mask or kernel of its
+        own. The learnt steps stay as they are, so it should be of the same kind and norm.
 
-        Raises ValueError for a y or sigma that does not fit.
+        Raises ValueError for a y or sigma that does not fit, TypeError for an operator that is none, or that exact
+        consistency can't use.
         """
-        self._check(y)
+        operator = self.operator if operator is None else operator
+        _check_operator(operator)
+        self._check(y, operator)
         scale = self._scale(sigma, y)
-        x = self._start(y)
+        x = self._start(y, operator)
         last = len(self.proxes) - 1
         for k, prox in enumerate(self.proxes):
-            x = self._consistent(x, y, k)
+            x = self._consistent(x, y, k, operator)
             if k < last or self.final == "prox":
                 x = prox(x) if scale is None else prox(x, scale)
         return x
@@ -202,9 +206,9 @@ class Unfolded(nn.Module):
         saving.fill(net.to(dtype), weights, f"the weights in {path}")
         return net
 
-    def _check(self, y: Tensor) -> None:
+    def _check(self, y: Tensor, operator) -> None:
         """Raises ValueError for what can't be a measurement; the operator knows more."""
-        images = isinstance(self.operator, Identity)
+        images = isinstance(operator, Identity)
         numbers = isinstance(y, Tensor) and (y.is_floating_point() or (y.is_complex() and not images))
         if not numbers or (images and y.ndim != 4):
             given = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
@@ -230,25 +234,30 @@ class Unfolded(nn.Module):
         steps = self.mu if self.raw_rho is None else self.raw_rho
         return (sigma.to(steps) / self.sigma_ref) ** 2
 
-    def _start(self, y: Tensor) -> Tensor:
+    def _start(self, y: Tensor, operator) -> Tensor:
         if self.init == "adjoint":
-            return self.operator.adjoint(y)
+            return operator.adjoint(y)
         if self.init == "mode":
-            like = self.operator.adjoint(y)
+            like = operator.adjoint(y)
             return self.proxes[0].mode(like).expand_as(like) if len(like) else like
         return self.init(y)
 
-    def _consistent(self, x: Tensor, y: Tensor, fold: int) -> Tensor:
+    def _consistent(self, x: Tensor, y: Tensor, fold: int, operator) -> Tensor:
         """x, drawn towards the images whose measurement is y."""
         if self.consistency == "exact":
-            return exact_consistency(self.operator, x, y, F.softplus(self.raw_rho[fold]))
+            return exact_consistency(operator, x, y, F.softplus(self.raw_rho[fold]))
         mu = self.mu[fold]
-        if isinstance(self.operator, Identity):
+        if isinstance(operator, Identity):
             return ops.data_consistency(x, y, mu)
-        measured = self.operator.forward(x)
+        measured = operator.forward(x)
         if measured.shape != y.shape:
             raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
-        return x - mu * self.operator.adjoint(measured - y)
+        return x - mu * operator.adjoint(measured - y)
+
+
+def _check_operator(operator) -> None:
+    if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
+        raise TypeError(f"operator must have the methods forward and adjoint, got {type(operator).__name__}")
 
 
 def _norm(operator, prox: nn.Module) -> float:

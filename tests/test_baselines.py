@@ -78,10 +78,10 @@ def test_tuning_does_not_end_on_a_bump():
 
     grid = np.geomspace(0.05, 20, 1000)
     best = max(map(score, grid))
-    assert baselines._highest(score, 0.05, 20) == pytest.approx(grid[np.argmax([*map(score, grid)])], rel=0.05)
-    assert score(baselines._highest(score, 0.05, 20)) > best - 0.05
-    assert baselines._highest(lambda x: x, 0.5, 2) == pytest.approx(2)
-    assert baselines._highest(lambda x: -x, 0.5, 2) == pytest.approx(0.5)
+    assert baselines.highest(score, 0.05, 20) == pytest.approx(grid[np.argmax([*map(score, grid)])], rel=0.05)
+    assert score(baselines.highest(score, 0.05, 20)) > best - 0.05
+    assert baselines.highest(lambda x: x, 0.5, 2) == pytest.approx(2)
+    assert baselines.highest(lambda x: -x, 0.5, 2) == pytest.approx(0.5)
 
 
 def test_map_tunes_over_its_grid():

@@ -18,7 +18,7 @@ import flowkern
 from train import baselines, config, data, evaluate, extras, figures, pretrain, run, unfolded
 from train.config import Config
 
-TRAINING = ["unfolded", "pretrain", "table1", "ablations"]
+TRAINING = ["unfolded", "pretrain", "table1", "ablations", "inverse"]
 
 
 def main(command):
@@ -47,9 +47,10 @@ def words(pictures, tmp_path_factory):
     ("command", "hidden"),
     [
         ("unfolded", {"comparison"}),
-        ("pretrain", {"unfolded", "start", "denoising", "evaluation", "comparison"}),
-        ("table1", {"start"}),
+        ("pretrain", {"measurement", "unfolded", "start", "denoising", "evaluation", "comparison"}),
+        ("table1", {"start", "measurement"}),
         ("ablations", {"start", "comparison"}),
+        ("inverse", {"start", "measurement", "comparison"}),
         ("evaluate", set()),
     ],
 )
@@ -83,8 +84,12 @@ def test_options_override_files_which_override_presets(tmp_path):
 def test_presets_are_valid_and_only_set_known_options(preset):
     parsed = config.Command("unfolded", "").parse(["--preset", preset])
     assert set(yaml.safe_load((config.PRESETS / f"{preset}.yaml").read_text())) <= {f.name for f in fields(Config)}
-    assert parsed.sigma <= 0.2 <= (parsed.sigma_max or parsed.sigma)
-    assert parsed.eval_sigmas == [0.1, 0.15, 0.2, 0.25] and parsed.memory == "recompute"
+    if preset == "inverse":
+        assert parsed.eval_sigmas == [parsed.sigma] == [0.02] and parsed.sigma_max is None
+    else:
+        assert parsed.sigma <= 0.2 <= (parsed.sigma_max or parsed.sigma)
+        assert parsed.eval_sigmas == [0.1, 0.15, 0.2, 0.25]
+    assert parsed.memory == "recompute"
     parsed.check_schedule("prior", "unfolded")
 
 
@@ -121,7 +126,7 @@ def test_missing_packages_are_one_sentence_that_names_the_extra(command, monkeyp
         (["--ema", "1"], "ema must be between 0 and 1, got 1.0"),
         (["--prior-noise", "-1"], "prior_noise must be 0 or more, got -1.0"),
         (["--alpha", "0"], "alpha must be positive, got 0.0"),
-        (["--prior-seconds", "null"], "schedule='cosine' needs prior_steps or prior_seconds"),
+        (["--prior-seconds", "null", "--prior-steps", "null"], "schedule='cosine' needs prior_steps or prior_seconds"),
         (["--resume", "--out", "nowhere"], "nothing to resume: nowhere holds no run"),
     ],
 )
@@ -151,6 +156,37 @@ def test_mistakes_end_in_one_sentence(command, arguments, message, capsys, tmp_p
         ("table1", ["--seeds", "[1,1]"], "seeds must be different numbers, 0 or more, got [1, 1]"),
         ("table1", ["--trial-lrs", "[0.1,0]"], "trial_lrs must be one or more positive numbers, got [0.1, 0.0]"),
         ("table1", ["--seconds", "null"], "schedule='cosine' needs steps or seconds"),
+        ("unfolded", ["--operator", "inpaint", "--inpaint-keep", "0"], "inpaint_keep must be in (0, 1], got 0.0"),
+        ("unfolded", ["--operator", "inpaint", "--inpaint-hole", "0"], "inpaint_hole must be at least 1, got 0"),
+        ("unfolded", ["--operator", "inpaint", "--inpaint-hole", "32"], "must be smaller than the images of 32x32"),
+        ("unfolded", ["--operator", "inpaint", "--inpaint-seed", "-1"], "inpaint_seed must be 0 or more, got -1"),
+        ("unfolded", ["--operator", "blur", "--blur-sigma", "0"], "blur_sigma must be positive, got 0.0"),
+        ("unfolded", ["--operator", "blur", "--blur-sigma", "6"], "blur_sigma 6.0 needs 37 pixels, more than"),
+        ("unfolded", ["--operator", "sr", "--sr-factor", "1"], "sr_factor must be at least 2, got 1"),
+        ("unfolded", ["--operator", "sr", "--sr-factor", "3"], "sr_factor 3 does not divide the side of images"),
+        ("unfolded", ["--operator", "cs", "--cs-ratio", "1.5"], "cs_ratio must be in (0, 1], got 1.5"),
+        ("unfolded", ["--operator", "cs", "--cs-seed", "-2"], "cs_seed must be 0 or more, got -2"),
+        (
+            "unfolded",
+            ["--operator", "blur", "--sr-factor", "2"],
+            "sr_factor is a setting of operator 'sr'; the operator is 'blur'",
+        ),
+        ("unfolded", ["--cs-ratio", "0.5"], "cs_ratio is a setting of operator 'cs'; the operator is 'identity'"),
+        (
+            "unfolded",
+            ["--operator", "sr", "--references", "[denoiser]"],
+            "the reference 'denoiser' only denoises; the operator is 'sr'",
+        ),
+        ("unfolded", ["--consistency", "exact", "--mu", "0.5"], "consistency='exact' learns rho and has no"),
+        (
+            "unfolded",
+            ["--operator", "blur", "--blur-boundary", "reflect", "--consistency", "exact"],
+            "consistency='exact' needs an exact inverse; a Gaussian blur of 1.5 pixels (reflect) has none",
+        ),
+        ("table1", ["--operator", "sr"], "Table 1 is about denoising; the operator is 'sr': see train.inverse"),
+        ("inverse", ["--operator", "sr"], "train.inverse has its own operators; got operator 'sr'"),
+        ("inverse", ["--size", "16"], "inpaint_hole must be smaller than the images of 16x16, got 20"),
+        ("inverse", ["--references", "[denoiser]"], "the reference 'denoiser' only denoises"),
         ("ablations", ["--references", "[map]"], "the reference 'map' belongs to one prior; ablations have several"),
     ],
 )
@@ -162,7 +198,9 @@ def test_mistakes_of_one_command(command, arguments, message, capsys, tmp_path, 
 
 
 @pytest.mark.parametrize("command", [*TRAINING, "evaluate"])
-@pytest.mark.parametrize("arguments", [["--sizes", "3"], ["--eval-size", "big"], ["--config", "nowhere.yaml"]])
+@pytest.mark.parametrize(
+    "arguments", [["--sizes", "3"], ["--eval-size", "big"], ["--config", "nowhere.yaml"], ["--operator", "radon"]]
+)
 def test_unknown_options_exit_as_argparse_does(command, arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(command)(arguments)

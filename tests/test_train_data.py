@@ -537,7 +537,7 @@ def test_noise_of_the_prior_and_of_the_measurement_have_their_spread():
         [(data.dequantise(pixels, 8, 0.2, np.random.default_rng(i)) - pixels / 256).std() for i in range(200)]
     )
     assert 0 < spreads.min() < 0.02 and 0.18 < spreads.max() < 0.21 and 0.08 < spreads.mean() < 0.12
-    noise = data.gaussian(np.random.default_rng(0), torch.empty(3, 64, 64))
+    noise = data.gaussian(np.random.default_rng(0), (3, 64, 64))
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03 and noise.dtype == torch.float32
 
 

@@ -274,6 +274,26 @@ def test_operators_move_with_the_network(name):
     assert all(t.is_meta for n, t in net.to("meta").state_dict().items() if n in tensors)
 
 
+@pytest.mark.parametrize("consistency", ["gradient", "exact"])
+def test_an_operator_given_with_the_measurement_takes_the_place_of_the_network_s(consistency):
+    """As for a mask for each image, and for images of another size."""
+    net = make_net(operator=Inpainting(torch.ones(1, 8, 8)), consistency=consistency)
+    masks = torch.stack([torch.eye(8), 1 - torch.eye(8)])[:, None]
+    y = torch.rand(2, 3, 8, 8, dtype=torch.float64) * masks
+    found = net(y, operator=Inpainting(masks))
+    for i in range(2):
+        net.operator = Inpainting(masks[i])
+        torch.testing.assert_close(found[i : i + 1], net(y[i : i + 1]))
+    projection = RandomProjection((3, 16, 8), 0.25)
+    y = torch.rand(2, 96, dtype=torch.float64)
+    found = net(y, operator=projection)
+    for prox in net.proxes:
+        prox.glow.size = (3, 16, 8)
+    torch.testing.assert_close(found, literal(net, y, operator=projection), rtol=1e-9, atol=1e-11)
+    with pytest.raises(TypeError, match="operator must have the methods forward and adjoint, got int"):
+        net(y, operator=3)
+
+
 def test_noise_level_scales_lambda():
     net = make_net(folds=2, noise_aware=True)
     plain = make_net(folds=2)

@@ -1,10 +1,11 @@
-"""The denoisers that a trained network is compared with, all called the same way.
+"""The methods that a trained network is compared with, all called the same way: denoisers, and MAP for any operator.
 
 Images are (N, 3, H, W) float32. Noisy ones are clean pixels in [0, 1] plus white Gaussian noise of standard deviation
 `sigma` on that scale, not clipped; nor are the estimates. What a baseline can be tuned by, one number, is tuned for the
 highest mean PSNR (dB) after clipping, on images that are not the test's.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from flowkern import Glow
 from flowkern.map import map_estimate
+from flowkern.operators import Operator
+from train.measurement import parts
 from train.stages import psnr
 
 
@@ -45,7 +48,7 @@ class TotalVariation:
     )
 
     def tune(self, clean: Tensor, noisy: Tensor, sigma: float) -> float:
-        return _highest(lambda weight: _score(self(noisy, sigma, weight), clean), 0.02, 2)
+        return highest(lambda weight: score(self(noisy, sigma, weight), clean), 0.02, 2)
 
     def __call__(self, noisy: Tensor, sigma: float, setting: float) -> Tensor:
         return _each(noisy, lambda image: denoise_tv_chambolle(image, weight=setting, channel_axis=-1))
@@ -61,7 +64,7 @@ class NonLocalMeans:
     )
 
     def tune(self, clean: Tensor, noisy: Tensor, sigma: float) -> float:
-        return _highest(lambda h: _score(self(noisy, sigma, h), clean), 0.1 * sigma, 2 * sigma)
+        return highest(lambda h: score(self(noisy, sigma, h), clean), 0.1 * sigma, 2 * sigma)
 
     def __call__(self, noisy: Tensor, sigma: float, setting: float) -> Tensor:
         options = {"patch_size": 5, "patch_distance": 6, "fast_mode": True, "channel_axis": -1}
@@ -94,7 +97,7 @@ class BM3D:
 
 
 class MapPrior:
-    """MAP over the latent of a flow (`flowkern.map`), without training for denoising. Setting: gamma.
+    """MAP over the latent of a flow (`flowkern.map`), without training for the measurement. Setting: gamma.
 
     glow: on any device. gammas: what to choose from, in units of sigma^2. steps, lr: of `map_estimate`. These flows are
     not searched to the end: the number of steps is part of the method. tuning_images: at most so many are tuned on, as
@@ -116,19 +119,22 @@ class MapPrior:
         self.glow, self.gammas, self.tuning_images, self.batch = glow, tuple(gammas), tuning_images, batch
         self.options = {"steps": steps, "optimizer": optimizer, "lr": lr}
         self.protocol = (
-            f"the prior's flow, min |g(z) - y|^2 + gamma |z|^2 from z = 0 (Asim et al. 2020), {steps} steps of "
+            f"the prior's flow, min |A g(z) - y|^2 + gamma |z|^2 from z = 0 (Asim et al. 2020), {steps} steps of "
             f"{optimizer}, rate {lr}; gamma at each sigma is the best by mean PSNR on {tuning_images} validation "
             f"images at most, of {', '.join(f'{g:g}' for g in self.gammas)} sigma^2"
         )
 
-    def tune(self, clean: Tensor, noisy: Tensor, sigma: float) -> float:
-        clean, noisy = clean[: self.tuning_images], noisy[: self.tuning_images]
-        return max((g * sigma**2 for g in self.gammas), key=lambda gamma: _score(self(noisy, sigma, gamma), clean))
+    def tune(self, clean: Tensor, noisy: Tensor, sigma: float, operator: Operator | None = None) -> float:
+        (noisy, options), *_ = parts(noisy, operator, self.tuning_images)
+        clean = clean[: self.tuning_images]
+        gammas = (g * sigma**2 for g in self.gammas)
+        return max(gammas, key=lambda gamma: score(self(noisy, sigma, gamma, **options), clean))
 
-    def __call__(self, noisy: Tensor, sigma: float, setting: float) -> Tensor:
+    def __call__(self, noisy: Tensor, sigma: float, setting: float, operator: Operator | None = None) -> Tensor:
         device = next(self.glow.parameters()).device
-        parts = noisy.split(self.batch)
-        return torch.cat([map_estimate(self.glow, y.to(device), setting, **self.options).to(noisy) for y in parts])
+        there = None if operator is None else copy.deepcopy(operator).to(device)
+        batches = parts(noisy.to(device), there, self.batch)
+        return torch.cat([map_estimate(self.glow, y, setting, **self.options, **own).to(noisy) for y, own in batches])
 
 
 def bm3d_available() -> bool:
@@ -151,11 +157,11 @@ def _each(images: Tensor, denoise: Callable[[np.ndarray], np.ndarray]) -> Tensor
     return torch.stack(done).permute(0, 3, 1, 2).to(images)
 
 
-def _score(estimate: Tensor, clean: Tensor) -> float:
+def score(estimate: Tensor, clean: Tensor) -> float:
     return psnr(estimate.clamp(0, 1), clean).mean().item()
 
 
-def _highest(score: Callable[[float], float], low: float, high: float) -> float:
+def highest(scored: Callable[[float], float], low: float, high: float) -> float:
     """The best of [low, high] among 13 points evenly spaced in the logarithm and those of a search around the best one.
 
     A search alone would end on a bump: Chambolle's iteration stops by a rule that makes the score of a weight jump.
@@ -164,7 +170,7 @@ def _highest(score: Callable[[float], float], low: float, high: float) -> float:
 
     def loss(log_setting: float) -> float:
         setting = math.exp(log_setting)
-        tried[setting] = score(setting)
+        tried[setting] = scored(setting)
         return -tried[setting]
 
     grid = np.linspace(math.log(low), math.log(high), 13)

@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +10,15 @@ import jsonargparse
 import torch
 import yaml
 
+from train.measurement import Measurement, MeasurementSettings
+from train.options import add_settings, setting
+
 PRESETS = Path(__file__).parent / "presets"
 FLOW = ("levels", "depth", "hidden", "coupling", "scale", "alpha", "split_prior")
 
 
-def setting(group: str, default, text: str):
-    """A field of a dataclass of settings: its group in --help, default and explanation."""
-    return field(default=default, metadata={"group": group, "help": text})
-
-
 @dataclass
-class Config:
+class Config(MeasurementSettings):
     """The settings of a training run. The defaults are the paper's where it states one."""
 
     data: str = setting(
@@ -88,7 +86,15 @@ class Config:
         "Where the iteration starts: the flow's most likely image, or the noisy image "
         "(default: mode for a Glow, adjoint for the others).",
     )
-    mu: float = setting("unfolded", 0.5, "Start value of the step sizes.")
+    consistency: Literal["gradient", "exact"] = setting(
+        "unfolded",
+        "gradient",
+        "How folds are drawn to the measurement: by a gradient step of learnt size mu, or by the exact solution of a "
+        "least-squares problem of learnt weight rho.",
+    )
+    mu: float | None = setting(
+        "unfolded", None, "Start value of the step sizes (default: 0.5 / |A|^2, which for denoising is 0.5)."
+    )
     lam: float = setting("unfolded", 0.05, "Start value of the shrinkage.")
     resnet_width: int = setting("unfolded", 128, "Maps of the ResNet.")
     resnet_blocks: int = setting("unfolded", 2, "Residual blocks of the ResNet.")
@@ -110,7 +116,9 @@ class Config:
     prior_steps: int | None = setting("prior", None, "Pre-training stops after so many steps at the latest.")
     prior_seconds: float | None = setting("prior", None, "Pre-training stops after so many seconds at the latest.")
 
-    sigma: float = setting("denoising", 0.2, "Standard deviation of the noise to train for, on pixels in [0, 1].")
+    sigma: float = setting(
+        "denoising", 0.2, "Standard deviation of the noise on the measurement to train for, for pixels in [0, 1]."
+    )
     sigma_max: float | None = setting(
         "denoising", None, "Train for a range: each image's noise level is drawn between sigma and this."
     )
@@ -147,8 +155,8 @@ class Config:
     references: list[Literal["tv", "denoiser", "map"]] = setting(
         "evaluation",
         ("tv",),
-        "Methods to compare with: total variation; BM3D where installed, else non-local means; the MAP estimate "
-        "in the latent space of the pre-trained Glow.",
+        "Methods to compare with: total variation; BM3D where installed, else non-local means, for denoising alone; "
+        "the MAP estimate in the latent space of the pre-trained Glow.",
     )
     eval_sigmas: list[float] = setting("evaluation", (0.10, 0.15, 0.20, 0.25), "Noise levels to evaluate at.")
     figure_images: int = setting("evaluation", 4, "Test images shown in the figure.")
@@ -188,7 +196,16 @@ class Config:
             raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")
         if self.prox == "unet" and min(self.size, self.eval_size or self.size) < 16:
             raise ValueError(f"a U-Net wants size and eval_size of at least 16, got {self.size}, {self.eval_size}")
-        _require("mu", self.mu, math.isfinite(self.mu), "a finite number")
+        _require("mu", self.mu, self.mu is None or math.isfinite(self.mu), "a finite number")
+        measurement = self.measurement
+        for side in (self.size, self.eval_size or self.size):
+            measurement.check_side(side)
+        if self.consistency == "exact" and self.mu is not None:
+            raise ValueError(f"consistency='exact' learns rho and has no step size mu, got mu = {self.mu}")
+        if self.consistency == "exact" and not measurement.has_inverse:
+            raise ValueError(f"consistency='exact' needs an exact inverse; {measurement.describe()} has none")
+        if "denoiser" in self.references and not measurement.is_identity:
+            raise ValueError(f"the reference 'denoiser' only denoises; the operator is {measurement.kind!r}")
         for name in ("prior_noise", "warmup", "workers", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1")
@@ -205,6 +222,11 @@ class Config:
         for stage in stages:
             if self.schedule == "cosine" and not any(getattr(self, name) for name in limits[stage]):
                 raise ValueError(f"schedule='cosine' needs {' or '.join(limits[stage])}")
+
+    @property
+    def measurement(self) -> Measurement:
+        """What is measured. Raises ValueError as `Measurement.of`."""
+        return Measurement.of(self)
 
     @property
     def has_prior_stage(self) -> bool:
@@ -236,30 +258,16 @@ def _require(name: str, value, holds, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
-def add_settings(result: jsonargparse.ArgumentParser, settings: type, hidden: tuple[str, ...] = ()) -> None:
-    """An option per field of a dataclass of settings. Those of `hidden` groups are accepted, but not in --help."""
-    groups = {}
-    for f in fields(settings):
-        group = f.metadata["group"]
-        # An empty group would print its title: settings that are not shown go to the parser itself.
-        place = result if group in hidden else groups.setdefault(group, result.add_argument_group(group))
-        option = "--" + f.name.replace("_", "-")
-        text = jsonargparse.SUPPRESS if group in hidden else f.metadata["help"]
-        default = list(f.default) if isinstance(f.default, tuple) else f.default
-        if f.type is bool:
-            switch = jsonargparse.ActionYesNo(yes_prefix="", no_prefix="no-")
-            place.add_argument(option, action=switch, default=default, help=text)
-        else:
-            place.add_argument(option, type=f.type, default=default, help=text)
-
-
 @dataclass(frozen=True)
 class Command:
-    """A command that trains: its name after `python -m train.`, what it does, and the groups of settings it ignores."""
+    """A command that trains: its name after `python -m train.`, what it does, the groups of settings it ignores,
+    and the preset that it starts from by default.
+    """
 
     name: str
     description: str
     hidden: tuple[str, ...] = ("comparison",)
+    preset: str = "demo"
 
     def parser(self, preset: str) -> jsonargparse.ArgumentParser:
         """The command line: an option per setting, over the settings of --config, over the preset's."""
@@ -278,7 +286,7 @@ class Command:
     def parse(self, arguments: list[str] | None = None) -> Config:
         """The settings that a command line asks for. Exits with a message on unknown options and values."""
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        early.add_argument("--preset", default="demo")
+        early.add_argument("--preset", default=self.preset)
         preset = early.parse_known_args(arguments)[0].preset
         if preset not in presets():
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(presets())}")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from train import images, ranks
 from train.config import Config
 from train.images import Pictures
+from train.measurement import Measurement
 
 # Cropped pictures are kept whole in memory, at most this many pixels on their long side.
 LONGEST = 1024
@@ -35,22 +36,32 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float()
 
 
-def gaussian(rng: np.random.Generator, like: Tensor) -> Tensor:
-    """Standard normal noise in the shape of `like`."""
-    return torch.from_numpy(rng.standard_normal(tuple(like.shape), dtype=np.float32))
+def gaussian(rng: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise."""
+    return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=np.float32))
 
 
 class TrainingSamples(Dataset):
-    """Training pictures as an endless sequence of random samples: `clean`, `noise` and `prior`, each (3, H, W).
+    """Training pictures as an endless sequence of random samples: `clean` and `prior` (3, H, W), `noise`, `level`.
 
     The sequence passes through all pictures again and again, each time in another order. clean: pixels / 255. noise:
-    standard normal. level: where the image stands in the range of noise levels, uniform in [0, 1). prior: what the flow
-    is pre-trained on, dequantised to `bits` bits per channel, see `dequantise`.
+    standard normal, in the shape of the measurement. level: where the image stands in the range of noise levels,
+    uniform in [0, 1). prior: what the flow is pre-trained on, dequantised to `bits` bits per channel, see `dequantise`.
+    mask (1, H, W): which pixels are measured, where every image has a mask of its own.
     """
 
-    def __init__(self, pictures: list[np.ndarray], size: int, augment: str, bits: int, prior_noise: float, seed: int):
+    def __init__(
+        self,
+        pictures: list[np.ndarray],
+        size: int,
+        augment: str,
+        bits: int,
+        prior_noise: float,
+        seed: int,
+        measurement: Measurement = Measurement(),  # noqa: B008
+    ):
         self.pictures, self.size, self.augment = pictures, size, augment
-        self.bits, self.prior_noise, self.seed = bits, prior_noise, seed
+        self.bits, self.prior_noise, self.seed, self.measurement = bits, prior_noise, seed, measurement
         self._order = (-1, None)
 
     def __getitem__(self, position: int) -> dict[str, Tensor]:
@@ -58,7 +69,8 @@ class TrainingSamples(Dataset):
         picture = self.pictures[self.picture_at(position)]
         top, left = (int(rng.integers(0, side - self.size + 1)) for side in picture.shape[:2])
         crop = picture[top : top + self.size, left : left + self.size]
-        return _sample(to_tensor(augmented(crop, self.augment, rng)), self.bits, self.prior_noise, rng)
+        pixels = to_tensor(augmented(crop, self.augment, rng))
+        return _sample(pixels, self.bits, self.prior_noise, self.measurement, rng)
 
     def picture_at(self, position: int) -> int:
         """The index of the picture at this position of the sequence."""
@@ -69,29 +81,41 @@ class TrainingSamples(Dataset):
 
 
 class FixedSamples(Dataset):
-    """Held-out pictures with noise, dequantisation and all that stay the same in every epoch and run.
+    """Held-out pictures with noise, masks, dequantisation and all that stay the same in every epoch and run.
 
     Items as those of `TrainingSamples`.
     """
 
-    def __init__(self, pictures: list[np.ndarray], stream: int, bits: int, prior_noise: float):
+    def __init__(
+        self,
+        pictures: list[np.ndarray],
+        stream: int,
+        bits: int,
+        prior_noise: float,
+        measurement: Measurement = Measurement(),  # noqa: B008
+    ):
         self.pictures, self.stream, self.bits, self.prior_noise = pictures, stream, bits, prior_noise
+        self.measurement = measurement
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         rng = random(0, self.stream, index)
-        return _sample(to_tensor(self.pictures[index]), self.bits, self.prior_noise, rng)
+        return _sample(to_tensor(self.pictures[index]), self.bits, self.prior_noise, self.measurement, rng)
 
 
-def _sample(pixels: Tensor, bits: int, prior_noise: float, rng: np.random.Generator) -> dict[str, Tensor]:
-    return {
+def _sample(
+    pixels: Tensor, bits: int, prior_noise: float, measurement: Measurement, rng: np.random.Generator
+) -> dict[str, Tensor]:
+    side = pixels.shape[-1]
+    sample = {
         "clean": pixels / 255,
-        "noise": gaussian(rng, pixels),
+        "noise": gaussian(rng, measurement.noise_shape(side)),
         "prior": dequantise(pixels, bits, prior_noise, rng),
         "level": torch.tensor(rng.random(), dtype=torch.float32),
     }
+    return sample | ({"mask": measurement.mask(side, rng)} if measurement.varies else {})
 
 
 def augmented(crop: np.ndarray, how: str, rng: np.random.Generator) -> np.ndarray:
@@ -107,7 +131,7 @@ def dequantise(pixels: Tensor, bits: int, prior_noise: float, rng: np.random.Gen
     """
     quantised = torch.floor(pixels / 2 ** (8 - bits))
     x = (quantised + torch.from_numpy(rng.random(tuple(pixels.shape), dtype=np.float32))) / 2**bits
-    return x + float(rng.uniform(0, prior_noise)) * gaussian(rng, pixels) if prior_noise else x
+    return x + float(rng.uniform(0, prior_noise)) * gaussian(rng, pixels.shape) if prior_noise else x
 
 
 def tiles(pictures: list[np.ndarray], size: int, count: int) -> list[np.ndarray]:
@@ -235,11 +259,12 @@ def prepare(config: Config, splits: tuple[str, ...] = images.SPLITS) -> Data:
 
 def arrange(pictures: Pictures, config: Config) -> Data:
     """Pictures that have been read, as a run with these settings samples them."""
+    of_prior, measurement = (config.bits, config.prior_noise), config.measurement
     return Data(
-        TrainingSamples(pictures.train, config.size, config.augment, config.bits, config.prior_noise, config.seed),
+        TrainingSamples(pictures.train, config.size, config.augment, *of_prior, config.seed, measurement),
         config.epoch_images or len(pictures.train),
-        FixedSamples(pictures.val, VAL, config.bits, config.prior_noise),
-        FixedSamples(pictures.test, TEST, config.bits, config.prior_noise),
+        FixedSamples(pictures.val, VAL, *of_prior, measurement),
+        FixedSamples(pictures.test, TEST, *of_prior, measurement),
         pictures,
     )
 

@@ -31,8 +31,9 @@ class DriftWatch(L.Callback):
         if isinstance(stage.model, Glow):
             inputs = [("", stage.model, images["prior"])]
         else:
-            noisy = images["clean"] + stage.config.sigma * images["noise"]
-            inputs = [(f"fold {k}, ", prox.glow, x) for k, (prox, x) in enumerate(fold_inputs(stage.model, noisy), 1)]
+            y, options = stage.measurement.measure(images, stage.config.sigma)
+            found = fold_inputs(stage.model, y, **options)
+            inputs = [(f"fold {k}, ", prox.glow, x) for k, (prox, x) in enumerate(found, 1)]
         for where, glow, x in inputs:
             for level, found in enumerate(drift(glow, x), 1):
                 self._judge(f"{where}level {level}", found)
@@ -48,12 +49,12 @@ class DriftWatch(L.Callback):
 
 
 @torch.no_grad()
-def fold_inputs(net: nn.Module, y: Tensor) -> list[tuple[nn.Module, Tensor]]:
-    """The prox of each fold that runs and the image that enters it, for the measurement y."""
+def fold_inputs(net: nn.Module, y: Tensor, **options) -> list[tuple[nn.Module, Tensor]]:
+    """The prox of each fold that runs and the image that enters it, for the measurement y. options: of the network."""
     seen = []
     hooks = [prox.register_forward_pre_hook(lambda prox, args: seen.append((prox, args[0]))) for prox in net.proxes]
     try:
-        net(y)
+        net(y, **options)
     finally:
         for hook in hooks:
             hook.remove()

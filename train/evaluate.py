@@ -6,28 +6,32 @@ from pathlib import Path
 from typing import Literal
 
 from train import command
-from train.config import add_settings, setting
+from train.measurement import GROUP, NAMES, MeasurementSettings
+from train.options import add_settings, setting
 
 # What must agree for runs to be compared: where the images come from and how they become test images.
 IMAGES = ("data", "fit", "eval_size", "val_images", "test_images")
 
 
 @dataclass
-class Settings:
+class Settings(MeasurementSettings):
     """The settings of an evaluation. None: as in the runs."""
 
+    operator: Literal["identity", "inpaint", "blur", "sr", "cs"] | None = setting(
+        GROUP, None, "What is measured (default: as the runs were trained; with --operator, its defaults)."
+    )
     data: str | None = setting("evaluation", None, "Evaluate on these images (default: those of the runs).")
     fit: Literal["resize", "crop"] | None = setting("evaluation", None, "How images become square (default: as runs).")
     eval_size: int | None = setting("evaluation", None, "Side of the test images (default: as the runs).")
     val_images: int | None = setting("evaluation", None, "Images to tune references on (default: as the runs).")
     test_images: int | None = setting("evaluation", None, "Test images (default: as the runs).")
-    references: list[Literal["tv", "denoiser", "map"]] = setting(
+    references: list[Literal["tv", "denoiser", "map"]] | None = setting(
         "evaluation",
-        ("tv", "denoiser"),
-        "Methods to compare with: total variation; BM3D where installed, else non-local means; the MAP estimate in "
-        "the latent space of the first Glow's prior.",
+        None,
+        "Methods to compare with: total variation; BM3D where installed, else non-local means, for denoising alone; "
+        "the MAP estimate in the latent space of the first Glow's prior (default: tv, and denoiser for denoising).",
     )
-    eval_sigmas: list[float] = setting("evaluation", (0.10, 0.15, 0.20, 0.25), "Noise levels.")
+    eval_sigmas: list[float] | None = setting("evaluation", None, "Noise levels (default: those of the first run).")
     figure_images: int = setting("evaluation", 4, "Test images shown in the figure.")
     out: str | None = setting("evaluation", None, "Folder of the results (default: the next free number in runs/).")
 
@@ -42,12 +46,14 @@ def prepare(runs: list[str], settings: Settings):
     found = [(config, where) for config, where in map(_read, runs)]
     common = _common(found, settings)
     glow = next(((config, where) for config, where in found if config.prox == "glow"), None)
-    if "map" in settings.references and glow is None:
+    if "map" in (settings.references or ()) and glow is None:
         raise ValueError("the reference 'map' needs the prior of a Glow; none of the runs has one")
     chosen = {name: getattr(settings, name) for name in (*IMAGES, "references", "eval_sigmas", "figure_images")}
-    chosen = common | {k: v for k, v in chosen.items() if v is not None}
-    for config, _ in found:  # every network has to take images of this size
-        replace(config, eval_size=chosen["eval_size"])
+    chosen = common | {k: v for k, v in chosen.items() if v is not None} | _measured(found, settings)
+    chosen.setdefault("references", ["tv", "denoiser"] if chosen["operator"] == "identity" else ["tv"])
+    chosen.setdefault("eval_sigmas", found[0][0].eval_sigmas)
+    for config, _ in found:  # every network has to take images of this size, and what was measured of them
+        replace(config, references=[], **{name: chosen[name] for name in ("eval_size", *NAMES)})
     base = replace(glow[0] if glow else found[0][0], **chosen)
     target = folder.fresh(settings.out, "evaluate")
     images = data.prepare(base, splits=("val", "test"))
@@ -57,6 +63,7 @@ def prepare(runs: list[str], settings: Settings):
     def work() -> Path:
         methods = run.references(base, glow[1] if glow else target)
         names = _names([config.prox for config, _ in found], [where.path.name for _, where in found])
+        names = [(key, title + _trained(config, base)) for (key, title), (config, _) in zip(names, found, strict=True)]
         for (config, where), net, (key, title) in zip(found, networks, names, strict=True):
             methods.append(replace(run.method_of(config, where, net), key=key, title=title))
         run.compare(methods, images, base, target, {"runs": [str(where.path) for _, where in found]})
@@ -87,6 +94,37 @@ def _common(found: list, settings: Settings) -> dict:
     return {name: getattr(base, name) for name in IMAGES} | {"eval_size": base.eval_size or base.size}
 
 
+def _measured(found: list, settings: Settings) -> dict:
+    """What is measured, as settings: what was asked for, over what all runs were trained for.
+
+    Raises ValueError if they were trained for different measurements and nothing was asked for.
+    """
+    given = {name: getattr(settings, name) for name in NAMES if getattr(settings, name) is not None}
+    if "operator" in given:
+        return dict.fromkeys(NAMES) | given
+    (base, first), *others = found
+    for config, where in others:
+        if config.measurement != base.measurement:
+            raise ValueError(
+                f"{first.path} was trained for {base.measurement.describe()} and {where.path} for "
+                f"{config.measurement.describe()}: say with --operator what to measure"
+            )
+    return {name: getattr(base, name) for name in NAMES} | given
+
+
+def _trained(config, tested) -> str:
+    """What a network was trained for, as far as it is tested on something else."""
+    differ = []
+    if config.measurement != tested.measurement:
+        differ.append(config.measurement.describe())
+    low, high = config.sigma, config.sigma_max or config.sigma
+    if not tested.measurement.is_identity and any(not low <= sigma <= high for sigma in tested.eval_sigmas):
+        differ.append(f"σ = {config.trained_at()}")
+    if config.data != tested.data:
+        differ.append(f"images of {Path(config.data).name}")
+    return f", trained on {', '.join(differ)}" if differ else ""
+
+
 def _names(proxes: list[str], folders: list[str]) -> list[tuple[str, str]]:
     """A key and a title for each run; runs with the same prox have their folder's name in it."""
     from train.run import TITLES
@@ -105,9 +143,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         parser = jsonargparse.ArgumentParser(
             prog="python -m train.evaluate",
-            description="Evaluate trained runs on the same test images: PSNR and SSIM at several noise levels beside "
-            "reference methods, parameters, time per image, memory of a training step; table.md, results.json and "
-            "denoised.png, with the protocol.",
+            description="Evaluate trained runs on the same test images, as they were trained or out of distribution "
+            "(other measurements, noise levels, images): PSNR and SSIM at several noise levels beside reference "
+            "methods, parameters, time per image, memory of a training step; table.md, results.json and a figure, "
+            "with the protocol.",
         )
         parser.add_argument("runs", metavar="RUN", nargs="+", type=str, help="Folders of finished runs.")
         add_settings(parser, Settings)

@@ -1,5 +1,6 @@
-"""How well methods denoise the same test images: PSNR and SSIM of each image, at several noise levels."""
+"""How well methods restore the same test images: PSNR and SSIM of each image, at several noise levels."""
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from train import measurement
 from train.data import FixedSamples
-from train.stages import psnr
+from train.measurement import Measurement
+from train.stages import channels_last, psnr
 
 TUNING_IMAGES = 48
 
@@ -30,14 +33,26 @@ PROTOCOL = {
     "else ran there",
     "precision": "evaluation runs in 32 bits, also of networks trained in bf16",
 }
+# In their place where what is measured is not the image itself.
+MEASURED = {
+    "sigma": "standard deviation of white Gaussian noise on the measurement of pixels scaled to [0, 1]",
+    "clipping": "measurements are not clipped; estimates are clipped to [0, 1]; 'measured' is scored unclipped",
+    "ssim": "mean of the SSIM of each image, Gaussian window of 11 pixels, sigma 1.5, estimates and 'measured' clipped",
+    "noise": "one fixed pattern, and where masks are drawn one mask, per test image (generator seeded by 0, stream, "
+    "index), scaled by sigma, the same for every method; missing pixels have none",
+    "measured": "the measurement as an image: itself where it is one, else its pseudo-inverse (blocks of one colour; "
+    "what was projected on, which is the adjoint)",
+}
 
 
 @dataclass
 class Method:
-    """Something that denoises. estimate: (noisy (N, 3, H, W), sigma) -> (N, 3, H, W), unclipped.
+    """Something that restores images. estimate: (measurement, sigma) -> (N, 3, H, W), unclipped; for denoising the
+    measurement is (N, 3, H, W), else `estimate` and `tune` are also given what measured it as `operator=`.
 
-    protocol: one sentence on what it is, for whoever reads the table. tune: (clean, noisy, sigma) -> a setting, chosen
-    on validation images for each sigma and given to `estimate` as a third argument. facts: parameters and the like.
+    protocol: one sentence on what it is, for whoever reads the table. tune: (clean, measurement, sigma) -> a setting,
+    chosen on validation images for each sigma and given to `estimate` as a third argument. facts: parameters and the
+    like.
     """
 
     key: str
@@ -62,12 +77,13 @@ class Scores:
 
 @dataclass
 class Evaluation:
-    """Scores of all methods on the same images, the noisy input first. clean: the images shown."""
+    """Scores of all methods on the same images, the measurement itself first. clean: the images shown."""
 
     sigmas: list[float]
     scores: dict[str, Scores]
     clean: Tensor
     images: int
+    measurement: Measurement = field(default_factory=Measurement)
 
     def gain(self, key: str, over: str, sigma: float) -> dict[str, float]:
         """The paired PSNR gain of a method over another: mean, standard error of the mean, n."""
@@ -81,29 +97,34 @@ class Evaluation:
 def evaluate(
     methods: list[Method], val: FixedSamples, test: FixedSamples, sigmas: list[float], shown: int, progress: bool
 ) -> Evaluation:
-    """Score every method, and the noisy input, on every test image at every sigma."""
-    methods = [Method("noisy", "Noisy", lambda noisy, sigma: noisy), *methods]
-    tuning_clean, tuning_noise = _stack(val, TUNING_IMAGES)
-    clean, noise = _stack(test)
+    """Score every method, and the measurement as an image, on every test image at every sigma."""
+    measured = test.measurement
+    first = Method("noisy", "Noisy" if measured.is_identity else "Measured", _as_it_is)
+    methods = [first, *methods]
+    tuning, samples = _stack(val, TUNING_IMAGES), _stack(test)
+    clean = samples["clean"]
     scores = {method.key: Scores(method) for method in methods}
     work = [(method, sigma) for method in methods for sigma in sigmas]
     seconds = dict.fromkeys(scores, 0.0)
     for method, sigma in track(work, "evaluating", transient=True, disable=not progress):
-        found, noisy = scores[method.key], clean + sigma * noise
+        found, (y, options) = scores[method.key], measured.measure(samples, sigma)
         setting = ()
         if method.tune:
-            setting = (method.tune(tuning_clean, tuning_clean + sigma * tuning_noise, sigma),)
+            known, its_options = val.measurement.measure(tuning, sigma)
+            setting = (method.tune(tuning["clean"], known, sigma, **its_options),)
             found.settings[sigma] = setting[0]
         start = time.monotonic()
-        estimate = method.estimate(noisy, sigma, *setting)
+        estimate = method.estimate(y, sigma, *setting, **options)
         seconds[method.key] += time.monotonic() - start
         clipped = estimate.clamp(0, 1)
         found.ssim[sigma] = structural_similarity_index_measure(clipped, clean, data_range=1.0, reduction="none")
-        found.psnr[sigma] = psnr(noisy if method.key == "noisy" else clipped, clean)
+        found.psnr[sigma] = psnr(estimate if method is first else clipped, clean)
         found.shown[sigma] = clipped[:shown]
+        if method is first:
+            found.shown[sigma] = measurement.visible(y, **options)[:shown]
     for key, total in seconds.items():
         scores[key].seconds_per_image = total / (len(sigmas) * len(clean))
-    return Evaluation(sigmas, scores, clean[:shown], len(clean))
+    return Evaluation(sigmas, scores, clean[:shown], len(clean), measured)
 
 
 def device() -> torch.device:
@@ -111,17 +132,22 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def network(net: nn.Module, batch: int) -> Callable[[Tensor, float], Tensor]:
+def network(net: nn.Module, batch: int) -> Callable[..., Tensor]:
     """A network as a method's `estimate`, in batches, on the GPU if there is one. It is not told sigma."""
     net = net.to(device()).eval()
 
-    def estimate(noisy: Tensor, sigma: float) -> Tensor:
-        parts = noisy.contiguous(memory_format=torch.channels_last).split(batch)
-        return torch.cat([net(part.to(device())).float().cpu() for part in parts]).contiguous()
+    def estimate(y: Tensor, sigma: float, operator=None) -> Tensor:
+        there = copy.deepcopy(operator).to(device()) if operator is not None else None
+        batches = measurement.parts(channels_last(y).to(device()), there, batch)
+        return torch.cat([net(part, **options).float().cpu() for part, options in batches]).contiguous()
 
     return estimate
 
 
-def _stack(samples: FixedSamples, most: int | None = None) -> tuple[Tensor, Tensor]:
+def _as_it_is(y: Tensor, sigma: float, operator=None) -> Tensor:
+    return measurement.as_image(y, operator)
+
+
+def _stack(samples: FixedSamples, most: int | None = None) -> dict[str, Tensor]:
     chosen = [samples[i] for i in range(len(samples))[:most]]
-    return torch.stack([s["clean"] for s in chosen]), torch.stack([s["noise"] for s in chosen])
+    return {name: torch.stack([sample[name] for sample in chosen]) for name in chosen[0]}

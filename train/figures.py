@@ -6,6 +6,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from torch import Tensor
 
 from train.callbacks import read_metrics
@@ -36,6 +39,49 @@ def denoised(path: Path, found: Evaluation, sigmas: list[float] | None = None) -
                 title = scores.method.title if first else None
                 _show(axis, scores.shown[sigma][image], title, f"{reached:.2f} dB", bold=bool(reached == best))
     figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def reconstructed(path: Path, found: Evaluation, sigma: float | None = None) -> None:
+    """For each image a row of truth, measurement and every method's estimate with its PSNR, and a row of their errors.
+
+    sigma: default the highest of the evaluation. Errors are absolute, averaged over the colours, on a scale that all
+    share; larger ones than it shows are at its end.
+    """
+    sigma = max(found.sigmas) if sigma is None else sigma
+    panels(path, [(f"σ = {sigma:.2f}" if image == 0 else "", found, sigma, image) for image in range(len(found.clean))])
+
+
+def panels(path: Path, rows: list[tuple[str, Evaluation, float, int]]) -> None:
+    """`reconstructed` of rows (label, evaluation, sigma, image) of several evaluations with the same methods."""
+    columns = 1 + len(rows[0][1].scores)
+    errors = [[(s.shown[sigma][i] - found.clean[i]).abs().mean(0) for s in list(found.scores.values())[1:]]
+              for _, found, sigma, i in rows]  # fmt: skip
+    # Beyond what all but one pixel in a hundred exceed, a scale shows nothing but outliers.
+    flat = torch.cat([error.flatten() for row in errors for error in row] or [torch.ones(1)])
+    scale = Normalize(0, max(flat.quantile(0.99).item() if len(flat) < 2**24 else flat.max().item(), 1e-3))
+    size = (SIDE * columns + 1.5, (2 * SIDE + 0.25) * len(rows) + 0.4)
+    figure, axes = plt.subplots(2 * len(rows), columns, squeeze=False, layout="constrained", figsize=size)
+    for index, (label, found, sigma, image) in enumerate(rows):
+        upper, lower = axes[2 * index], axes[2 * index + 1]
+        first = index == 0
+        _show(upper[0], found.clean[image], "Truth" if first else None, "")
+        upper[0].set_ylabel(label, fontsize=8)
+        best = max(scores.psnr[sigma][image] for scores in found.scores.values())
+        for axis, scores in zip(upper[1:], found.scores.values(), strict=True):
+            reached = scores.psnr[sigma][image]
+            title = scores.method.title if first else None
+            _show(axis, scores.shown[sigma][image], title, f"{reached:.2f} dB", bold=bool(reached == best))
+        for axis in lower[:2]:
+            axis.axis("off")
+        lower[1].text(0.95, 0.5, "error", fontsize=8, ha="right", transform=lower[1].transAxes)
+        for axis, error in zip(lower[2:], errors[index], strict=True):
+            axis.imshow(error.numpy(), cmap="inferno", norm=scale, interpolation="nearest")
+            axis.axis("off")
+    bar = figure.colorbar(ScalarMappable(scale, "inferno"), ax=axes, extend="max", shrink=0.6, aspect=40)
+    bar.set_label("error |estimate − truth|, mean over colours; pixels in [0, 1]", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.savefig(path, dpi=200 if len(rows) < 8 else 130)
     plt.close(figure)
 
 

@@ -41,6 +41,10 @@ class Folder:
         return self.path / "denoised.png"
 
     @property
+    def reconstructed(self) -> Path:
+        return self.path / "reconstructed.png"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples.png"
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.callbacks import read_metrics
-from train.evaluation import PROTOCOL, Evaluation
+from train.evaluation import MEASURED, PROTOCOL, Evaluation
 from train.folder import Folder
 
 PACKAGES = ("torch", "lightning", "torchmetrics", "scikit-image", "numpy")
@@ -45,10 +45,17 @@ def table(found: Evaluation, against: str | None = "tv") -> tuple[list[str], lis
     return header, rows
 
 
+def title(found: Evaluation) -> str:
+    """What the table shows, of which images."""
+    measured = "" if found.measurement.is_identity else f", measured: {found.measurement.describe()}"
+    return f"PSNR in dB (SSIM), {found.images} test images{measured}"
+
+
 def protocol(found: Evaluation) -> dict[str, str]:
     """What every number was measured as, by name."""
     own = {s.method.title: s.method.protocol for s in found.scores.values() if s.method.protocol}
-    return PROTOCOL | {"images": f"{found.images} test images"} | own
+    measured = {"images": f"{found.images} test images", "measured of them": found.measurement.describe()}
+    return PROTOCOL | ({} if found.measurement.is_identity else MEASURED) | measured | own
 
 
 def markdown(title: str, header: list[str], rows: list[list[str]], notes: dict[str, str]) -> str:
@@ -61,7 +68,7 @@ def markdown(title: str, header: list[str], rows: list[list[str]], notes: dict[s
 def write(folder: Folder, found: Evaluation, notes: dict[str, str], more: dict, against: str = "tv") -> None:
     """table.md, then results.json. notes: what the table's reader has to know; more: further results, by name."""
     header, rows = table(found, against)
-    folder.table.write_text(markdown("PSNR in dB (SSIM); gains: mean ± standard error.", header, rows, notes))
+    folder.table.write_text(markdown(f"{title(found)}; gains: mean ± standard error.", header, rows, notes))
     results = {"methods": scores_as_json(found, against), "protocol": notes, **circumstances(), **more}
     finish(folder.results, results)
 

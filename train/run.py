@@ -24,6 +24,7 @@ from train.folder import Folder
 from train.images import Pictures
 from train.memory import peak_mib
 from train.stages import PriorStage, UnfoldedStage
+from train.variational import MeasuredTotalVariation
 
 T = TypeVar("T")
 TITLES = {"glow": "Unfolded Glow", "resnet": "Unfolded ResNet", "unet": "Unfolded U-Net"}
@@ -106,9 +107,13 @@ class Run:
             discard_state("unfolded", folder)
             return load_network(config, folder)
         prox = self.make_prox()
-        net = Unfolded(prox, config.folds, tied=config.tied, init=config.init, final=config.final, mu=config.mu)
+        operator = config.measurement.operator(config.size)
+        names = ("tied", "init", "final", "consistency", "mu")
+        net = Unfolded(prox, config.folds, operator, **{name: getattr(config, name) for name in names})
         budget, samples = Budget(config.steps, config.seconds), self.data
         fit(UnfoldedStage(net, config, budget, lambda: data.training_loader(samples, config)), samples, folder)
+        # An average of weights is also one of buffers, and in integers it is wrong.
+        net.operator = config.measurement.operator(config.size)
         self._save(net, "unfolded")
         return net
 
@@ -132,8 +137,9 @@ class Run:
         config, folder = self.config, self.folder
         figures.curves(folder.curves, folder.metrics)
         lam = [prox.lam.item() for prox in net.proxes if hasattr(prox, "lam")]
+        steps = {"mu": net.mu.tolist()} if net.rho is None else {"rho": net.rho.tolist()}
         more = {
-            "network": {"mu": net.mu.tolist(), "lambda": lam},
+            "network": steps | {"lambda": lam},
             "training": report.training(folder),
             "config": config.of_run(),
             "commit": self.commit,
@@ -158,9 +164,12 @@ def compare(
     """
     shown = config.figure_images
     found = evaluation.evaluate(methods, images.val, images.test, config.eval_sigmas, shown, progress=True)
-    figures.denoised(folder.denoised, found)
+    if found.measurement.is_identity:
+        figures.denoised(folder.denoised, found)
+    else:
+        figures.reconstructed(folder.reconstructed, found)
     report.write(folder, found, report.protocol(found) | {"data": images.describe()}, more, against)
-    report.show(*report.table(found, against), title=f"PSNR in dB (SSIM), {found.images} test images")
+    report.show(*report.table(found, against), title=report.title(found))
 
 
 def load_network(config: Config, folder: Folder) -> Unfolded:
@@ -191,7 +200,7 @@ def references(config: Config, folder: Folder) -> list[Method]:
     found = []
     for name in config.references:
         if name == "tv":
-            made = baselines.TotalVariation()
+            made = baselines.TotalVariation() if config.measurement.is_identity else MeasuredTotalVariation()
         elif name == "denoiser":
             made = baselines.reference_denoiser()
         else:
@@ -208,9 +217,10 @@ def trained_as(config: Config) -> str:
     prior = ""
     if config.prox == "glow":
         prior = f", {pretrained_as(config)}"
+    what = "" if config.measurement.is_identity else f"for {config.measurement.describe()} "
     return (
-        f"{config.folds} {'tied' if config.tied else 'untied'} folds trained at σ = {config.trained_at()}{prior}; "
-        f"{ends} of {config.batch} images of {config.size}x{config.size}, learning rate {config.lr:g}"
+        f"{config.folds} {'tied' if config.tied else 'untied'} folds trained {what}at σ = {config.trained_at()}{prior};"
+        f" {ends} of {config.batch} images of {config.size}x{config.size}, learning rate {config.lr:g}"
     )
 
 
@@ -231,10 +241,12 @@ def training_mib(net: Unfolded, config: Config) -> float:
     """The memory of one training step of this network at its own batch and size, see `memory.peak_mib`."""
     device = next(net.parameters()).device
     stage = UnfoldedStage(copy.deepcopy(net), config, Budget(None, None)).to(device).train()
-    size = (data.part(config), 3, config.size, config.size)
+    count, side, measurement = data.part(config), config.size, config.measurement
+    shapes = {"clean": (3, side, side), "noise": measurement.noise_shape(side)}
     generator = torch.Generator().manual_seed(0)
-    batch = {name: torch.rand(size, generator=generator).to(device) for name in ("clean", "noise")}
-    batch["level"] = torch.zeros(size[0], device=device)
+    batch = {name: torch.rand(count, *shape, generator=generator) for name, shape in shapes.items()}
+    batch |= {"level": torch.zeros(count), "mask": torch.ones(count, 1, side, side)}
+    batch = {name: value.to(device) for name, value in batch.items()}
     low = config.precision == "bf16-mixed"
 
     def step() -> None:

@@ -84,7 +84,7 @@ class UnfoldedStage(_Stage):
         self, model: Unfolded, config: Config, budget: Budget, calibration: Callable[[], Iterable[dict]] | None = None
     ):
         super().__init__(model, config, budget)
-        self.calibration = calibration
+        self.calibration, self.measurement = calibration, config.measurement
         if config.prox != "glow":
             model.to(memory_format=torch.channels_last)  # convolutions run up to 2.5 times as fast
         if config.final == "consistency" and (config.folds > 1 or model.init != "mode"):
@@ -97,9 +97,8 @@ class UnfoldedStage(_Stage):
 
     def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         low, high = self.config.sigma, self.config.sigma_max or self.config.sigma
-        sigma = low + (high - low) * batch["level"][:, None, None, None]
-        noisy = batch["clean"] + sigma * batch["noise"]
-        return self.model(noisy.contiguous(memory_format=torch.channels_last)).float(), batch["clean"]
+        y, options = self.measurement.measure(batch, low + (high - low) * batch["level"])
+        return self.model(channels_last(y), **options).float(), batch["clean"]
 
     def on_validation_epoch_start(self) -> None:
         """Measure batch norms' statistics anew, with the weights as they are now.
@@ -148,8 +147,15 @@ class UnfoldedStage(_Stage):
         return self.adam((weights, self.config.lr), (steps, self.config.lr_steps))
 
 
+def channels_last(y: Tensor) -> Tensor:
+    """y in channels-last memory, if it is images."""
+    return y.contiguous(memory_format=torch.channels_last) if y.ndim == 4 else y
+
+
 def is_step_size(name: str) -> bool:
-    """Whether a parameter of `Unfolded` is a step size mu or a shrinkage lambda, which learn at their own rate."""
+    """Whether a parameter of `Unfolded` is a step size (mu, rho) or a shrinkage lambda: they learn at a rate of their
+    own.
+    """
     return name.split(".")[-1] in ("mu", "raw_lam", "raw_rho")
 
 

@@ -65,9 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
             "validation images with equal trials, train the unfolded network with a ResNet, a U-Net and a Glow under "
             "equal budgets, and compare them with reference methods on the same test images. The same command "
             "continues where an interruption left off.",
-            hidden=("start",),
+            hidden=("start", "measurement"),
         ).parse(arguments)
         settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None)
+        if not settings.measurement.is_identity:
+            raise ValueError(f"Table 1 is about denoising; the operator is {settings.operator!r}: see train.inverse")
         settings.check_schedule("prior", "unfolded")
         trial = settings.trial_steps or settings.steps
         if len(settings.trial_lrs) > 1 and trial and trial <= settings.warmup:

@@ -1,0 +1,64 @@
+"""`python -m train.inverse`: inpainting, deblurring, super-resolution and compressed sensing, Glow beside U-Net."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from train import command
+from train.config import Command, Config
+
+PROBLEMS: dict[str, dict] = {
+    "inpainting": {"operator": "inpaint", "inpaint_keep": 0.5},
+    "hole": {"operator": "inpaint", "inpaint_hole": 20},
+    "deblurring": {"operator": "blur", "blur_sigma": 1.5},
+    "super-resolution": {"operator": "sr", "sr_factor": 2},
+    "compressed-sensing": {"operator": "cs", "cs_ratio": 0.25},
+}
+PROXES = ("unet", "glow")
+
+
+def work(campaign, settings: Config) -> Path:
+    """The prior, both networks for every problem, then one table and figure: what is trained already is left alone."""
+    from train import problems, ranks
+
+    prior = campaign.prior("prior")
+    start = {"glow": {"prior_checkpoint": str(prior)}, "unet": {"init": None, "references": ["tv"]}}
+    runs = {
+        problem: [campaign.network(f"{problem}-{prox}", prox=prox, **of_it, **start[prox]) for prox in PROXES]
+        for problem, of_it in PROBLEMS.items()
+    }
+    if ranks.is_first():
+        problems.report_runs(campaign, PROBLEMS, runs, prior)
+    return campaign.folder.path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command. Returns its exit status; a mistake of the user's ends in one sentence on stderr and status 2."""
+
+    def prepare():
+        settings = Command(
+            "inverse",
+            f"Train the unfolded network with a Glow and with a U-Net, in equal numbers of steps, for {len(PROBLEMS)} "
+            f"inverse problems ({', '.join(PROBLEMS)}), and compare them with reference methods on the same test "
+            "images: one table, one figure. The same command continues where an interruption left off.",
+            hidden=("start", "measurement", "comparison"),
+            preset="inverse",
+        ).parse(arguments)
+        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None)
+        if not settings.measurement.is_identity:
+            raise ValueError(f"train.inverse has its own operators; got operator {settings.operator!r}")
+        for of_it in PROBLEMS.values():
+            for prox in PROXES:
+                references = settings.references if prox == "glow" else ["tv"]
+                replace(settings, **of_it, prox=prox, init=None, references=references)
+        settings.check_schedule("prior", "unfolded")
+        from train import campaign
+
+        made = campaign.prepare(settings, "inverse")
+        return lambda: made.keep(lambda: work(made, settings))
+
+    return command.run(prepare)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
