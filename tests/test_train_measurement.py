@@ -217,12 +217,18 @@ def test_every_operator_from_options_to_a_folder(case, prox, pictures, tmp_path,
         denoising.load(tmp_path, "cpu")
 
 
-def test_averaged_weights_leave_the_operator_as_it_is(pictures, tmp_path):
-    """Its signs and indices are integers, of which an average is wrong."""
+def test_averaged_weights_leave_integers_as_they_are(pictures, tmp_path):
+    """Signs and indices of projections, permutations of mixes: an average of them is wrong."""
     settings = tiny(pictures, tmp_path, ema=0.9, **LITTLE, **CASES["cs"])
     run.prepare(settings).trained_network()
-    wanted = settings.measurement.operator(16).state_dict()
-    assert all(torch.equal(a, wanted[name]) for name, a in network(tmp_path).operator.state_dict().items())
+    prior, net = flowkern.Glow.from_pretrained(tmp_path / "checkpoints" / "prior"), network(tmp_path)
+    wanted = settings.measurement.operator(16)
+    for made, given in ((net.operator, wanted), *((prox.glow, prior) for prox in net.proxes)):
+        known = dict(given.named_buffers())
+        assert known and all(torch.equal(buffer, known[name]) for name, buffer in made.named_buffers())
+    # And the prior's, which were drawn before it was trained.
+    drawn = dict(run.prepare(tiny(pictures, tmp_path / "again", **LITTLE, **CASES["cs"])).prior.named_buffers())
+    assert all(torch.equal(b, drawn[n]) for n, b in prior.named_buffers() if "permutation" in n)
 
 
 def test_an_interrupted_run_with_masks_ends_bitwise_where_another_does(pictures, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
         max_epochs=-1,
         callbacks=[
             stage.budget,
-            *([EMAWeightAveraging(_device(), decay=config.ema)] if config.ema else []),
+            *([_averaging(config.ema)] if config.ema else []),
             Recorder(folder.metrics, echo=not bar),
             DriftWatch(data.val),
             *([ProgressBar()] if bar else []),
@@ -91,6 +91,12 @@ def _saving(name: str, config, folder: Folder) -> tuple[ModelCheckpoint, list[Mo
         every = {"every_n_train_steps": config.checkpoint_steps}
         saving.append(checkpoints.StepCheckpoint(folder.checkpoints, f"{name}-last", **every, **options))
     return best, saving
+
+
+def _averaging(decay: float) -> EMAWeightAveraging:
+    # Buffers are those of the last weights: permutations, signs and indices are integers, and an average of them is
+    # wrong. Batch norms' statistics are measured anew anyway.
+    return EMAWeightAveraging(_device(), use_buffers=False, decay=decay)
 
 
 def _device() -> torch.device:

@@ -112,8 +112,6 @@ class Run:
         net = Unfolded(prox, config.folds, operator, **{name: getattr(config, name) for name in names})
         budget, samples = Budget(config.steps, config.seconds), self.data
         fit(UnfoldedStage(net, config, budget, lambda: data.training_loader(samples, config)), samples, folder)
-        # An average of weights is also one of buffers, and in integers it is wrong.
-        net.operator = config.measurement.operator(config.size)
         self._save(net, "unfolded")
         return net
 
