@@ -186,6 +186,8 @@ def test_the_solver_where_it_is_asked_for(deepinv, ours):
     x, matrix = random(2, *SIZE), dense(operator.forward, SIZE)
     rho = torch.tensor([0.3, 2.0], dtype=torch.float64)
     torch.testing.assert_close(operator.normal_inverse(x, rho), solve(matrix, x, rho), rtol=1e-5, atol=1e-5)
+    one = torch.tensor(0.7)
+    torch.testing.assert_close(operator.normal_inverse(x, one), solve(matrix, x, 0.7), rtol=1e-5, atol=1e-5)
     x, rho = x.requires_grad_(), rho.requires_grad_()
     weight = random(*x.shape, seed=4)
     found = torch.autograd.grad((operator.normal_inverse(x, rho) * weight).sum(), (x, rho))
@@ -497,6 +499,65 @@ def test_reconstructors_are_told_the_noise(deepinv, ours, glow):
                                net(y, sigma=torch.tensor([0.1, 0.2])))
     with pytest.raises(ValueError, match="wants the noise level"):
         model(y, ours.Physics(operators.Identity()))
+
+
+def test_the_algorithms_of_deepinv_lower_their_objective(real):
+    ours = adapter()
+    glow = small_glow((2, 4, 4), levels=2, depth=2, hidden=4, dtype=torch.float32)
+    prior, fidelity, lam = ours.Prior(glow), real.optim.L2(), 1e-3
+    physics = ours.Physics(Inpainting((random(2, 4, 4, seed=7) > 0.4).float()))
+    clean = random(2, 2, 4, 4).float()
+    y = physics(clean)
+
+    def objective(x):
+        with torch.no_grad():
+            return fidelity(x, y, physics) + lam * prior(x)
+
+    start = objective(physics.A_adjoint(y))
+    for name, options in [("GD", {"stepsize": 0.01}), ("GD", {"stepsize": 1.0, "backtracking": True}),
+                          ("PGD", {"stepsize": 0.5}), ("FISTA", {"stepsize": 0.5}), ("ADMM", {"stepsize": 0.5})]:
+        algorithm = getattr(real.optim, name)
+        model = algorithm(data_fidelity=fidelity, prior=prior, lambda_reg=lam, max_iter=6, **options)
+        assert bool((objective(model(y, physics)) < start).all()), name
+    plug = real.optim.PnP(ours.Denoiser(flowkern.GlowProx(glow)))
+    model = real.optim.PGD(data_fidelity=fidelity, prior=plug, stepsize=1.0, sigma_denoiser=0.1, max_iter=5)
+    assert model(y, physics).isfinite().all()
+
+    glow.memory = "store"
+    unfolded = real.optim.GD(data_fidelity=fidelity, prior=prior, lambda_reg=lam, stepsize=0.01, max_iter=3,
+                             unfold=True, trainable_params=["stepsize"])
+    (unfolded(y, physics) - clean).square().mean().backward()
+    assert all(p.grad is not None for p in glow.parameters())
+
+
+def test_the_trainer_of_deepinv_trains_a_network(real, tmp_path):
+    ours = adapter()
+    glow = small_glow((2, 4, 4), levels=2, depth=2, hidden=4, dtype=torch.float32)
+    mask = (random(2, 4, 4, seed=7) > 0.4).float()
+    physics = real.physics.Inpainting(img_size=(2, 4, 4), mask=mask, noise_model=real.physics.GaussianNoise(0.05))
+    net = flowkern.Unfolded(flowkern.GlowProx(glow), folds=2, operator=ours.Operator(physics), noise_aware=True)
+    model = ours.Reconstructor(net)
+    before = [p.detach().clone() for p in net.parameters()]
+    loader = torch.utils.data.DataLoader(list(random(8, 2, 4, 4).float()), batch_size=4)
+    real.Trainer(
+        model=model, physics=physics, train_dataloader=loader, losses=[real.loss.SupLoss()], epochs=2,
+        online_measurements=True, optimizer=torch.optim.Adam(model.parameters(), 1e-2), save_path=None,
+        verbose=False, show_progress_bar=False, device="cpu", plot_images=False,
+    ).train()
+    assert all(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_what_the_page_shows(deepinv, ours, monkeypatch):
+    """Its blocks run, on the stand-in those that need no algorithm of deepinv's."""
+    monkeypatch.setitem(sys.modules, "flowkern.adapters.deepinv", ours)
+    page = (ROOT / "docs" / "inverse-problems.md").read_text().partition("## With deepinv")[2]
+    blocks = re.findall(r"^```python\n(.*?)^```", page.partition("\n## ")[0], re.M | re.S)
+    assert len(blocks) == 2
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks if deepinv.__version__ != "stand-in" else blocks[:1]:
+        exec(block, names)
+        assert names["estimate"].shape == (2, 3, 16, 16) and names["estimate"].isfinite().all()
 
 
 def test_without_deepinv_one_sentence_says_how_to_install_it(monkeypatch):

@@ -99,7 +99,10 @@ class Operator(operators.Operator):
         rho = per_image_rho(rho, b)
         with torch.no_grad():
             nothing = torch.zeros_like(self.forward(b))
-        return self.physics.prox_l2(b / rho, nothing, 1 / rho, **options)
+        gamma = 1 / rho
+        if isinstance(gamma, Tensor) and gamma.numel() == 1:
+            gamma = gamma.reshape(())  # deepinv's solvers want () or one an image
+        return self.physics.prox_l2(b / rho, nothing, gamma, **options)
 
     @torch.no_grad()
     def _exact(self) -> bool:
@@ -152,6 +155,8 @@ class Physics(LinearPhysics):
         image. gamma: a positive number, or a tensor of one or of one an image. The rest is for the iteration.
         """
         if not callable(getattr(self.operator, "normal_inverse", None)):
+            gamma = _per_image(gamma)
+            gamma = gamma[:, None, None, None] if isinstance(gamma, Tensor) and gamma.ndim else gamma
             return super().prox_l2(z, y, gamma, *args, **kwargs)
         b, rho = self.operator.adjoint(y), 1 / _per_image(gamma)
         if z is not None and not (isinstance(z, int | float) and z == 0):
