@@ -1,1 +1,1 @@
-"""A Glow inside other flow libraries' models: one thin file for each library, which must be installed."""
+"""A Glow inside other libraries' models: a file for each library, which must be installed."""
