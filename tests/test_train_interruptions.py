@@ -78,7 +78,7 @@ def same(a, b):
 def test_killed_again_and_again_it_ends_bitwise_where_an_undisturbed_run_does(settings, pictures, tmp_path):
     run.prepare(tiny(pictures, tmp_path / "whole", **settings)).train()
     switches = {k: v for k, v in TINY.items() if k != "tensorboard"} | settings
-    command = [sys.executable, str(Path(__file__).parent / "interrupted.py"), str(tmp_path / "killed"), "0.2"]
+    command = [sys.executable, str(Path(__file__).parent / "interrupted.py"), str(tmp_path / "killed"), "0.1"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(
         [*command, "--data", str(pictures), "--no-tensorboard", "--preset", "paper", *options(switches)],
