@@ -139,12 +139,14 @@ void compose_vjp(int threads, int type, int64_t steps, int64_t channels, Pointer
     cpu::active().compose_vjp(m, threads);
 }
 
-const cpu::NetworkLoops& network_loops(int type) {
+bool network_runs(int type) {
     const cpu::NetworkLoops* loops = cpu::active().network;
-    require(loops != nullptr, "the instruction set in use has no loops for the coupling network");
-    require(type_of(type) == Type::f32 || (type_of(type) == Type::bf16 && loops->bf16),
-            "the coupling network's factors must be fp32, or bf16 where the processor multiplies it");
-    return *loops;
+    return loops && (type_of(type) == Type::f32 || (type_of(type) == Type::bf16 && loops->bf16));
+}
+
+const cpu::NetworkLoops& network_loops(int type) {
+    require(network_runs(type), "the instruction set in use has no loops for coupling networks of this type");
+    return *cpu::active().network;
 }
 
 // The nine parameters, in flowkern.network's order, and the strides of the three weights, four each.
@@ -169,11 +171,6 @@ Image image(Pointer data, const Integers& strides) {
 
 void check_all(const Pointers& pointers) {
     for (Pointer p : pointers) check_arrays(1, p);
-}
-
-bool network_runs(int type) {
-    const cpu::NetworkLoops* loops = cpu::active().network;
-    return loops && (type_of(type) == Type::f32 || (type_of(type) == Type::bf16 && loops->bf16));
 }
 
 int64_t network_packed_size(int type, int64_t few, int64_t hidden, int64_t out) {

@@ -233,7 +233,7 @@ def network_vjp(parameters: Sequence[Tensor], folded, a: Tensor, hidden: list[Te
     if not a.numel():
         return [g if g is None else g.zero_() for g in gradients]
     n, _, height, width = a.shape
-    through = da if _image(da) is da else torch.zeros_like(da, memory_format=torch.channels_last)
+    through = da if _is_image(da) else torch.zeros_like(da, dtype=torch.float32, memory_format=torch.channels_last)
     a, h1, h2, dh = _image(a), channels_last(h1), channels_last(h2), channels_last(dh)
     weights, strides, _owners = _addresses(parameters)
     _native().network_vjp(torch.get_num_threads(), _TYPES[folded.dtype], n, height, width, folded.few, folded.hidden,
@@ -253,10 +253,14 @@ def _addresses(parameters: Sequence[Tensor | None]) -> tuple[list[int], list[int
     return [0 if p is None else p.data_ptr() for p in owners], strides, owners
 
 
+def _is_image(x: Tensor) -> bool:
+    """Whether the loops can read x as it is: fp32, and a pixel's channels contiguous."""
+    return x.dtype == torch.float32 and (x.stride(1) == 1 or x.shape[1] == 1)
+
+
 def _image(x: Tensor) -> Tensor:
-    """x in fp32 with contiguous channels: itself, or a copy."""
-    contiguous = x.stride(1) == 1 or x.shape[1] == 1
-    return x if contiguous and x.dtype == torch.float32 else channels_last(x.float())
+    """x as the loops read it: itself, or a copy."""
+    return x if _is_image(x) else channels_last(x.float())
 
 
 def _strides(x: Tensor) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowkern.glow import Glow
 from flowkern.operators import Identity
+from flowkern.operators.base import check_operator
 
 
 def map_estimate(
@@ -50,8 +51,7 @@ def map_estimate(
     if not isinstance(glow, Glow):
         raise TypeError(f"glow must be a flowkern.Glow, got {type(glow).__name__}")
     operator = Identity() if operator is None else operator
-    if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
-        raise TypeError(f"operator must have the methods forward and adjoint, got {type(operator).__name__}")
+    check_operator(operator)
     if not _number(gamma) or not 0 <= gamma < math.inf:
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma!r}")
     if optimizer not in OPTIMIZERS:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowkern import ops, saving
 from flowkern.operators import Identity, Operator, exact_consistency
 from flowkern.operators import from_config as operator_from_config
+from flowkern.operators.base import check_operator
 from flowkern.prox import PROXES, inverse_softplus
 
 INITS = ("mode", "adjoint")
@@ -82,7 +83,7 @@ class Unfolded(nn.Module):
         if not (isinstance(sigma_ref, int | float) and 0 < sigma_ref < math.inf):
             raise ValueError(f"sigma_ref must be a positive number, got {sigma_ref!r}")
         operator = Identity() if operator is None else operator
-        _check_operator(operator)
+        check_operator(operator)
         if consistency == "exact" and not callable(getattr(operator, "normal_inverse", None)):
             raise TypeError(f"exact consistency needs an operator with normal_inverse, not {type(operator).__name__}")
         self.operator = operator
@@ -136,7 +137,7 @@ class Unfolded(nn.Module):
         consistency can't use.
         """
         operator = self.operator if operator is None else operator
-        _check_operator(operator)
+        check_operator(operator)
         self._check(y, operator)
         scale = self._scale(sigma, y)
         x = self._start(y, operator)
@@ -253,11 +254,6 @@ class Unfolded(nn.Module):
         if measured.shape != y.shape:
             raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
         return x - mu * operator.adjoint(measured - y)
-
-
-def _check_operator(operator) -> None:
-    if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
-        raise TypeError(f"operator must have the methods forward and adjoint, got {type(operator).__name__}")
 
 
 def _norm(operator, prox: nn.Module) -> float:

@@ -1,5 +1,7 @@
 """Models and comparisons that several test files share."""
 
+import contextlib
+
 import torch
 
 import flowkern
@@ -22,6 +24,19 @@ def small_glow(size=(2, 8, 8), levels=2, depth=3, hidden=5, dtype=torch.float64,
         for p in glow.parameters():
             p.add_(moved * torch.randn_like(p))
     return glow
+
+
+@contextlib.contextmanager
+def instruction_set(isa):
+    """The native loops of one instruction set that this machine supports."""
+    from flowkern import _C
+
+    before = _C.build_config()["isa_active"]
+    _C.select_isa(isa)
+    try:
+        yield
+    finally:
+        _C.select_isa(before)
 
 
 def relative(a, b):

@@ -18,6 +18,8 @@ SHAPES = {
     "many hidden": (1, 6, 2, 3, 70, 6),
 }
 
+WANTED = [(), (0,), (5,), (6, 8), (1, 3)]  # of the nine gradients
+
 
 def parameters(few, hidden, out, seed=0, layout=torch.contiguous_format):
     generator = torch.Generator().manual_seed(seed)
@@ -83,3 +85,35 @@ def compare(forms, shapes, dtype, device="cpu"):
     same = [results(PYTORCH, shape, dtype, FLOAT) for shape in shapes]
     exact = [results(PYTORCH, shape, DOUBLE, DOUBLE) for shape in shapes]
     assert_within_budget(got, same, exact, dtype)
+
+
+def assert_keeping_changes_nothing(forms, shape, dtype):
+    n, c, height, width, hidden, out = shape
+    folded = forms.fold(parameters(c // 2, hidden, out), dtype)
+    a = state(n, c, height, width)[:, : c // 2]
+    h, kept = forms.trace(folded, a, True)
+    alone, none = forms.trace(folded, a, False)
+    assert len(kept) == 2 and none == [] and alone.stride() == h.stride()
+    assert torch.equal(alone, h)
+
+
+def assert_only_wanted_gradients(forms, dtype, wanted):
+    shape = SHAPES["two channels"]
+    everything = results(forms, shape, dtype, FLOAT)
+    some = results(forms, shape, dtype, FLOAT, need=[i in wanted for i in range(9)])
+    assert torch.equal(some[3], everything[3])
+    for i in range(9):
+        assert (some[4 + i] is None) if i not in wanted else torch.equal(some[4 + i], everything[4 + i])
+
+
+def assert_gradients_laid_out_as_parameters(forms, dtype):
+    n, c, height, width, hidden, out = SHAPES["additive"]
+    a, dh = state(n, c, height, width)[:, : c // 2], state(n, out, height, width).to(dtype)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = parameters(c // 2, hidden, out, layout=layout)
+        folded = forms.fold(given, dtype)
+        kept = forms.trace(folded, a, True)[1]
+        found.append(forms.vjp(given, folded, a, kept, dh, [True] * 9, torch.zeros_like(a)))
+        assert [g.stride() for g in found[-1]] == [p.stride() for p in given]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from compose_cases import SIZES, cotangents, parameters, within_rounding
 from conftest import RUNNABLE
+from helpers import instruction_set
 
 from flowkern import cpp, mix
 
@@ -12,12 +13,8 @@ SETS = cpp.build_config()["isa_supported"] if "cpp" in RUNNABLE else []
 
 @pytest.fixture(autouse=True, params=SETS)
 def isa(request):
-    from flowkern import _C
-
-    active = _C.build_config()["isa_active"]
-    _C.select_isa(request.param)
-    yield
-    _C.select_isa(active)
+    with instruction_set(request.param):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

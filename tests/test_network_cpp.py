@@ -2,8 +2,23 @@
 
 import pytest
 import torch
-from helpers import gradients, relative, small_glow
-from network_cases import DOUBLE, DTYPES, FLOAT, PYTORCH, SHAPES, Forms, compare, parameters, results, state
+from helpers import gradients, instruction_set, relative, small_glow
+from network_cases import (
+    DOUBLE,
+    DTYPES,
+    FLOAT,
+    PYTORCH,
+    SHAPES,
+    WANTED,
+    Forms,
+    assert_gradients_laid_out_as_parameters,
+    assert_keeping_changes_nothing,
+    assert_only_wanted_gradients,
+    compare,
+    parameters,
+    results,
+    state,
+)
 
 from flowkern import cpp
 
@@ -18,14 +33,10 @@ LARGE = {
 
 @pytest.fixture(autouse=True, params=["avx512bf16", "avx512", "avx2"])
 def isa(request):
-    from flowkern import _C
-
-    active = _C.build_config()["isa_active"]
-    if request.param not in _C.build_config()["isa_supported"]:
+    if request.param not in cpp.build_config()["isa_supported"]:
         pytest.skip(f"this machine has no {request.param}")
-    _C.select_isa(request.param)
-    yield request.param
-    _C.select_isa(active)
+    with instruction_set(request.param):
+        yield request.param
 
 
 def native(dtype):
@@ -64,12 +75,7 @@ def test_empty(dtype):
 
 @pytest.mark.parametrize("shape", ["additive", "many hidden"])
 def test_keeping_hidden_activations_or_not_gives_the_same(shape, dtype):
-    n, c, height, width, hidden, out = SHAPES[shape]
-    folded = CPP.fold(parameters(c // 2, hidden, out), dtype)
-    a = state(n, c, height, width)[:, : c // 2]
-    h, kept = CPP.trace(folded, a, True)
-    alone, none = CPP.trace(folded, a, False)
-    assert len(kept) == 2 and none == [] and torch.equal(alone, h)
+    assert_keeping_changes_nothing(CPP, SHAPES[shape], dtype)
 
 
 def test_operands_of_other_memory_layouts(dtype):
@@ -91,25 +97,13 @@ def test_operands_of_other_memory_layouts(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("wanted", [(), (0,), (5,), (6, 8), (1, 3)])
+@pytest.mark.parametrize("wanted", WANTED)
 def test_only_the_gradients_that_are_wanted(wanted, dtype):
-    shape = SHAPES["two channels"]
-    everything = results(CPP, shape, dtype, FLOAT)
-    some = results(CPP, shape, dtype, FLOAT, need=[i in wanted for i in range(9)])
-    assert torch.equal(some[3], everything[3])
-    for i in range(9):
-        assert (some[4 + i] is None) if i not in wanted else torch.equal(some[4 + i], everything[4 + i])
+    assert_only_wanted_gradients(CPP, dtype, wanted)
 
 
 def test_gradients_in_the_memory_layout_of_their_parameters(dtype):
-    n, c, height, width, hidden, out = SHAPES["additive"]
-    a, dh, found = state(n, c, height, width)[:, : c // 2], state(n, out, height, width).to(dtype), []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        given = parameters(c // 2, hidden, out, layout=layout)
-        folded = CPP.fold(given, dtype)
-        found.append(CPP.vjp(given, folded, a, CPP.trace(folded, a, True)[1], dh, [True] * 9, torch.zeros_like(a)))
-        assert [g.stride() for g in found[-1]] == [p.stride() for p in given]
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert_gradients_laid_out_as_parameters(CPP, dtype)
 
 
 def test_same_bits_again_whatever_the_threads_do_and_inputs_left_alone(dtype):

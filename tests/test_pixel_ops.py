@@ -6,6 +6,7 @@ How errors are judged: `pixel_cases`.
 import pytest
 import torch
 from conftest import RUNNABLE
+from helpers import instruction_set
 from pixel_cases import (
     COUPLINGS,
     DOUBLE,
@@ -39,12 +40,8 @@ def implementation(request):
     if not isa:
         yield backends.table(CPU, name)
         return
-    from flowkern import _C
-
-    before = _C.build_config()["isa_active"]
-    _C.select_isa(isa)
-    yield backends.table(CPU, name)
-    _C.select_isa(before)
+    with instruction_set(isa):
+        yield backends.table(CPU, name)
 
 
 @pytest.mark.parametrize("op", backends.OPS)

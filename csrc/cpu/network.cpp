@@ -80,15 +80,8 @@ void trace(const NetworkTrace& m, int threads) {
     parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
         for (int64_t band = begin; band < end; band++) {
             E* h = static_cast<E*>(m.h) + bands.first_pixel(band) * m.out;
-            finish_band(bands, band, sums.data(), m.out, [&](int64_t, int64_t, int64_t, const float* own, const float* above, const float* below) {
-                for (int64_t c = 0; c < m.out; c++) {
-                    float sum = own[c];
-                    if (above) sum += above[c];
-                    if (below) sum += below[c];
-                    convert(sum + bias[c], h[c]);
-                }
-                h += m.out;
-            });
+            finish_band(bands, band, sums.data(), m.out,
+                        [&](int64_t, int64_t, int64_t, int64_t c, float sum) { convert(sum + bias[c], *h++); });
         }
     });
 }
@@ -199,14 +192,8 @@ void vjp(const NetworkVjp& m, int threads) {
     parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
         float* da = static_cast<float*>(m.da.data);
         for (int64_t band = begin; band < end; band++) {
-            finish_band(bands, band, sent_sums.data(), n.few, [&](int64_t sample, int64_t y, int64_t x, const float* own, const float* above, const float* below) {
-                float* at = da + sample * m.da.sample + y * m.da.row + x * m.da.pixel;
-                for (int64_t c = 0; c < n.few; c++) {
-                    float sum = own[c];
-                    if (above) sum += above[c];
-                    if (below) sum += below[c];
-                    at[c] += sum;
-                }
+            finish_band(bands, band, sent_sums.data(), n.few, [&](int64_t sample, int64_t y, int64_t x, int64_t c, float sum) {
+                da[sample * m.da.sample + y * m.da.row + x * m.da.pixel + c] += sum;
             });
         }
     });

@@ -100,8 +100,8 @@ inline void scatter(const float* taps, int64_t stride, int64_t width, int64_t fi
     }
 }
 
-// After `scatter` over all bands: done(sample, row, column, sums, above, below) for every pixel of a band, the latter two
-// being what neighbouring bands sent there, or null.
+// After `scatter` over all bands: done(sample, row, column, channel, sum) for every pixel and channel of a band, in order,
+// with what neighbouring bands sent there.
 template <class F>
 void finish_band(const Bands& bands, int64_t band, const float* bordered, int64_t channels, const F& done) {
     const int64_t size = bands.bordered() * channels, row = (bands.width + 2) * channels, rows = bands.row_count(band);
@@ -112,8 +112,15 @@ void finish_band(const Bands& bands, int64_t band, const float* bordered, int64_
     for (int64_t r = 0; r < rows; r++) {
         for (int64_t x = 0; x < bands.width; x++) {
             const int64_t at = (x + 1) * channels;
-            done(bands.sample(band), top + r, x, own + (r + 1) * row + at, r == 0 && above ? above + at : nullptr,
-                 r + 1 == rows && below ? below + at : nullptr);
+            const float* sums = own + (r + 1) * row + at;
+            const float* over = r == 0 && above ? above + at : nullptr;
+            const float* under = r + 1 == rows && below ? below + at : nullptr;
+            for (int64_t c = 0; c < channels; c++) {
+                float sum = sums[c];
+                if (over) sum += over[c];
+                if (under) sum += under[c];
+                done(bands.sample(band), top + r, x, c, sum);
+            }
         }
     }
 }

@@ -23,6 +23,9 @@ struct Sizes {
 
 inline float number(const void* p, int64_t i) { return static_cast<const float*>(p)[i]; }
 
+// Where a weight's tap lies, from the numbers of its inputs and outputs on.
+inline int64_t tap_offset(const Weight& w, int64_t tap) { return tap / 3 * w.row + tap % 3 * w.column; }
+
 // exp of each of n numbers times a factor.
 struct Exponentials {
     Exponentials(const void* from, int64_t n, float factor) : values(n) {
@@ -99,13 +102,12 @@ struct Axes {
     const Scales& e;
 
     static float one(int64_t) { return 1; }
-    static int64_t tap(const Weight& w, int64_t t) { return t / 3 * w.row + t % 3 * w.column; }
 
     Axis few(int64_t padded) const {  // the first layer's taps
-        return {9, n.few, padded, [&](int64_t t, int64_t c) { return tap(n.weight1, t) + c * n.weight1.in; }, one};
+        return {9, n.few, padded, [&](int64_t t, int64_t c) { return tap_offset(n.weight1, t) + c * n.weight1.in; }, one};
     }
     Axis out(int64_t padded) const {  // the third layer's, from last to first
-        return {9, n.out, padded, [&](int64_t t, int64_t c) { return tap(n.weight3, 8 - t) + c * n.weight3.out; },
+        return {9, n.out, padded, [&](int64_t t, int64_t c) { return tap_offset(n.weight3, 8 - t) + c * n.weight3.out; },
                 [&](int64_t c) { return e.third[c]; }};
     }
     Axis hidden(int64_t stride, const Exponentials* scale) const {
@@ -187,8 +189,8 @@ void unfold(const Network& n, const Network& gradient, const Sizes<E>& s, const 
     const Sums<E> where(s);
     const int64_t few = s.few_units * PER_UNIT<E>, out = s.out_units * PER_UNIT<E>;
     const int64_t wide = padded<float>(n.hidden);
-    // `count` outputs from o on of a layer. Term i of all of them lies at dw(i) and belongs to the weight's
-    // number at offset(weight, i) from its output's start.
+    // `count` outputs from o on of a layer. Term i of all of them lies at dw(i) and belongs to the weight's number at
+    // offset(weight, i) from its output's start.
     const auto rows = [](const Weight& w, const Weight& g, int64_t o, int64_t count, int64_t terms, const auto& dw,
                          const auto& offset, const Exponentials& e, double* sum) {
         for (int64_t i = 0; i < terms; i++) {
@@ -207,7 +209,6 @@ void unfold(const Network& n, const Network& gradient, const Sizes<E>& s, const 
             if (dbias) static_cast<float*>(dbias)[j] = e[j] * db[j];
         }
     };
-    const auto at_tap = [](const Weight& w, int64_t t) { return t / 3 * w.row + t % 3 * w.column; };
     parallel(threads, ceil_div(n.hidden, WIDTH), [&](int64_t begin, int64_t end) {
         for (int64_t o = begin * WIDTH; o < min(end * WIDTH, n.hidden); o += WIDTH) {
             const int64_t count = min(WIDTH, n.hidden - o);
@@ -215,7 +216,7 @@ void unfold(const Network& n, const Network& gradient, const Sizes<E>& s, const 
             for (int64_t tap = 0; tap < 9; tap++) {
                 rows(n.weight1, gradient.weight1, o, count, n.few,
                      [&](int64_t i) { return total + where.w1 + (tap * few + i) * wide + o; },
-                     [&](const Weight& w, int64_t i) { return i * w.in + at_tap(w, tap); }, scales.first, first);
+                     [&](const Weight& w, int64_t i) { return i * w.in + tap_offset(w, tap); }, scales.first, first);
             }
             for (int64_t j = 0; j < count; j++) {
                 rows(n.weight2, gradient.weight2, o + j, 1, n.hidden,
@@ -232,7 +233,7 @@ void unfold(const Network& n, const Network& gradient, const Sizes<E>& s, const 
             for (int64_t tap = 0; tap < 9; tap++) {
                 rows(n.weight3, gradient.weight3, o, 1, n.hidden,
                      [&](int64_t i) { return total + where.w3 + ((8 - tap) * out + o) * wide + i; },
-                     [&](const Weight& w, int64_t i) { return i * w.in + at_tap(w, tap); }, scales.third, &sum);
+                     [&](const Weight& w, int64_t i) { return i * w.in + tap_offset(w, tap); }, scales.third, &sum);
             }
             finish(o, 1, total + where.b3, n.bias3, &sum, scales.third, 3, gradient.logs, gradient.bias3);
         }

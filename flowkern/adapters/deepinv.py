@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flowkern import operators
 from flowkern.glow import Glow
 from flowkern.map import _LBFGS, _as_it_is
-from flowkern.operators.base import checked_size, per_image_rho
+from flowkern.operators.base import check_operator, checked_size, per_image_rho
 from flowkern.unfolded import Unfolded
 
 try:
@@ -136,8 +136,7 @@ class Physics(LinearPhysics):
     """
 
     def __init__(self, operator, noise_model: nn.Module | None = None, **options):
-        if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
-            raise TypeError(f"operator must have the methods forward and adjoint, got {type(operator).__name__}")
+        check_operator(operator)
         noise = {} if noise_model is None else {"noise_model": noise_model}
         super().__init__(**{"img_size": getattr(operator, "size", None)} | noise | options)
         self.operator = operator

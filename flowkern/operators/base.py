@@ -12,6 +12,12 @@ from flowkern import transforms
 OPERATORS: dict[str, type["Operator"]] = {}
 
 
+def check_operator(operator, name: str = "operator") -> None:
+    """Raises TypeError for what is no operator: an object with the methods `forward` and `adjoint`."""
+    if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
+        raise TypeError(f"{name} must have the methods forward and adjoint, got {type(operator).__name__}")
+
+
 class Operator(nn.Module):
     """A linear map A on images. Subclasses define `forward` and `adjoint`, and `config` if they can be saved.
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from flowkern.operators.base import Operator, from_config
+from flowkern.operators.base import Operator, check_operator, from_config
 
 
 class Compose(Operator):
@@ -21,8 +21,7 @@ class Compose(Operator):
         if not operators:
             raise ValueError("Compose wants at least one operator, got none")
         for operator in operators:
-            if not (callable(getattr(operator, "forward", None)) and callable(getattr(operator, "adjoint", None))):
-                raise TypeError(f"operators must have the methods forward and adjoint, got {type(operator).__name__}")
+            check_operator(operator, "operators")
         self.operators = operators
         for index, operator in enumerate(operators):
             if isinstance(operator, nn.Module):

@@ -3,7 +3,22 @@
 import pytest
 import torch
 from helpers import gradients, relative, small_glow
-from network_cases import DOUBLE, DTYPES, FLOAT, PYTORCH, SHAPES, Forms, compare, parameters, results, state
+from network_cases import (
+    DOUBLE,
+    DTYPES,
+    FLOAT,
+    PYTORCH,
+    SHAPES,
+    WANTED,
+    Forms,
+    assert_gradients_laid_out_as_parameters,
+    assert_keeping_changes_nothing,
+    assert_only_wanted_gradients,
+    compare,
+    parameters,
+    results,
+    state,
+)
 from test_broken import edited
 
 from flowkern.kernels import fused_network, network, weight_gradient
@@ -58,13 +73,7 @@ def test_empty():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ["additive", "many hidden"])
 def test_keeping_hidden_activations_or_not_gives_the_same(execution, shape, dtype):
-    n, c, height, width, hidden, out = SHAPES[shape]
-    folded = TRITON.fold(parameters(c // 2, hidden, out), DTYPES[dtype])
-    a = state(n, c, height, width)[:, : c // 2]
-    h, kept = TRITON.trace(folded, a, True)
-    alone, none = TRITON.trace(folded, a, False)
-    assert len(kept) == 2 and none == [] and alone.stride() == h.stride()
-    assert torch.equal(alone, h)
+    assert_keeping_changes_nothing(TRITON, SHAPES[shape], DTYPES[dtype])
 
 
 def test_the_fused_form_is_used_where_it_fits_and_pays(monkeypatch):
@@ -118,27 +127,13 @@ def test_pixels_at_constant_distance():
     assert _pixel_stride(torch.zeros(1, 6, 1, 1)) == 6
 
 
-@pytest.mark.parametrize("wanted", [(), (0,), (5,), (6, 8), (1, 3)])
+@pytest.mark.parametrize("wanted", WANTED)
 def test_only_the_gradients_that_are_wanted(wanted):
-    shape = SHAPES["two channels"]
-    everything = results(TRITON, shape, FLOAT, FLOAT)
-    some = results(TRITON, shape, FLOAT, FLOAT, need=[i in wanted for i in range(9)])
-    assert torch.equal(some[3], everything[3])
-    for i in range(9):
-        assert (some[4 + i] is None) if i not in wanted else torch.equal(some[4 + i], everything[4 + i])
+    assert_only_wanted_gradients(TRITON, FLOAT, wanted)
 
 
 def test_gradients_in_the_memory_layout_of_their_parameters():
-    n, c, height, width, hidden, out = SHAPES["additive"]
-    a, dh = state(n, c, height, width)[:, : c // 2], state(n, out, height, width)
-    found = []
-    for layout in (torch.contiguous_format, torch.channels_last):
-        given = parameters(c // 2, hidden, out, layout=layout)
-        folded = TRITON.fold(given, FLOAT)
-        kept = TRITON.trace(folded, a, True)[1]
-        found.append(TRITON.vjp(given, folded, a, kept, dh, [True] * 9, torch.zeros_like(a)))
-        assert [g.stride() for g in found[-1]] == [p.stride() for p in given]
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert_gradients_laid_out_as_parameters(TRITON, FLOAT)
 
 
 def test_weights_of_unevenly_spaced_taps_are_refused():
