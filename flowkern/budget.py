@@ -1,0 +1,104 @@
+"""How many steps `memory="recompute"` keeps within a budget of bytes: the one place that knows what memory they take.
+
+A level runs as two chains: its first steps in running order are recomputed, its last ones stored, so that what was
+stored is freed before the recomputation begins, and that starts from an exact state. Which steps are stored is one
+fixed order, by network evaluations saved per byte; a budget takes as much of it as fits, so a larger one never keeps
+less. What fits is told by a model of the peak, from sizes alone, whose constants are upper bounds measured on
+allocations (`tests/test_memory.py`).
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+# The working memory of one step's backward, in tensors: states with their gradients, (raw_s, t) with its gradient, and
+# hidden activations with their gradients, of which one that is stored is not working memory.
+STATES, OUTPUTS, HIDDEN_RECOMPUTED, HIDDEN_STORED = 7, 2, 3, 2
+# Beside them: folded weights, their gradients and the convolutions' scratch, in copies of one step's weights, of which
+# there is one a thread too; a share of the tensors, and a constant.
+WEIGHTS, SCRATCH, CONSTANT = 6, 1 / 16, 512 << 10
+# Held whatever is kept: images, latents and the splits' parts, in states of each level; and bookkeeping of each step.
+HELD_STATES, BOOKKEEPING = 4, 8 << 10
+# Composing the mixes of a level: its matrices, in double precision.
+MIXES = 8
+
+
+class Level(NamedTuple):
+    """What the memory of a level depends on."""
+
+    depth: int
+    pixels: int  # of the batch
+    channels: int
+    outputs: int  # of the coupling network
+    hidden: int
+    state_bytes: int  # of a number
+    network_bytes: int
+    columns: int  # copies that convolutions make of what they read: 9 where PyTorch unfolds it, 0 for oneDNN
+    threads: int
+
+    @property
+    def state(self) -> int:
+        return self.pixels * self.channels * self.state_bytes
+
+    @property
+    def kept(self) -> int:
+        """Bytes of a stored step: its input, (raw_s, t) and two hidden activations."""
+        return self.state + self.pixels * (self.outputs + 2 * self.hidden) * self.network_bytes
+
+    @property
+    def weights(self) -> int:
+        """Numbers in a step's convolutions: by pixels, also the multiplications of an evaluation."""
+        return self.hidden * (9 * (self.channels // 2) + self.hidden + 9 * self.outputs)
+
+    def working(self, stored: bool) -> int:
+        """Upper bound of what backward of a step allocates beyond what is held."""
+        hidden = (HIDDEN_STORED if stored else HIDDEN_RECOMPUTED) + self.columns
+        tensors = STATES * self.state + self.pixels * self.network_bytes * (
+            OUTPUTS * self.outputs + hidden * self.hidden
+        )
+        weights = (WEIGHTS + self.threads) * self.weights * self.state_bytes
+        mixes = MIXES * self.depth * self.channels**2 * 8
+        return max(int((1 + SCRATCH) * tensors) + weights, mixes) + CONSTANT
+
+
+def peak(levels: tuple[Level, ...], kept: tuple[int, ...], anchor_every: int, reverse: bool) -> int:
+    """Upper bound of the allocated bytes at the peak of a training step that stores `kept` steps of each level."""
+    held = sum(HELD_STATES * level.state + BOOKKEEPING * level.depth for level in levels)
+    highest = 0
+    # In running order: backward of a level meets what was kept before it, and of its own steps the stored ones first.
+    for level, stored in reversed(list(zip(levels, kept, strict=True))) if reverse else zip(levels, kept, strict=True):
+        recomputed = level.depth - stored
+        if anchor_every and recomputed:
+            held += (recomputed - 1) // anchor_every * level.state
+        if recomputed:
+            highest = max(highest, held + level.working(stored=False))
+        held += stored * level.kept
+        if stored:
+            highest = max(highest, held + level.working(stored=True))
+    return highest
+
+
+def plans(levels: tuple[Level, ...]) -> Iterator[tuple[int, ...]]:
+    """How many steps of each level are stored, from none to all: one more each time, of the level that saves most
+    multiplications per byte.
+    """
+    kept = [0] * len(levels)
+    yield tuple(kept)
+    by_worth = sorted(range(len(levels)), key=lambda i: levels[i].kept / (levels[i].pixels * levels[i].weights or 1))
+    for i in by_worth:
+        for _ in range(levels[i].depth):
+            kept[i] += 1
+            yield tuple(kept)
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=256)
+def plan(levels: tuple[Level, ...], budget: int, anchor_every: int, reverse: bool) -> tuple[int, ...]:
+    """How many steps of each level to store: the last of `plans` that stays within the budget, else none."""
+    best, *others = plans(levels)
+    for kept in others:
+        if peak(levels, kept, anchor_every, reverse) <= budget:
+            best = kept
+    return best
