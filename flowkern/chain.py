@@ -474,8 +474,9 @@ def chain(
         at = kept_steps if reverse else len(nets) - kept_steps
         parts = [t.split([at, len(nets) - at]) for t in (matrix, offset, inverse)] + [(nets[:at], nets[at:])]
         first, last = zip(*(reversed(part) if reverse else part for part in parts), strict=True)
-        options = {"context": context, "reverse": reverse, "scale": scale, "alpha": alpha, "backend": backend}
-        options["compute_dtype"] = compute_dtype
+        options = {"context": context, "reverse": reverse, "scale": scale, "backend": backend}
+        # float, because torch.compile with dynamic=True fails on a symbol that enters two chains.
+        options |= {"alpha": float(alpha), "compute_dtype": compute_dtype}
         if not first[-1]:
             return chain(x, *last, memory="store", **options)
         x, logdet = chain(x, *first, anchor_every=anchor_every, **options)

@@ -204,29 +204,23 @@ class Glow(nn.Module):
         size: default, the construction's. inverse: for the method `inverse`, which differs, as backward frees the
         levels in the opposite order.
         """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"n wants an int >= 0, got {n!r}")
         if self.memory_budget is None:
             return (0,) * self.levels_count
-        h, w = self._check_divisible(self.size[1:] if size is None else size)
+        # Under torch.compile sizes may be symbols, and what is kept depends on their values: range asks for them.
+        n, h, w = (len(range(s)) for s in (n, *self._check_divisible(self.size[1:] if size is None else size)))
         like = next(self.parameters())
         dtype = network_dtype(like.device, self.compute_dtype) or like.dtype
-        native = like.device.type != "cpu" or dtype == torch.float32
+        learned = "learned" in (self.config["split_prior"], self.config["top_prior"])
         levels = []
         for i, level in enumerate(self.levels):
-            net = level.steps[0].coupling.net
-            levels.append(
-                budget.Level(
-                    depth=len(level.steps),
-                    pixels=n * (h >> i + 1) * (w >> i + 1),
-                    channels=len(level.steps[0].actnorm.bias),
-                    outputs=len(net.bias3),
-                    hidden=len(net.weight1),
-                    state_bytes=like.element_size(),
-                    network_bytes=dtype.itemsize,
-                    columns=0 if native else 9,
-                    threads=torch.get_num_threads(),
-                )
-            )
-        return budget.plan(tuple(levels), self.memory_budget, self.anchor_every or 0, inverse)
+            net, pixels = level.steps[0].coupling.net, n * (h >> i + 1) * (w >> i + 1)
+            channels, outputs, hidden = len(level.steps[0].actnorm.bias), len(net.bias3), len(net.weight1)
+            numbers = like.element_size(), dtype.itemsize
+            levels.append((len(level.steps), pixels, channels, outputs, hidden, *numbers, learned))
+        anchors = self.anchor_every or 0
+        return budget.plan(tuple(levels), self.memory_budget, anchors, inverse, like.device.type, dtype)
 
     @property
     def backend(self) -> str:
