@@ -81,7 +81,7 @@ def audit(glow: Glow, x: Tensor) -> Audit:
         back = own.inverse(own(x)[0], size=x.shape[2:])
     own.memory = "recompute"
     recomputed = _gradients(own, x)
-    own.memory = "checkpoint"
+    own.memory_budget, own.memory = None, "checkpoint"
     stored = _gradients(own, x)
     own.compute_dtype = None
     exact = _gradients(own.double(), x.double())

@@ -5,7 +5,8 @@ by the coupling x' = couple(y, net_k(first half of y)). What is kept between for
 
 - "recompute": the chain's output only (and the exact state every `anchor_every` steps). Backward rebuilds each step's
   input from its output; one evaluation of the coupling network serves both the inversion and its own gradient, because
-  the half that it reads passes through the coupling unchanged.
+  the half that it reads passes through the coupling unchanged. With `kept_steps`, the last steps to run are a chain of
+  their own, in "store": autograd frees what they kept before the first ones are rebuilt, from the exact state between.
 - "checkpoint": each step's input. Backward evaluates the network again but inverts nothing.
 - "store": each step's input, (raw_s, t) and the network's hidden activations. Backward evaluates nothing again.
 
@@ -14,7 +15,7 @@ After Gomez et al. 2017 (arXiv:1707.04585) and the contract of InvertibleNetwork
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -414,7 +415,7 @@ def reference_chain(
 
 def reads_blocks(nets: Sequence[nn.Module], x: Tensor, backend: str) -> bool:
     """Whether `chain` takes an image's blocks instead of the squeezed image, and so saves a pass over it."""
-    return _standard(nets) and _has_squeeze_mix(x.device, x.dtype, backend)
+    return is_standard(nets) and _has_squeeze_mix(x.device, x.dtype, backend)
 
 
 @torch.compiler.assume_constant_result
@@ -422,9 +423,15 @@ def _has_squeeze_mix(device: torch.device, dtype: torch.dtype, backend: str) -> 
     return backends.table(device, backends.resolve(device, backend), dtype).squeeze_mix is not None
 
 
-def _standard(nets: Sequence[nn.Module]) -> bool:
+def is_standard(nets: Iterable[nn.Module]) -> bool:
     """Whether these are Glow's own networks, whose gradient is written out."""
     return all(hasattr(net, "flat_parameters") for net in nets)
+
+
+def network_dtype(device: torch.device, compute_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The networks' precision: what was asked for, else autocast's, else None, which is the state's."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    return compute_dtype or autocast
 
 
 def chain(
@@ -440,6 +447,7 @@ def chain(
     alpha: float = 1.0,
     memory: str = "recompute",
     anchor_every: int | None = None,
+    kept_steps: int = 0,
     backend: str = "auto",
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -449,20 +457,31 @@ def chain(
     `reads_blocks`; matrix, inverse (K, C, C) and offset (K, C): the composed channel mixes, their inverses carrying no
     gradient of their own; nets: K coupling networks, of a state and, if given, a context (N, ...). Returns the
     state and the couplings' log-determinant (N,) in nats; the mixes' own log-determinants are constants of x that the
-    caller adds. compute_dtype is the networks' precision (default: autocast's, else the state's).
+    caller adds. kept_steps: how many steps "recompute" stores, the last ones to run. compute_dtype is the networks'
+    precision (default: autocast's, else the state's).
     """
     name = backends.resolve(x.device, backend)
     x = x if x.dim() == 6 else ops.channels_last(x)
-    dtype = compute_dtype or (
-        torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    )
+    dtype = network_dtype(x.device, compute_dtype)
     anchors = anchor_every or 0
-    standard = _standard(nets)
+    standard = is_standard(nets)
     parameters = [p for net in nets for p in (net.flat_parameters() if standard else net.parameters())]
     inputs = (x, matrix, offset, *parameters, *(() if context is None else (context,)))
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if not needed:
         memory, anchors = "recompute", 0
+    elif memory == "recompute" and kept_steps:
+        at = kept_steps if reverse else len(nets) - kept_steps
+        parts = [t.split([at, len(nets) - at]) for t in (matrix, offset, inverse)] + [(nets[:at], nets[at:])]
+        first, last = zip(*(reversed(part) if reverse else part for part in parts), strict=True)
+        options = {"context": context, "reverse": reverse, "scale": scale, "backend": backend}
+        # float, because torch.compile with dynamic=True fails on a symbol that enters two chains.
+        options |= {"alpha": float(alpha), "compute_dtype": compute_dtype}
+        if not first[-1]:
+            return chain(x, *last, memory="store", **options)
+        x, logdet = chain(x, *first, anchor_every=anchor_every, **options)
+        x, d = chain(x, *last, memory="store", **options)
+        return x, logdet + d
     with torch.autocast(x.device.type, enabled=False):
         if standard:
             settings = (reverse, scale, alpha, name, dtype or x.dtype, memory, anchors)

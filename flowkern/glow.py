@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import backend as backends
-from flowkern import dialects, saving, transforms
-from flowkern.chain import MEMORY_MODES
+from flowkern import budget, dialects, saving, transforms
+from flowkern.chain import MEMORY_MODES, is_standard, network_dtype
 from flowkern.layers import Split, StepOfFlow, blocks, run_steps, squeeze, unsqueeze
 from flowkern.prior import Prior
 from flowkern.variants import Variant
@@ -54,9 +54,12 @@ class Glow(nn.Module):
     every method. shift: subtracted from images first, added last. variant: what models of other libraries do
     differently, by the names of `flowkern.variants.Variant`; `from_checkpoint` sets it. memory: "recompute" rebuilds
     activations in backward, "store" keeps them, "checkpoint" keeps each step's input. anchor_every: keep an exact state
-    every n steps, which bounds the drift of "recompute". backend: see `flowkern.backends()`. compute_dtype: precision
-    of the coupling networks (default: autocast's, else the parameters'). check_finite: reject NaN and inf in inputs
-    (default: on the CPU only, because on a GPU the check waits for the device).
+    every n steps, which bounds the drift of "recompute". memory_budget: bytes that "recompute" may take at the peak of
+    a training step through one call of `forward` or `inverse`, beside parameters, their gradients and the composed
+    mixes: it keeps the activations of as many steps as fit and recomputes the others (`kept_steps` tells). Below what
+    "recompute" takes anyway nothing is kept, and the budget is not met. backend: see `flowkern.backends()`.
+    compute_dtype: precision of the coupling networks (default: autocast's, else the parameters'). check_finite: reject
+    NaN and inf in inputs (default: on the CPU only, because on a GPU the check waits for the device).
 
     Raises ValueError or TypeError, in one sentence, for arguments and inputs that don't fit.
 
@@ -86,6 +89,7 @@ class Glow(nn.Module):
         variant: dict | None = None,
         memory: str = "recompute",
         anchor_every: int | None = None,
+        memory_budget: int | None = None,
         backend: str = "auto",
         compute_dtype: torch.dtype | None = None,
         check_finite: bool | None = None,
@@ -128,6 +132,7 @@ class Glow(nn.Module):
             "network": "standard" if network is None else "custom",
         }
         self.shift = float(shift)
+        self._memory_budget = None
         self.memory = memory
         self.anchor_every = anchor_every
         self.backend = backend
@@ -149,6 +154,7 @@ class Glow(nn.Module):
             if last:
                 self.top = Prior(channels, learned=top_prior == "learned", **prior)
             channels //= 2
+        self.memory_budget = memory_budget
 
     @property
     def memory(self) -> str:
@@ -157,7 +163,10 @@ class Glow(nn.Module):
 
     @memory.setter
     def memory(self, mode: str) -> None:
-        self._memory = _choice(mode, "memory", MEMORY_MODES)
+        _choice(mode, "memory", MEMORY_MODES)
+        if mode != "recompute" and self._memory_budget is not None:
+            raise ValueError(f"memory={mode!r} has no use for a memory_budget; set memory_budget to None first")
+        self._memory = mode
 
     @property
     def anchor_every(self) -> int | None:
@@ -167,6 +176,51 @@ class Glow(nn.Module):
     @anchor_every.setter
     def anchor_every(self, every: int | None) -> None:
         self._anchor_every = None if every is None else _positive_int(every, "anchor_every")
+
+    @property
+    def memory_budget(self) -> int | None:
+        """Bytes within which "recompute" keeps activations (see the class); None keeps none."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, bytes_: int | None) -> None:
+        if bytes_ is not None:
+            if isinstance(bytes_, bool) or not isinstance(bytes_, int):
+                raise TypeError(f"memory_budget wants an int, in bytes, or None, got {bytes_!r}")
+            if bytes_ < 0:
+                raise ValueError(f"memory_budget wants an int >= 0, got {bytes_}")
+            if self.memory != "recompute":
+                raise ValueError(f"memory_budget is for memory='recompute', and this Glow has memory={self.memory!r}")
+            if not is_standard(step.coupling.net for level in self.levels for step in level.steps):
+                raise ValueError(
+                    "memory_budget knows what Glow's own coupling network keeps, and this Glow has another one; use "
+                    "memory='checkpoint' or 'store'"
+                )
+        self._memory_budget = bytes_
+
+    def kept_steps(self, n: int, size: Sequence[int] | None = None, inverse: bool = False) -> tuple[int, ...]:
+        """How many steps of each level keep their activations within `memory_budget`, for n images of (H, W) = size.
+
+        size: default, the construction's. inverse: for the method `inverse`, which differs, as backward frees the
+        levels in the opposite order.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+            raise ValueError(f"n wants an int >= 0, got {n!r}")
+        if self.memory_budget is None:
+            return (0,) * self.levels_count
+        # Under torch.compile sizes may be symbols, and what is kept depends on their values: range asks for them.
+        n, h, w = (len(range(s)) for s in (n, *self._check_divisible(self.size[1:] if size is None else size)))
+        like = next(self.parameters())
+        dtype = network_dtype(like.device, self.compute_dtype) or like.dtype
+        learned = "learned" in (self.config["split_prior"], self.config["top_prior"])
+        levels = []
+        for i, level in enumerate(self.levels):
+            net, pixels = level.steps[0].coupling.net, n * (h >> i + 1) * (w >> i + 1)
+            channels, outputs, hidden = len(level.steps[0].actnorm.bias), len(net.bias3), len(net.weight1)
+            numbers = like.element_size(), dtype.itemsize
+            levels.append((len(level.steps), pixels, channels, outputs, hidden, *numbers, learned))
+        anchors = self.anchor_every or 0
+        return budget.plan(tuple(levels), self.memory_budget, anchors, inverse, like.device.type, dtype)
 
     @property
     def backend(self) -> str:
@@ -276,7 +330,11 @@ class Glow(nn.Module):
 
     def _steps(self, level: int, x: Tensor, context: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
         """The steps of flow of a level. `flowkern.export` replaces this."""
-        return run_steps(self.levels[level].steps, x, reverse=reverse, context=context, **self._options())
+        options = self._options()
+        if self.memory_budget is not None and torch.is_grad_enabled():
+            h, w = (side << level + 1 for side in x.shape[-2:])
+            options["kept_steps"] = self.kept_steps(x.shape[0], (h, w), inverse=reverse)[level]
+        return run_steps(self.levels[level].steps, x, reverse=reverse, context=context, **options)
 
     def split_latent(self, z: Tensor, size: Sequence[int] | None = None) -> list[Tensor]:
         """Views of z (N, C*H*W), one (N, c, h, w) per level, in the order in which levels emit them."""
@@ -333,7 +391,8 @@ class Glow(nn.Module):
     def from_pretrained(
         cls, path: str | Path, network: Callable[[int, int], nn.Module] | None = None, **options
     ) -> "Glow":
-        """Load what `save_pretrained` wrote. options: memory, anchor_every, backend, compute_dtype, check_finite.
+        """Load what `save_pretrained` wrote. options: memory, anchor_every, memory_budget, backend, compute_dtype,
+        check_finite.
 
         Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit the
         configuration. A Glow with its own coupling network wants the same `network` again.
@@ -363,6 +422,7 @@ class Glow(nn.Module):
         shift: float | None = None,
         memory: str = "recompute",
         anchor_every: int | None = None,
+        memory_budget: int | None = None,
         backend: str = "auto",
         compute_dtype: torch.dtype | None = None,
         check_finite: bool | None = None,
@@ -382,8 +442,8 @@ class Glow(nn.Module):
         arguments, weights, dtype = dialects.load(source, dialect, size=size, **dialect_options)
         if shift is not None:
             arguments["shift"] = shift
-        runtime = {"memory": memory, "anchor_every": anchor_every, "backend": backend, "compute_dtype": compute_dtype}
-        glow = cls(**arguments, **runtime, check_finite=check_finite).to(dtype)
+        runtime = {"memory": memory, "anchor_every": anchor_every, "memory_budget": memory_budget, "backend": backend}
+        glow = cls(**arguments, **runtime, compute_dtype=compute_dtype, check_finite=check_finite).to(dtype)
         saving.fill(glow, weights, "the converted tensors")
         return glow
 

@@ -211,7 +211,8 @@ class StepOfFlow(nn.Module):
         return self.coupling.initialize(x, context)
 
     def forward(self, x: Tensor, **chain_options) -> tuple[Tensor, Tensor]:
-        """Options are those of `flowkern.chain.chain`: memory, anchor_every, backend, compute_dtype."""
+        """Options are those of `flowkern.chain.chain`: memory, anchor_every, kept_steps, backend,
+        compute_dtype."""
         if self.training and not self.is_initialized:
             self.initialize(x)
         return run_steps([self], x, **chain_options)

@@ -21,7 +21,8 @@ class GlowProx(nn.Module):
     glow: the flow, used as it is (`Unfolded` copies it for each fold). lam: where the learnt lambda starts, > 0;
     lambda = softplus(raw_lam) stays positive. In recompute mode only the latent and the result are kept for backward:
     the latent is what the flow's backward starts from and what the gradient of lambda needs, so keeping it costs
-    nothing more and stops the drift between f and g.
+    nothing more and stops the drift between f and g. A `memory_budget` of the Glow is for each of f and g alone: both
+    keep activations at the same time, and so do all folds.
 
     Raises TypeError when `glow` is no `flowkern.Glow`, ValueError when `lam` is not positive and finite.
     """

@@ -12,6 +12,14 @@ from bench.workload import Setup, footprints
 
 MIB = 1 << 20
 DEPTHS = (4, 8, 16, 32)
+BUDGETED = {
+    **{f"{k}": {"depth": k} for k in (8, 16)},
+    **{f"reverse {k}": {"depth": k, "reverse": True} for k in (8, 16)},
+    "learned": {"depth": 8, "split_prior": "learned", "top_prior": "learned"},
+    "bf16": {"depth": 16, "compute_dtype": "bfloat16"},
+    "reference": {"depth": 8, "reverse": True, "backend": "reference"},
+    "anchors": {"depth": 16, "anchor_every": 4},
+}
 CASES = {
     **{f"recompute {k}": {"depth": k} for k in DEPTHS},
     **{f"reverse {k}": {"depth": k, "reverse": True} for k in (4, 32)},
@@ -22,6 +30,13 @@ CASES = {
     "store": {"depth": 32, "memory": "store"},
     "store reverse": {"depth": 32, "memory": "store", "reverse": True},
     "store bf16": {"depth": 16, "memory": "store", "compute_dtype": "bfloat16"},
+    **{
+        f"budget {mib} {name}": {"memory_budget": mib * MIB, **case}
+        for name, case in BUDGETED.items()
+        for mib in (22, 40, 64)
+    },
+    "budget 1 8": {"depth": 8, "memory_budget": MIB},
+    "budget all 16": {"depth": 16, "memory_budget": 1 << 40},
     "reference recompute": {"depth": 32, "backend": "reference"},
 }
 
@@ -78,6 +93,29 @@ def test_anchors_cost_one_state_each(seen):
     extra = seen["anchors"]["held"] - seen["recompute 16"]["held"]
     assert extra == pytest.approx(anchors * state_bytes(), abs=0.1 * MIB)
     assert seen["anchors"]["peak"] - seen["recompute 16"]["peak"] <= extra + 0.1 * MIB
+
+
+@pytest.mark.parametrize("name", BUDGETED)
+def test_a_budget_is_kept_and_used(seen, name):
+    """The peak stays within it, and what fits is kept, but for a step and the margin of the model."""
+    cases = [(mib, seen[f"budget {mib} {name}"]) for mib in (22, 40, 64)]
+    if name == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        cases = cases[1:]   # there recompute alone takes more than the smallest
+    step = Setup(depth=1).stored_bytes()
+    for mib, found in cases:
+        assert found["peak"] <= mib * MIB
+        assert found["peak"] >= mib * MIB - 1.1 * step - 5 * MIB or name == "bf16"
+    held = [found["held"] for _, found in cases]
+    assert held == sorted(held) and held[-1] > held[0] + 20 * MIB
+
+
+def test_a_budget_that_cannot_be_met_is_recompute(seen):
+    assert seen["budget 1 8"]["held"] == pytest.approx(seen["recompute 8"]["held"], abs=0.05 * MIB)
+    assert seen["budget 1 8"]["peak"] == pytest.approx(seen["recompute 8"]["peak"], abs=0.3 * MIB)
+
+
+def test_a_budget_for_everything_is_store(seen):
+    assert seen["budget all 16"]["held"] == pytest.approx(Setup(depth=16).stored_bytes(), abs=3 * state_bytes())
 
 
 def test_what_stands_apart_is_no_more_than_it_should_be(seen):
