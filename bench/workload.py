@@ -41,6 +41,9 @@ class Setup:
                     p.normal_(std=0.1 / (9 * self.hidden) ** 0.5)
                 elif name.endswith(("bias3", "logs", "lower", "upper")):
                     p.add_(torch.randn_like(p), alpha=0.02)
+            for level in glow.levels:
+                for step in level.steps:
+                    _without_signs(step.conv)
         # After that, so that the states stay of the order of 1, as training keeps them.
         glow.initialize(self.images())
         return glow
@@ -66,6 +69,13 @@ class Setup:
         """What `memory="store"` has to keep: per step x, (raw_s, t) and two hidden activations."""
         return sum(self.depth * p * (2 * c + 2 * self.hidden) * itemsize
                    for p, c in zip(self.pixels(), self.channels(), strict=True))
+
+
+def _without_signs(conv: nn.Module) -> None:
+    """Flip rows of W = P L U, a rotation still, so that U's diagonal is positive: not every library has its signs."""
+    conv.lower.mul_(conv.sign[:, None] * conv.sign)
+    conv.upper.mul_(conv.sign[:, None])
+    conv.sign.fill_(1)
 
 
 def loss(glow: flowkern.Glow, x: Tensor, reverse: bool = False) -> Tensor:
