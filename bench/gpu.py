@@ -216,7 +216,7 @@ def measure_steps(device: Device, trial: bool):
                 model = make(copy.deepcopy(glow))
                 error = ((gradient_of(model, few) - truth).norm() / truth.norm()).item()
                 row |= {"gradient error": error, **measure_step(model, x, device, 5)}
-                row["network TFLOP/s"] = Setup(**{**vars(deep), "batch": batch}).flops() / row["ms"] / 1e9
+                row["network TFLOP/s"] = Setup(**{**vars(deep), "batch": batch}).flops() * 3 / row["ms"] / 1e9
             except torch.OutOfMemoryError:
                 row["unavailable"] = "out of memory"
             model = None

@@ -25,6 +25,7 @@ class Setup:
     batch: int = 8
     scale: str = "softclamp"
     seed: int = 0
+    folds: int = 4      # of the unfolded denoiser
 
     def images(self) -> Tensor:
         """(batch, 3, size, size) in [0, 1]."""
@@ -56,14 +57,16 @@ class Setup:
         """Pixels of a batch at each level."""
         return [self.batch * (self.size >> i + 1) ** 2 for i in range(self.levels)]
 
-    def flops(self) -> int:
-        """Floating-point operations of the coupling networks' convolutions in one stored step, forward and backward.
+    def evaluation_flops(self, channels: int, pixels: int) -> int:
+        """Floating-point operations of the three convolutions of one coupling network."""
+        return 2 * pixels * (9 * channels // 2 * self.hidden + self.hidden**2 + 9 * self.hidden * channels)
 
-        These are all but a few percent of the work; recomputation adds a third.
+    def flops(self) -> int:
+        """Of all coupling networks, evaluated once on a batch: all but a few percent of the work.
+
+        A stored training step does three times as much, one that recomputes four times.
         """
-        multiplications = sum(p * (9 * c // 2 * self.hidden + self.hidden**2 + 9 * self.hidden * c)
-                              for p, c in zip(self.pixels(), self.channels(), strict=True))
-        return 3 * 2 * self.depth * multiplications
+        return self.depth * sum(map(self.evaluation_flops, self.channels(), self.pixels()))
 
     def stored_bytes(self, itemsize: int = 4) -> int:
         """What `memory="store"` has to keep: per step x, (raw_s, t) and two hidden activations."""

@@ -91,14 +91,14 @@ class Contiguous(Reference):
 
 
 def contiguous_step(x: Tensor, step: nn.Module, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """`flowkern.reference.step_of_flow` with convolutions that keep the memory format; sigmoid scale alone."""
-    weight, net = reference.conv1x1_weight(step.conv), step.coupling.net
+    """`flowkern.reference.step_of_flow` with convolutions that keep the memory format."""
+    weight, coupling = reference.conv1x1_weight(step.conv), step.coupling
     logdet = x.shape[2] * x.shape[3] * (step.actnorm.log_scale.sum() + step.conv.log_s.sum())
     if not inverse:
         x = F.conv2d(reference.actnorm(x, step.actnorm), weight[:, :, None, None])
     a, b = x.chunk(2, dim=1)
-    raw, t = reference.coupling_network(a, net).chunk(2, dim=1)
-    log_s = F.logsigmoid(raw + 2)
+    raw, t = reference.coupling_network(a, coupling.net).chunk(2, dim=1)
+    log_s = reference.log_scale(raw, coupling.scale, coupling.alpha)
     coupled = log_s.sum(dim=(1, 2, 3))
     if not inverse:
         return torch.cat([a, (b + t) * torch.exp(log_s)], dim=1), logdet + coupled
@@ -148,11 +148,11 @@ class CompiledStep(nn.Module):
 class Unfolded(nn.Module):
     """A `flowkern.Unfolded` denoiser of untied `GlowProx` in eager PyTorch (Wei et al., equations 7-10)."""
 
-    def __init__(self, net: flowkern.Unfolded, **options):
+    def __init__(self, net: flowkern.Unfolded, kind: type[Reference] = Reference, **options):
         super().__init__()
         self.mu = nn.Parameter(net.mu.detach().clone())
         self.raw_lam = nn.ParameterList([nn.Parameter(prox.raw_lam.detach().clone()) for prox in net.proxes])
-        self.glows = nn.ModuleList(Reference(prox.glow, **options) for prox in net.proxes)
+        self.glows = nn.ModuleList(kind(prox.glow, **options) for prox in net.proxes)
 
     def forward(self, y: Tensor) -> Tensor:
         x = self.glows[0].inverse(y.new_zeros(1, y[0].numel()), y.shape[2:])
