@@ -22,7 +22,8 @@ class Contender:
     network: the precision of its coupling networks. rival: not ours. evaluations: how often a training step evaluates
     each network: once for the forward pass, twice for the gradients, and more where it recomputes. truth: the model
     whose results in double precision its own are compared with; a rival with parameters of its own is compared with
-    itself, and its likelihood with the reference's. full: measured by `--full` alone. note: what is not the same.
+    itself, and its likelihood with the reference's. full: measured by `--full` alone. inference: False
+    where it does without gradients what another row does. note: what is not the same.
     """
 
     make: Callable[[Setup], nn.Module]
@@ -31,6 +32,7 @@ class Contender:
     evaluations: int = 3
     truth: Callable[[Setup], nn.Module] = lambda setup: rivals.Reference(setup.glow())
     full: bool = False
+    inference: bool = True
     note: str = ""
 
 
@@ -43,14 +45,15 @@ def _library(kind: type, note: str, evaluations: int = 3, own_truth: bool = True
     name = kind.__name__.lower() if kind is not rivals.FrEIA else "FrEIA"
     truth = {"truth": _plain(kind)} if own_truth else {}
     return {name + suffix: Contender(_plain(kind, channels_last=bool(suffix)), evaluations=evaluations,
-                                     full=bool(suffix), note=note, **truth)
+                                     full=bool(suffix), inference=own_truth, note=note, **truth)
             for suffix in ("", ", channels-last")}
 
 
 def _ours(memory: str, network: str = "fp32", backend: str = "auto", full: bool = False) -> Contender:
     dtype = BF16 if network == "bf16" else None
     return Contender(lambda setup: setup.glow(memory=memory, backend=backend, compute_dtype=dtype), network,
-                     rival=False, evaluations=3 if memory == "store" else 4, full=full)
+                     rival=False, evaluations=3 if memory == "store" else 4, full=full,
+                     inference=memory == "recompute")
 
 
 CHECKPOINT = "PyTorch, checkpoint"
@@ -62,7 +65,7 @@ GLOWS = {
     "PyTorch, channels-last weights": Contender(_plain(channels_last=True), full=True),
     "PyTorch, torch.compile": Contender(_plain(rivals.Compiled)),
     "PyTorch, torch.compile, channels-last weights": Contender(_plain(rivals.Compiled, channels_last=True), full=True),
-    CHECKPOINT: Contender(_plain(checkpointed=True), evaluations=4),
+    CHECKPOINT: Contender(_plain(checkpointed=True), evaluations=4, inference=False),
     "PyTorch, bf16 network": Contender(_plain(network_dtype=BF16), "bf16"),
     **_library(rivals.NormFlows, "the last layer's exp(3 logs) is part of its weights"),
     **_library(rivals.FrEIA, "its own 1x1 convolutions don't learn: Glow's as an InvertibleModule"),

@@ -1,7 +1,6 @@
 """Measures what is done with models: one group of rows, taking turns, with memory and errors on the same rows."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -9,8 +8,8 @@ from bench import contenders, machine
 from bench.contenders import Contender
 from bench.memory import measure, record
 from bench.timing import interleave, ratio, repeats_for, summary
-from bench.works import WORKS, Errors
 from bench.workload import Setup
+from bench.works import WORKS, Errors
 
 LEAST = {"fp32": 1e-4, "bf16": 1e-2}    # errors that are fine however exact PyTorch is
 AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}
@@ -38,11 +37,11 @@ class Family:
 
     def _disagreements(self) -> dict[str, str]:
         """Rivals that are not the same model, with the reason: other parameters, or another likelihood."""
-        few, found = replace(self.setup, batch=min(2, self.setup.batch)).images(), {}
+        x, found = self.setup.images(), {}
         with torch.no_grad():
-            exact = self.setup.glow().double().log_prob(few.double())
+            exact = self.setup.glow().double().log_prob(x.double())
             for row, model in self.models.items():
-                difference = ((model.log_prob(few) - exact) / exact).abs().max().item()
+                difference = ((model.log_prob(x) - exact) / exact).abs().max().item()
                 if not difference <= AGREEMENT[self.contenders[row].network]:
                     found[row] = f"another likelihood, by {difference:.1e}"
                 elif hasattr(model, "check_parameters"):
@@ -53,13 +52,13 @@ class Family:
         return found
 
     def measure(self, work_name: str, rounds: int, works: tuple[str, ...] = ()) -> dict:
-        """The group of one work. works: all that are going to be measured, whose memory is counted together."""
+        """The group of one work. works: all that are going to be measured; memory is counted for them together."""
         work, setup = WORKS[work_name], self.setup
         if self._memory is None:
             self._memory = memories(self.name, works or (work_name,), setup, list(self.models))
-        rows = {row: self._row(row) for row in self.contenders}
+        rows = {row: self._row(row) for row, c in self.contenders.items() if work.trains or c.inference}
         calls = {}
-        for row, model in self.models.items():
+        for row, model in ((row, self.models[row]) for row in rows if row in self.models):
             contender = self.contenders[row]
             try:
                 rows[row]["error"] = self._errors(work_name, model, contender.truth)
@@ -156,6 +155,8 @@ def _memories(family: str, works: list[str], setup: dict, rows: list[str]) -> di
         model = contenders.FAMILIES[family][row].make(Setup(**setup))
         found[row] = {}
         for name in works:
+            if not (WORKS[name].trains or contenders.FAMILIES[family][row].inference):
+                continue
             try:
                 found[row][name] = _footprint(WORKS[name], model, Setup(**setup))
             except Exception as error:      # as in `Family.measure`

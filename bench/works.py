@@ -1,7 +1,7 @@
 """What is done with a model and measured: for each, its inputs, the call, and the result whose error is told."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ class Work:
     contender's `evaluations` count. forward(model, *arguments) -> a scalar: the part of `run` before its backward.
     """
 
-    inputs: Callable[[nn.Module, Setup], tuple]
+    inputs: Callable[[Callable, Setup], tuple]
     run: Callable
     result: Callable
     flops: Callable[[Setup], int]       # of the coupling networks, one evaluation each
@@ -130,34 +130,45 @@ WORKS = {
 }
 
 
-def doubled(value):
-    """Floating-point tensors in double precision, inside lists and tuples too."""
-    if isinstance(value, Tensor):
-        copied = value.detach().double() if value.is_floating_point() else value
-        return copied.requires_grad_(value.requires_grad)
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
-        return type(value)(doubled(v) for v in value)
-    return value
+def converted(value, dtype: torch.dtype):
+    """Floating-point tensors in another precision, inside a list too; whether they want gradients stays as it is."""
+    if isinstance(value, list) and isinstance(value[0], Tensor):
+        return [converted(v, dtype) for v in value]
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+
+def _rounding(exactly: nn.Module) -> Callable:
+    """A model in double precision, from and to single precision."""
+
+    def call(x: Tensor):
+        z, logdet = exactly(x.double())
+        return converted(z, torch.float32), logdet.float()
+
+    return call
 
 
 class Errors:
-    """|r - r64| / |r64| of a work's results, r64 of a model in double precision on the same inputs.
+    """|r - r64| / |r64| of works' results, r64 by a model in double precision on the same inputs.
 
-    truths are kept, and their results where the inputs do not depend on the model.
+    What that model gives is kept: the contenders that are compared with it share it.
     """
 
-    def __init__(self, setup: Setup, images: int = 2):
-        self._setup, self._few = setup, replace(setup, batch=min(images, setup.batch))
+    def __init__(self, setup: Setup):
+        self._setup = setup
         self._models: dict = {}
-        self._results: dict = {}
+        self._exact: dict = {}
 
     def __call__(self, name: str, model: nn.Module, truth: Callable[[Setup], nn.Module]) -> float:
         work = WORKS[name]
-        arguments = work.inputs(model, self._few)
         if truth not in self._models:
             self._models[truth] = truth(self._setup).double()
-        if (truth, name) not in self._results or work.inputs is _latents:
-            exact = work.result(self._models[truth], *(doubled(a) for a in arguments))
-            self._results[truth, name] = exact.double()
-        exact = self._results[truth, name]
-        return ((work.result(model, *arguments).double() - exact).norm() / exact.norm()).item()
+        exactly = self._models[truth]
+        if (truth, name) not in self._exact:
+            # Latents are of the exact model, rounded, so that both start from the same numbers.
+            arguments = work.inputs(_rounding(exactly), self._setup)
+            result = work.result(exactly, *(converted(a, torch.float64) for a in arguments)).double()
+            self._exact[truth, name] = arguments, result
+        arguments, result = self._exact[truth, name]
+        return ((work.result(model, *arguments).double() - result).norm() / result.norm()).item()
