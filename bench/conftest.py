@@ -82,7 +82,8 @@ def report(benchmark):
     """Hand a measured row to pytest-benchmark, with its other figures; skips one that can't run here, fails one that is
     wrong."""
 
-    def hand_over(row: dict) -> None:
+    def hand_over(group: str, row: dict) -> None:
+        benchmark.group = group
         if "unavailable" in row:
             pytest.skip(row["unavailable"])
         CLOCK.load(row["seconds"])

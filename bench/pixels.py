@@ -11,7 +11,7 @@ from bench.timing import interleave, ratio, repeats_for, summary
 from flowkern import cpp
 
 LEAST = 1e-6        # an error that is fine however exact PyTorch is
-SHORT = 0.0005      # seconds of one measurement
+SHORT = 0.001      # seconds of one measurement
 
 
 def implementations(full: bool) -> dict[str, str]:

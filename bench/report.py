@@ -22,9 +22,11 @@ def markdown(head: list[str], lines: list[list[str]], left: int = 1) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *lines))
 
 
-def duration(seconds: float) -> str:
-    """In ms, or in µs where that is shorter to read."""
-    return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.{1 if seconds < 0.1 else 0}f} ms"
+def duration(seconds: float, quartiles: tuple[float, ...] = ()) -> str:
+    """In ms, or in µs where that is shorter to read, with quartiles in brackets."""
+    scale, digits, unit = (1e6, 0, "µs") if seconds < 1e-3 else (1e3, 1 if seconds < 0.1 else 0, "ms")
+    spread = f" ({'–'.join(f'{scale * q:.{digits}f}' for q in quartiles)})" if quartiles else ""
+    return f"{scale * seconds:.{digits}f} {unit}{spread}"
 
 
 def verdict(row: dict) -> str:
@@ -42,10 +44,9 @@ def model_table(group: dict) -> str:
         if "unavailable" in row:
             lines.append([row["name"], row["network"], row["unavailable"], *[""] * (len(head) - 3)])
             continue
-        low, high = (duration(q) for q in row["quartiles"])
         sizes = [f"{row[key] / MIB:.1f}" if row.get(key) is not None else "–"
                  for key in (("held", "peak") if trains else ("peak",))]
-        lines.append([row["name"], row["network"], f"{duration(row['median'])} ({low}–{high})",
+        lines.append([row["name"], row["network"], duration(row["median"], row["quartiles"]),
                       f"{row['per second']:.1f}", verdict(row), f"{row['of peak']:.0%}", *sizes,
                       f"{row['error']:.1e}"])
     return markdown(head, lines, left=2)
@@ -61,7 +62,7 @@ def model_caption(group: dict, figures: dict) -> str:
     setup = group["setup"]
     rates = ", ".join(f"{p} {rate / 1e9:.0f}" for p, rate in group["product flops per second"].items())
     images = "image" if setup["batch"] == 1 else "images"
-    return (f"{group['what'].capitalize()}: L={setup['levels']}, K={setup['depth']}, hidden {setup['hidden']}, "
+    return (f"{group['what']}: L={setup['levels']}, K={setup['depth']}, hidden {setup['hidden']}, "
             f"{setup['batch']} {images} of {setup['size']}×{setup['size']}, {setup['scale']} scale. Medians of "
             f"{group['rounds']} rounds in which all rows take turns; a ratio is the median of the rounds' ratios. Of "
             f"the product peak: the networks' operations, recomputed ones included, against matrix products of the "

@@ -11,7 +11,7 @@ from bench.workload import Setup
 GLOW = Setup(scale="sigmoid")                   # the scale that the rivals have
 WIDE = Setup(scale="sigmoid", depth=4, hidden=512, batch=4)
 SMALL = Setup(scale="sigmoid", levels=1, depth=2, size=8, batch=1)
-DENOISER = Setup(depth=4, hidden=64, size=32)
+DENOISER = Setup(depth=4, hidden=64, size=32, batch=4)
 INFERENCE = ("log_prob", "inverse", "sample")
 # Name of the group -> family, set-up, work, and the works that share the group's models.
 GROUPS = {
@@ -33,10 +33,8 @@ def groups(full: bool) -> dict:
 
 
 def rows(full: bool) -> list[tuple[str, str]]:
-    from bench.works import WORKS
-
     return [(group, name) for group, (family, _, work, _) in groups(full).items()
-            for name, contender in chosen(family, full).items() if WORKS[work].trains or contender.inference]
+            for name, contender in chosen(family, full).items() if contender.does(work, full)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,10 +49,10 @@ def test_models(row, book, full, report):
     assert name in FAMILIES[kind]
 
     def measure() -> dict:
-        return family(kind, setup, full).measure(work, 25 if full else 11, works)
+        return family(kind, setup, full).measure(work, 25 if full else 7, works)
 
     found = book.group("models", group, measure)
-    report(next(r for r in found["rows"] if r["name"] == name))
+    report(group, next(r for r in found["rows"] if r["name"] == name))
 
 
 @pytest.fixture(scope="module", autouse=True)

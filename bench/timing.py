@@ -1,6 +1,7 @@
 """Times of calls that take turns, so that a drifting machine slows all of them alike."""
 
 import gc
+import random
 import time
 from collections.abc import Callable
 
@@ -9,19 +10,23 @@ import numpy as np
 
 def interleave(calls: dict[str, Callable], rounds: int,
                repeats: dict[str, int] | None = None) -> dict[str, list[float]]:
-    """Seconds of one call of each, `rounds` times. Every round runs all of them, each round starting at the next one.
+    """Seconds of one call of each, `rounds` times. Every round runs all of them, in another order: what ran before a
+    call leaves caches and sleeping threads behind, and must not always be the same.
 
-    repeats: how many calls in a row make one measurement, where one is too short for the clock.
+    repeats: how many calls in a row make one measurement, where one is too short for the clock; one more, before them,
+    is not timed.
     """
-    names, seconds = list(calls), {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()        # a collection would be charged to whichever call it falls into
     try:
-        for number in range(rounds):
-            start = number % len(names)
-            for name in names[start:] + names[:start]:
+        for _ in range(rounds):
+            for name in order.sample(list(calls), len(calls)):
                 call, count = calls[name], repeats[name] if repeats else 1
+                if count > 1:
+                    call()
                 begin = time.perf_counter()
                 for _ in range(count):
                     call()

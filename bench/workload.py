@@ -31,6 +31,11 @@ class Setup:
         """(batch, 3, size, size) in [0, 1]."""
         return smooth_fields(self.batch, (3, self.size, self.size), self.seed)
 
+    def noisy_images(self, sigma: float = 0.2) -> Tensor:
+        """The same with Gaussian noise."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self.images() + sigma * torch.randn(self.batch, 3, self.size, self.size, generator=generator)
+
     def glow(self, **options) -> flowkern.Glow:
         """An initialised Glow with couplings that do something. options: those of `flowkern.Glow`."""
         torch.manual_seed(self.seed)

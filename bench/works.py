@@ -103,9 +103,7 @@ def _step_loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _noisy(model: nn.Module, setup: Setup) -> tuple[Tensor, Tensor]:
-    clean = setup.images()
-    torch.manual_seed(SEED)
-    return clean + 0.2 * torch.randn_like(clean), clean
+    return setup.noisy_images(), setup.images()
 
 
 def _one_step_flops(setup: Setup) -> int:
@@ -120,13 +118,13 @@ def _denoising_flops(setup: Setup) -> int:
 
 WORKS = {
     "train": _training(lambda model, x: -model.log_prob(x).mean(), _images, lambda setup: setup.flops(),
-                       "training step: forward, negative log-likelihood, backward"),
-    "log_prob": Work(_images, _log_prob, _log_prob, lambda setup: setup.flops(), "log_prob without gradients"),
-    "inverse": Work(_latents, _inverse, _inverse, lambda setup: setup.flops(), "inverse without gradients"),
-    "sample": Work(_noise, _sample, _sample, lambda setup: setup.flops(), f"samples at temperature {TEMPERATURE}"),
-    "step": _training(_step_loss, _state, _one_step_flops, "one step of flow, forward and backward"),
+                       "Training step: forward, negative log-likelihood, backward"),
+    "log_prob": Work(_images, _log_prob, _log_prob, lambda setup: setup.flops(), "Likelihood without gradients"),
+    "inverse": Work(_latents, _inverse, _inverse, lambda setup: setup.flops(), "Inverse without gradients"),
+    "sample": Work(_noise, _sample, _sample, lambda setup: setup.flops(), f"Samples at temperature {TEMPERATURE}"),
+    "step": _training(_step_loss, _state, _one_step_flops, "One step of flow, forward and backward"),
     "denoise": _training(lambda model, y, x: F.mse_loss(model(y), x), _noisy, _denoising_flops,
-                         "training step of the unfolded denoiser"),
+                         "Training step of the unfolded denoiser"),
 }
 
 
