@@ -39,8 +39,12 @@ cuda: .venv/ready
 cuda-report: .venv/ready
 	$(BIN)/python -m bench.cuda_resources --write
 
+# Under 6 minutes on two cores; make bench FULL=1 takes everything. Installs two more libraries without what they depend
+# on, as .venv/ready does.
 bench: .venv/ready
-	$(BIN)/python -m pytest bench --benchmark-only
+	@$(PIP) --no-deps FrEIA memcnn
+	$(BIN)/python -m pytest bench --benchmark-only $(if $(FULL),--full)
+	$(BIN)/python -m bench.report
 
 # On a machine with a GPU, with the Python that has its PyTorch (make gpu PYTHON=...): build, test, measure, in 10 minutes.
 gpu:

@@ -226,6 +226,8 @@ setup(
                   "tensorboard", "filelock", "scipy"],
         "test": ["pytest>=8", "pytest-benchmark>=4", "ruff", "zuko", "scikit-learn", "onnx", "onnxscript",
                  "huggingface_hub"],
-        "bench": ["pytest>=8", "pytest-benchmark>=4", "tqdm", "scipy"],
+        # Not the rivals, which go in with --no-deps (see Makefile): memcnn would bring torchvision, and with it another
+        # torch. tqdm and scipy are what they import.
+        "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8", "tqdm", "scipy"],
     },
 )

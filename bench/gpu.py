@@ -23,49 +23,13 @@ from torch import Tensor, nn
 
 import flowkern
 from bench import results
-from bench.rivals import Reference
+from bench.rivals import Compiled, Reference
 from bench.workload import Setup
 from flowkern import backend as backends
-from flowkern import reference
 
 PARTS = ("ops", "steps", "depths", "batches")
 PUBLISHED = {4: 5.1, 8: 7.9, 16: 13.5, 32: 24.9, 48: 36.2}  # GB, normflows' Glow, InvertibleNetworks.jl's measurement
 PRECISIONS = ("bf16", "tf32", "fp32")
-
-
-class Compiled(Reference):
-    """The reference with every step of flow under torch.compile: one compilation serves a level's steps."""
-
-    def __init__(self, glow: flowkern.Glow, network_dtype: torch.dtype | None = None):
-        super().__init__(glow, network_dtype, checkpointed=False)
-        torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64  # a level each, in training and without gradients
-        for level in self.glow.levels:
-            for i, step in enumerate(level.steps):
-                level.steps[i] = _CompiledStep(step)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        x, logdet, emitted = x - self.glow.shift, x.new_zeros(x.shape[0]), []
-        for level in self.glow.levels:
-            x = reference.squeeze(x)
-            for step in level.steps:
-                x, d = step.compiled(x)
-                logdet = logdet + d
-            if level.split is not None:
-                x, part = x.chunk(2, dim=1)
-                emitted.append(part)
-        z = torch.cat([part.flatten(1) for part in (*emitted, x)], dim=1)
-        return logdet - 0.5 * z.square().sum(dim=1)
-
-
-class _CompiledStep(nn.Module):
-    def __init__(self, step: nn.Module):
-        super().__init__()
-        self.step = step
-        self.compiled = torch.compile(self.forward, dynamic=False)
-
-    def forward(self, x: Tensor):
-        return reference.step_of_flow(x, self.step)
 
 
 def contenders(precision: str) -> dict:
@@ -252,7 +216,7 @@ def measure_steps(device: Device, trial: bool):
                 model = make(copy.deepcopy(glow))
                 error = ((gradient_of(model, few) - truth).norm() / truth.norm()).item()
                 row |= {"gradient error": error, **measure_step(model, x, device, 5)}
-                row["network TFLOP/s"] = Setup(**{**vars(deep), "batch": batch}).flops() / row["ms"] / 1e9
+                row["network TFLOP/s"] = Setup(**{**vars(deep), "batch": batch}).flops() * 3 / row["ms"] / 1e9
             except torch.OutOfMemoryError:
                 row["unavailable"] = "out of memory"
             model = None

@@ -19,12 +19,10 @@ compiler (`cc`, or $CC) are needed for that.
 import contextlib
 import ctypes
 import gc
-import hashlib
 import importlib.util
 import inspect
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from bench.native import compiled
 
 ENTRY = np.dtype([("address", np.uint64), ("bytes", np.int64)])
 CAPACITY = 1 << 24          # entries of 16 bytes; only touched pages cost memory
@@ -192,25 +192,10 @@ def cuda_entries(trace: list[dict]) -> np.ndarray:
 
 
 def library() -> Path:
-    """The compiled ledger, built on first use into the user's cache folder. Raises RuntimeError if it can't be."""
-    source = Path(__file__).with_name("ledger.c")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    """The compiled ledger. Raises RuntimeError if it can't be built."""
     if sys.platform != "linux":
         raise RuntimeError(f"counting allocations needs Linux with glibc, this is {sys.platform}")
-    if compiler is None:
-        raise RuntimeError("counting allocations needs a C compiler: install one, or set CC")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowkern"
-    target = cache / f"ledger-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / target.name
-            command = [compiler, "-O2", "-shared", "-fPIC", "-o", built, source]
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{compiler} could not build {source.name}: {done.stderr.strip()}")
-            built.replace(target)
-    return target
+    return compiled(Path(__file__).with_name("ledger.c"))
 
 
 def measure(function: Callable, timeout: float = 300, **arguments):

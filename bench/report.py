@@ -1,51 +1,195 @@
-"""`python -m bench.report [FILE ...]`: Markdown tables of result files (default: bench/results/step.json)."""
+"""`python -m bench.report`: Markdown tables and plots of a machine's stored figures, bench/results/<machine>-*.json.
+
+--readme puts the training step's table between the README's marks, and the plots into docs/. A row that failed its
+correctness check shows why, and no ratio.
+"""
 
 import argparse
 import json
 from pathlib import Path
 
-from bench.results import RESULTS
+from bench import plots
+from bench.results import RESULTS, ROOT, machine
 
 MIB = 1 << 20
-VERDICTS = {True: "{:.2f}", False: "wrong gradient", None: "unchecked gradient"}
+TOPICS = ("models", "ops", "scaling")
+START = "<!-- What follows is written by `python -m bench.report --readme`. -->"
+END = "<!-- End of what `python -m bench.report --readme` writes. -->"
 
 
-def table(figures: dict) -> str:
-    """The training-step benchmark as Markdown. A row that failed its correctness check shows no ratio."""
-    head = ["", "network", "ms (quartiles)", "images/s", f"× {figures['pacemaker']}", "of matmul peak", "held MiB",
-            "peak MiB", "gradient error"]
-    lines = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
-    for row in figures["rows"]:
+def markdown(head: list[str], lines: list[list[str]], left: int = 1) -> str:
+    rules = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *lines))
+
+
+def duration(seconds: float, quartiles: tuple[float, ...] = ()) -> str:
+    """In ms, or in µs where that is shorter to read, with quartiles in brackets."""
+    scale, digits, unit = (1e6, 0, "µs") if seconds < 1e-3 else (1e3, 1 if seconds < 0.1 else 0, "ms")
+    spread = f" ({'–'.join(f'{scale * q:.{digits}f}' for q in quartiles)})" if quartiles else ""
+    return f"{scale * seconds:.{digits}f} {unit}{spread}"
+
+
+def verdict(row: dict) -> str:
+    """The speed-up of a row that was found correct, else why there is none."""
+    return f"{row['speedup']:.2f}" if row.get("correct") is True and "speedup" in row else row.get("why", "unchecked")
+
+
+def model_table(group: dict) -> str:
+    """One group of models."""
+    trains = any("held" in row for row in group["rows"])
+    head = ["", "network", "time (quartiles)", "items/s", f"× {group['baseline']}", "of product peak",
+            *(["held MiB"] if trains else []), "peak MiB", "error"]
+    lines = []
+    for row in group["rows"]:
         if "unavailable" in row:
-            lines.append([row["name"], row["network"], f"not measured: {row['unavailable']}", *[""] * (len(head) - 3)])
+            lines.append([row["name"], row["network"], row["unavailable"], *[""] * (len(head) - 3)])
             continue
-        low, high = (1e3 * q for q in row["quartiles"])
-        useful = figures["flops"] / row["median"] / figures["matmul flops per second"][row["network"]]
-        lines.append([row["name"], row["network"], f"{1e3 * row['median']:.0f} ({low:.0f}-{high:.0f})",
-                      f"{row['images_per_second']:.1f}", VERDICTS[row.get("correct")].format(row["speedup"]),
-                      f"{useful:.0%}", f"{row['held'] / MIB:.1f}", f"{row['peak'] / MIB:.1f}",
-                      f"{row['gradient_error']:.1e}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        sizes = [f"{row[key] / MIB:.1f}" if row.get(key) is not None else "–"
+                 for key in (("held", "peak") if trains else ("peak",))]
+        lines.append([row["name"], row["network"], duration(row["median"], row["quartiles"]),
+                      f"{row['per second']:.1f}", verdict(row), f"{row['of peak']:.0%}", *sizes,
+                      f"{row['error']:.1e}"])
+    return markdown(head, lines, left=2)
 
 
-def caption(figures: dict) -> str:
-    """One paragraph on what was measured where."""
-    where, setup = figures["environment"], figures["setup"]
-    peaks = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in figures["matmul flops per second"].items())
-    return (f"{figures['what']}; L={setup['levels']}, K={setup['depth']}, hidden {setup['hidden']}, "
-            f"batch {setup['batch']}, {setup['size']}x{setup['size']}, {setup['scale']} scale; medians of "
-            f"{setup['rounds']} steps, each beside one of {figures['pacemaker']}; {figures['flops'] / 1e9:.1f} GFLOP a "
-            f"step when nothing is recomputed, matrix products in the same run (GFLOP/s): {peaks}. "
-            f"{where['processor']}, {where['threads']} threads, {where['instruction set']}, "
-            f"torch {where['versions']['torch']}, commit {where['commit']}.")
+def notes(group: dict) -> str:
+    """What is not the same in the libraries' rows."""
+    found = {row["name"]: row["note"] for row in group["rows"] if row.get("note") and ", " not in row["name"]}
+    return "; ".join(f"{name}: {note}" for name, note in found.items())
+
+
+def model_caption(group: dict, figures: dict) -> str:
+    setup = group["setup"]
+    rates = ", ".join(f"{p} {rate / 1e9:.0f}" for p, rate in group["product flops per second"].items())
+    images = "image" if setup["batch"] == 1 else "images"
+    return (f"{group['what']}: L={setup['levels']}, K={setup['depth']}, hidden {setup['hidden']}, "
+            f"{setup['batch']} {images} of {setup['size']}×{setup['size']}, {setup['scale']} scale. Medians of "
+            f"{group['rounds']} rounds in which all rows take turns; a ratio is the median of the rounds' ratios. Of "
+            f"the product peak: the networks' operations, recomputed ones included, against matrix products of the "
+            f"same rounds ({rates} GFLOP/s). {where(figures)}")
+
+
+def where(figures: dict) -> str:
+    found = figures["environment"]
+    libraries = ", ".join(f"{name} {version}" for name, version in found["versions"].items()
+                          if version and name in ("torch", "normflows", "FrEIA", "nflows", "memcnn"))
+    busy = f"; {figures['load before']:.1f} processes of others were running" \
+        if figures.get("load before", 0) > 0.5 else ""
+    return (f"{found['processor']}, {found['threads']} threads, {found['instruction set']}; {libraries}; commit "
+            f"{found['commit']}{busy}.")
+
+
+def ops_table(figures: dict) -> str:
+    head = ["op", "C", "pixels", "backend", "time", "GB/s", "× eager", "of the bound", "bound by", "error",
+            "eager form"]
+    lines = []
+    for group in figures["groups"].values():
+        case = group["case"]
+        for row in group["rows"]:
+            name = case["op"] if case["scale"] == "softclamp" else f"{case['op']}, {case['scale']}"
+            lines.append([f"`{name}`", str(case["channels"]), f"{case['batch']}·{case['side']}²", row["name"],
+                          duration(row["median"]), f"{row['bytes per second'] / 1e9:.0f}", verdict(row),
+                          f"{row['of bound']:.0%}", row["bound by"], f"{row['error']:.1e}",
+                          row["form"] if row["rival"] else ""])
+    return markdown(head, lines, left=1)
+
+
+def scaling_tables(groups: dict) -> str:
+    """Memory against depth; and, for each time sweep, the fit."""
+    parts = []
+    if "memory" in groups:
+        points = groups["memory"]["points"]
+        depths = sorted({int(k) for found in points.values() for k in found})
+        lines = [[name, *(f"{p['held'] / MIB:.1f} / {p['peak'] / MIB:.1f}" if (p := found.get(str(k))) else "–"
+                          for k in depths)] for name, found in points.items()]
+        parts.append(markdown(["held / peak, MiB", *(f"K={k}" for k in depths)], lines))
+    for sweep, group in groups.items():
+        if sweep == "memory":
+            continue
+        values, lines = list(next(iter(group["points"].values()))), []
+        for name, points in group["points"].items():
+            xs = [plots.abscissa(sweep, v) for v in points]
+            slope, intercept, off = plots.line_fit(xs, [1e3 * p["median"] for p in points.values()])
+            lines.append([name, *(f"{1e3 * p['median']:.0f}" for p in points.values()),
+                          f"{intercept:.0f} + {slope:.2g} {sweep if sweep != 'size' else 'kilopixels'}", f"{off:.0%}"])
+        head = [f"ms against {sweep}", *values, "fit, ms", "furthest from it"]
+        parts.append(markdown(head, lines))
+    return "\n\n".join(parts)
+
+
+def draw(topics: dict[str, dict], folder: Path, suffix: str = "svg") -> list[Path]:
+    """Every plot that the figures allow."""
+    scaling, models = (topics.get(t, {}).get("groups", {}) for t in ("scaling", "models"))
+    sweeps = [scaling[s] for s in ("depth", "batch", "size") if s in scaling]
+    plans = [("bench-memory-depth", plots.memory_against_depth, scaling.get("memory")),
+             ("bench-time", plots.time_against, sweeps),
+             ("bench-memory-time", plots.memory_against_time, models.get("train"))]
+    made = []
+    for name, plot, data in plans:
+        if data:
+            plot(data, folder / f"{name}.{suffix}")
+            made.append(folder / f"{name}.{suffix}")
+    return made
+
+
+def load(folder: Path, name: str) -> dict[str, dict]:
+    """Topic -> figures of one machine."""
+    return {t: json.loads(p.read_text()) for t in TOPICS if (p := folder / f"{name}-{t}.json").exists()}
+
+
+def newest(folder: Path) -> str:
+    """The machine of the newest file; this one where it has figures. Raises FileNotFoundError where nobody has."""
+    files = sorted(folder.glob("*-models.json"), key=lambda p: p.stat().st_mtime)
+    names = [p.name.removesuffix("-models.json") for p in files]
+    if not names:
+        raise FileNotFoundError(f"no figures in {folder}: run pytest bench --benchmark-only")
+    return machine() if machine() in names else names[-1]
+
+
+def readme_block(figures: dict, plots_made: list[Path]) -> str:
+    """The training step's table, its caption, and the pictures."""
+    group = figures["groups"]["train"]
+    pictures = "\n".join(f"![]({p.relative_to(ROOT)})" for p in plots_made if p.is_relative_to(ROOT))
+    parts = (model_table(group), model_caption(group, figures), notes(group), pictures)
+    return "\n\n".join(part for part in parts if part)
+
+
+def with_block(text: str, block: str) -> str:
+    """`text` with what stands between the marks replaced. Raises ValueError where there are none."""
+    if START not in text or END not in text:
+        raise ValueError(f"no {START} and {END}")
+    before, rest = text.split(START, 1)
+    return f"{before}{START}\n\n{block}\n\n{END}{rest.split(END, 1)[1]}"
+
+
+def page(topics: dict[str, dict]) -> str:
+    """Everything that is stored, as one page."""
+    parts = []
+    for name, group in topics.get("models", {}).get("groups", {}).items():
+        parts.append(f"## {name}\n\n{model_table(group)}\n\n{model_caption(group, topics['models'])}\n\n{notes(group)}")
+    if "ops" in topics:
+        parts.append(f"## Pixel ops\n\n{ops_table(topics['ops'])}\n\n{where(topics['ops'])}")
+    if "scaling" in topics:
+        parts.append(f"## Growth\n\n{scaling_tables(topics['scaling']['groups'])}\n\n{where(topics['scaling'])}")
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, default=[RESULTS / "step.json"], metavar="FILE")
-    for file in parser.parse_args().files:
-        figures = json.loads(file.read_text())
-        print(f"{table(figures)}\n\n{caption(figures)}")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result files")
+    parser.add_argument("--machine", help="the first part of the files' names (default: this machine, or the newest)")
+    parser.add_argument("--readme", action="store_true", help="write the README's table, and the plots into docs/")
+    parser.add_argument("--plots", type=Path, help="a folder for the plots")
+    parser.add_argument("--png", action="store_true", help="plots as PNG")
+    arguments = parser.parse_args()
+    topics = load(arguments.results, arguments.machine or newest(arguments.results))
+    folder = arguments.plots or (ROOT / "docs" if arguments.readme else None)
+    made = draw(topics, folder, "png" if arguments.png else "svg") if folder else []
+    if arguments.readme:
+        readme = ROOT / "README.md"
+        readme.write_text(with_block(readme.read_text(), readme_block(topics["models"], made)))
+    else:
+        print(page(topics), end="")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,41 +19,43 @@ RESULTS = Path(__file__).with_name("results")
 def environment() -> dict:
     """What a figure depends on beside the code."""
     versions = {"python": platform.python_version()}
-    for package in ("torch", "normflows", "triton"):
+    for package in ("torch", "normflows", "FrEIA", "nflows", "memcnn", "triton", "numpy", "pytest-benchmark"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
     return {"processor": _processor(), "threads": torch.get_num_threads(),
-            "instruction set": torch.backends.cpu.get_cpu_capability(),
+            "instruction set": torch.backends.cpu.get_cpu_capability(), "machine": machine(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
             "backends": flowkern.backends(), "versions": versions, "commit": _commit()}
 
 
 def write(name: str, figures: dict, folder: Path = RESULTS) -> Path:
-    """Write <name>.json into a folder and return its path. What is not finite becomes null."""
+    """Write <name>.json into a folder and return its path. Numbers keep six digits; what is not finite becomes null."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(_finite({"environment": environment(), **figures}), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(_readable({"environment": environment(), **figures}), indent=1, allow_nan=False)
+    # A list of numbers on one line.
+    text = re.sub(r"\[\s+([-+\d.,\se]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    path.write_text(text + "\n")
     return path
 
 
-def _finite(value):
+def _readable(value):
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: _readable(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_readable(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
-def matmul_peak(size: int = 1536, repeats: int = 8, dtype: torch.dtype = torch.float32) -> float:
-    """FLOP/s of a square matrix product: what this machine gives, in this run, to code that does nothing else."""
-    from torch.utils.benchmark import Timer
-
-    a, b = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    timer.timeit(2)
-    return 2 * size**3 / min(timer.timeit(1).median for _ in range(repeats))
+def machine() -> str:
+    """A short name of this machine for its result files, from its processor and the threads in use."""
+    words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", "", _processor().split(" x ")[-1])
+    slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unknown"
+    return f"{slug}-{torch.get_num_threads()}"
 
 
 def _processor() -> str:

@@ -25,10 +25,16 @@ class Setup:
     batch: int = 8
     scale: str = "softclamp"
     seed: int = 0
+    folds: int = 4      # of the unfolded denoiser
 
     def images(self) -> Tensor:
         """(batch, 3, size, size) in [0, 1]."""
         return smooth_fields(self.batch, (3, self.size, self.size), self.seed)
+
+    def noisy_images(self, sigma: float = 0.2) -> Tensor:
+        """The same with Gaussian noise."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return self.images() + sigma * torch.randn(self.batch, 3, self.size, self.size, generator=generator)
 
     def glow(self, **options) -> flowkern.Glow:
         """An initialised Glow with couplings that do something. options: those of `flowkern.Glow`."""
@@ -41,6 +47,9 @@ class Setup:
                     p.normal_(std=0.1 / (9 * self.hidden) ** 0.5)
                 elif name.endswith(("bias3", "logs", "lower", "upper")):
                     p.add_(torch.randn_like(p), alpha=0.02)
+            for level in glow.levels:
+                for step in level.steps:
+                    _without_signs(step.conv)
         # After that, so that the states stay of the order of 1, as training keeps them.
         glow.initialize(self.images())
         return glow
@@ -53,19 +62,28 @@ class Setup:
         """Pixels of a batch at each level."""
         return [self.batch * (self.size >> i + 1) ** 2 for i in range(self.levels)]
 
-    def flops(self) -> int:
-        """Floating-point operations of the coupling networks' convolutions in one stored step, forward and backward.
+    def evaluation_flops(self, channels: int, pixels: int) -> int:
+        """Floating-point operations of the three convolutions of one coupling network."""
+        return 2 * pixels * (9 * channels // 2 * self.hidden + self.hidden**2 + 9 * self.hidden * channels)
 
-        These are all but a few percent of the work; recomputation adds a third.
+    def flops(self) -> int:
+        """Of all coupling networks, evaluated once on a batch: all but a few percent of the work.
+
+        A stored training step does three times as much, one that recomputes four times.
         """
-        multiplications = sum(p * (9 * c // 2 * self.hidden + self.hidden**2 + 9 * self.hidden * c)
-                              for p, c in zip(self.pixels(), self.channels(), strict=True))
-        return 3 * 2 * self.depth * multiplications
+        return self.depth * sum(map(self.evaluation_flops, self.channels(), self.pixels()))
 
     def stored_bytes(self, itemsize: int = 4) -> int:
         """What `memory="store"` has to keep: per step x, (raw_s, t) and two hidden activations."""
         return sum(self.depth * p * (2 * c + 2 * self.hidden) * itemsize
                    for p, c in zip(self.pixels(), self.channels(), strict=True))
+
+
+def _without_signs(conv: nn.Module) -> None:
+    """Flip rows of W = P L U, a rotation still, so that U's diagonal is positive: not every library has its signs."""
+    conv.lower.mul_(conv.sign[:, None] * conv.sign)
+    conv.upper.mul_(conv.sign[:, None])
+    conv.sign.fill_(1)
 
 
 def loss(glow: flowkern.Glow, x: Tensor, reverse: bool = False) -> Tensor:

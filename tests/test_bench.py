@@ -1,52 +1,287 @@
 """What the benchmark compares must be the same function; what its report prints must follow from its checks."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import contenders, report
-from bench.rivals import NormFlows, Reference
+from bench import contenders, eager, models, ops, pixels, plots, report, results, scaling, timing, works
+from bench.rivals import NFlows, NormFlows, Reference
+from bench.rivals.base import trainable
 from bench.workload import Setup
 
-SMALL = Setup(levels=2, depth=2, hidden=16, size=16, batch=4, scale="sigmoid")
+SMALL = Setup(levels=2, depth=2, hidden=16, size=16, batch=4, scale="sigmoid", folds=2)
+# Those that torch.compile takes half a minute for are measured by pytest bench alone.
+QUICK = {name: c for name, c in contenders.GLOWS.items() if "torch.compile" not in name}
 
 
-@pytest.mark.parametrize("name", contenders.CONTENDERS)
-def test_every_row_computes_the_same_likelihood(name):
-    contender, x = contenders.CONTENDERS[name], SMALL.images()
-    model = contender.make(SMALL)
-    expected = SMALL.glow().double().log_prob(x.double())
-    tolerance = 1e-5 if contender.network == "fp32" else 1e-2
-    assert torch.allclose(model.log_prob(x).double(), expected, rtol=tolerance)
-    contenders.step(model, x)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+def made(contender: contenders.Contender, setup: Setup = SMALL) -> torch.nn.Module:
+    try:
+        return contender.make(setup)
+    except ImportError as error:
+        pytest.skip(models.how_to_install(error))
 
 
-def test_normflows_has_the_same_parameters_but_the_last_scales():
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("name", QUICK)
+def test_every_row_is_the_same_model(name):
+    contender, x, glow = QUICK[name], SMALL.images(), SMALL.glow()
+    model = made(contender)
+    expected = glow.double().log_prob(x.double())
+    tolerance = models.AGREEMENT[contender.network]
+    with torch.no_grad():
+        assert torch.allclose(model.log_prob(x).double(), expected, rtol=tolerance)
+        z, _ = model(x)
+        assert torch.allclose(model.inverse(z), x, atol=1e-5 if contender.network == "fp32" else 1e-2)
+    if hasattr(model, "check_parameters"):
+        model.check_parameters(SMALL.glow())
+    works.WORKS["train"].run(model, x)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("work", works.WORKS)
+def test_errors_are_small_for_every_contender(work):
+    family, setup = {"step": ("step", SMALL), "denoise": ("unfolded", SMALL)}.get(work, ("glow", SMALL))
+    errors = works.Errors(setup)
+    for name, contender in contenders.FAMILIES[family].items():
+        if "torch.compile" in name or not contender.does(work, full=True):
+            continue
+        try:
+            model = contender.make(setup)
+        except ImportError:
+            continue
+        assert errors(work, model, contender.truth) <= {"fp32": 1e-4, "bf16": 0.03}[contender.network], name
+
+
+def test_declared_differences_are_the_only_ones():
     glow = SMALL.glow()
-    ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (glow, NormFlows(glow)))
-    assert ours - theirs == SMALL.depth * sum(SMALL.channels())
+    rival = Reference(glow)
+    rival.check_parameters(glow)
+    rival.differs = {"nothing": 1}
+    with pytest.raises(ValueError, match="nothing"):
+        rival.check_parameters(glow)
+
+
+def test_libraries_say_what_they_can_not_express():
+    pytest.importorskip("normflows")
     with pytest.raises(ValueError, match="sigmoid"):
         NormFlows(Setup(levels=1, depth=1, hidden=4, size=8).glow())
+    pytest.importorskip("nflows")
+    glow = SMALL.glow()
+    glow.levels[0].steps[0].conv.sign[0] = -1
+    with pytest.raises(ValueError, match="signs"):
+        NFlows(glow)
+
+
+def test_counting_parameters():
+    glow = SMALL.glow()
+    by_hand = sum(p.numel() for p in glow.parameters())
+    glow.levels[0].steps[0].conv.lower.requires_grad_(False)
+    assert trainable(glow) == by_hand - 12 * 12
 
 
 def test_checkpointed_and_plain_reference_have_the_same_gradient():
     glow, x = SMALL.glow().double(), SMALL.images().double()
-    plain = contenders.gradient(Reference(glow), x)
-    assert torch.allclose(contenders.gradient(Reference(glow, checkpointed=True), x), plain, rtol=1e-12)
+    forward = works.WORKS["train"].forward
+    plain = works.gradient(Reference(glow), x, forward=forward)
+    lean = works.gradient(Reference(glow, checkpointed=True), x, forward=forward)
+    assert torch.allclose(lean, plain, rtol=1e-12)
     before = copy.deepcopy(glow.state_dict())
     assert all(torch.equal(before[name], value) for name, value in glow.state_dict().items())
 
 
-def figures(**row):
-    row = {"name": "ours", "network": "fp32", "median": 0.1, "quartiles": [0.09, 0.12], "images_per_second": 80.0,
-           "speedup": 3.21, "held": 1 << 20, "peak": 3 << 20, "gradient_error": 2e-5} | row
-    return {"pacemaker": "normflows", "flops": 10**9, "matmul flops per second": {"fp32": 10**11}, "rows": [row]}
+# The pixel ops
 
 
-def test_a_row_shows_its_ratio_only_when_its_gradient_was_checked():
-    assert "| 3.21 |" in report.table(figures(correct=True)) and "| 10% |" in report.table(figures(correct=True))
-    for row in (figures(correct=False), figures()):
-        assert "3.21" not in report.table(row) and "gradient |" in report.table(row).splitlines()[2]
-    assert "not measured: no module" in report.table(figures(unavailable="no module"))
+def test_every_eager_form_computes_its_op():
+    for case in ops.cases(full=True):
+        if case.batch == 8:
+            for name, form in eager.eager_forms(case).items():
+                assert case.error(form()) <= 1e-6, (str(case), name)
+
+
+def test_bytes_and_operations_of_the_mixes():
+    case = ops.Case("channel_mix", 12, 1, 2)
+    assert (case.bytes(), case.flops()) == (2 * 4 * 12 * 4, 2 * 144 * 4)
+    assert ops.Case("mix_vjp", 12, 1, 2).flops() == 3 * case.flops()
+
+
+def test_a_wrong_op_is_found_and_gets_no_ratio(monkeypatch):
+    if pixels.cpp.probe() is not None:
+        pytest.skip(pixels.cpp.probe())
+    real = pixels.cpp.channel_mix
+    monkeypatch.setattr(pixels.cpp, "channel_mix", lambda *arguments: real(*arguments) * 1.0001)
+    active = pixels.cpp.build_config()["isa_active"]
+    group = pixels.measure(ops.Case("channel_mix", 12, 1, 4), 2, {f"cpp {active}": active})
+    ours, theirs = group["rows"]
+    assert not ours["correct"] and "speedup" not in ours and "wrong result" in ours["why"]
+    assert theirs["correct"] and theirs["speedup"] == 1.0
+    text = report.ops_table({"groups": {"x": group}})
+    assert "wrong result" in text.splitlines()[2]
+
+
+# Times and their comparison
+
+
+def test_every_round_runs_every_call_in_another_order():
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abcdef"}
+    seconds = timing.interleave(calls, 20)
+    rounds = ["".join(order[i:i + 6]) for i in range(0, len(order), 6)]
+    assert {"".join(sorted(r)) for r in rounds} == {"abcdef"} and [len(s) for s in seconds.values()] == [20] * 6
+    # Nobody has the same predecessor always.
+    assert all(len({r[r.index(name) - 1] for r in rounds}) > 2 for name in "abcdef")
+
+
+def test_short_calls_are_repeated_behind_one_that_is_not_timed():
+    order: list[str] = []
+    timing.interleave({"a": lambda: order.append("a")}, 2, {"a": 3})
+    assert len(order) == 2 * (3 + 1)
+
+
+def test_ratios_compare_within_rounds():
+    # The machine became three times slower in the second round, for both alike.
+    assert timing.ratio([2.0, 6.0, 2.0], [1.0, 3.0, 1.0]) == 2.0
+
+
+def row(name, seconds, error=1e-5, rival=False, network="fp32", **more):
+    return {"name": name, "network": network, "rival": rival, "note": "", "error": error, **timing.summary(seconds),
+            "per second": 80.0, "of peak": 0.5, "held": 1 << 20, "peak": 3 << 20} | more
+
+
+def judged(*rows, wrong=()):
+    group = {"what": "training step", "setup": vars(SMALL), "rounds": 3, "rows": list(rows),
+             "product flops per second": {"fp32": 1e11}}
+    models.judge(group["rows"], dict(wrong), trains=True)
+    models.compare(group)
+    return group
+
+
+def test_the_fastest_correct_rival_is_the_measure():
+    group = judged(row("PyTorch", [4.0] * 3, rival=True), row("wrong", [1.0] * 3, error=1.0, rival=True),
+                   row("quick", [3.0] * 3, rival=True), row("ours", [1.5] * 3))
+    assert group["baseline"] == "quick"
+    found = {r["name"]: r.get("speedup") for r in group["rows"]}
+    assert found == {"PyTorch": 0.75, "wrong": None, "quick": 1.0, "ours": 2.0}
+
+
+@pytest.mark.parametrize("error, wrong, why", [(1e-2, {}, "wrong result"), (float("nan"), {}, "wrong result"),
+                                               (1e-6, {"ours": "another likelihood, by 0.1"}, "another likelihood")])
+def test_a_wrong_row_shows_why_and_no_ratio(error, wrong, why):
+    group = judged(row("PyTorch", [4.0] * 3, rival=True), row("ours", [1.25] * 3, error=error), wrong=wrong)
+    line = report.model_table(group).splitlines()[3]
+    assert why in line and "3.20" not in line
+    assert "3.20" in report.model_table(judged(row("PyTorch", [4.0] * 3, rival=True), row("ours", [1.25] * 3)))
+
+
+def test_an_unchecked_row_shows_no_ratio():
+    group = judged(row("PyTorch", [4.0] * 3, rival=True), row("ours", [1.25] * 3))
+    del group["rows"][1]["correct"]
+    assert "unchecked" in report.model_table(group) and "3.20" not in report.model_table(group)
+
+
+def test_the_budget_is_twice_pytorchs_error_at_the_same_precision():
+    rows = [row("PyTorch", [1.0], error=4e-4, rival=True), row("ours", [1.0], error=7e-4),
+            row("ours, bf16", [1.0], error=9e-3, network="bf16")]
+    models.judge(rows, {}, trains=True)
+    assert [r["correct"] for r in rows] == [True, True, True]
+    models.judge(rows, {}, trains=False)
+    assert [r["correct"] for r in rows] == [True, True, True]
+    rows[1]["error"] = 9e-4
+    models.judge(rows, {}, trains=True)
+    assert not rows[1]["correct"]
+
+
+def test_nothing_passes_because_pytorch_is_wrong_too():
+    rows = [row("PyTorch, bf16 network", [1.0], error=0.4, rival=True, network="bf16"),
+            row("ours, bf16", [1.0], error=0.3, network="bf16")]
+    models.judge(rows, {}, trains=True)
+    assert [r["correct"] for r in rows] == [False, False]
+
+
+def test_every_backend_of_this_machine_is_measured():
+    if pixels.cpp.probe() is not None:
+        pytest.skip(pixels.cpp.probe())
+    assert set(pixels.implementations(full=True).values()) == set(pixels.cpp.build_config()["isa_supported"])
+
+
+def test_missing_libraries_are_named_with_the_command():
+    assert models.how_to_install(ImportError("no", name="memcnn.models")) == contenders.INSTALL["memcnn"]
+    group = judged(row("PyTorch", [4.0], rival=True))
+    group["rows"].append({"name": "memcnn", "network": "fp32", "rival": True, "unavailable": "pip install x"})
+    assert "pip install x" in report.model_table(group)
+
+
+def test_a_group_is_measured_from_end_to_end():
+    names = ("PyTorch", "PyTorch, checkpoint", "flowkern store", contenders.RECOMPUTE)
+    rows = {name: contenders.GLOWS[name] for name in names}
+    family = models.Family("glow", SMALL, full=False, rows=rows)
+    group = family.measure("train", 2)
+    found = {r["name"]: r for r in group["rows"]}
+    assert all(r["correct"] and len(r["seconds"]) == 2 for r in found.values())
+    if "held" in found["PyTorch"]:
+        assert found[contenders.RECOMPUTE]["held"] < found["flowkern store"]["held"] < found["PyTorch"]["held"]
+    assert found["flowkern store"]["flops"] == 3 * SMALL.flops()
+    assert found[contenders.RECOMPUTE]["flops"] == 4 * SMALL.flops()
+
+
+# Results and the report
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    group = judged(row("PyTorch", [0.4, 0.5, 0.6], rival=True), row("ours", [0.2, 0.25, 0.3]))
+    results.write("here-2-models", {"full": False, "load before": 3.0, "groups": {"train": group}}, tmp_path)
+    points = {str(k): {"held": k << 20, "peak": 2 * k << 20} for k in (4, 8, 16)}
+    times = {str(k): timing.summary([0.1 * k]) for k in (2, 4, 8)}
+    sweeps = {"memory": {"sweep": "memory", "points": {"PyTorch": points, contenders.RECOMPUTE: points}},
+              **{s: {"sweep": s, "points": {"PyTorch": times}} for s in scaling.SWEEPS}}
+    results.write("here-2-scaling", {"groups": sweeps}, tmp_path)
+    return tmp_path
+
+
+def test_report_of_stored_figures(stored):
+    topics = report.load(stored, report.newest(stored))
+    text = report.page(topics)
+    assert "| ours | fp32 | 250.0 ms" in text.replace("250 ms", "250.0 ms") and "| 2.00 |" in text
+    assert "3.0 processes of others" in text and "commit" in text and "K=16" in text
+    assert "| PyTorch | 200 | 400 | 800 | 0 + 1e+02 depth | 0% |" in text
+    assert [p.suffix for p in report.draw(topics, stored)] == [".svg"] * 3
+
+
+def test_a_line_is_fitted_and_what_is_off_is_told():
+    slope, intercept, off = plots.line_fit([1, 2, 4], [12, 14, 18])
+    assert (slope, intercept, off) == (pytest.approx(2), pytest.approx(10), pytest.approx(0, abs=1e-9))
+    assert plots.line_fit([1, 2, 4], [1, 4, 16])[2] > 0.3
+
+
+def test_the_readmes_table_is_replaced_between_its_marks():
+    text = f"before\n{report.START}\nold\n{report.END}\nafter\n"
+    new = report.with_block(text, "| new |")
+    assert "old" not in new and "| new |" in new and new.startswith("before") and new.endswith("after\n")
+    assert report.with_block(new, "| new |") == new
+    with pytest.raises(ValueError, match="no <!--"):
+        report.with_block("text", "x")
+    readme = (results.ROOT / "README.md").read_text()
+    assert readme.count(report.START) == readme.count(report.END) == 1
+
+
+def test_no_figures_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pytest bench"):
+        report.newest(tmp_path)
+
+
+def test_result_files_keep_lists_of_numbers_on_a_line(tmp_path):
+    path = results.write("x", {"seconds": [0.123456789, 2.0], "bad": float("nan"), "names": ["a"]}, tmp_path)
+    assert '"seconds": [0.123457, 2.0]' in path.read_text()
+    found = json.loads(path.read_text())
+    assert found["bad"] is None and found["environment"]["machine"] == results.machine()
+
+
+def test_scaling_runs_small():
+    small = Setup(levels=1, depth=1, hidden=8, size=8, batch=2, scale="sigmoid")
+    found = scaling.times("batch", small, (1, 2), rounds=2)
+    assert set(found["points"][contenders.RECOMPUTE]) == {"1", "2"}

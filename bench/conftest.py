@@ -1,0 +1,94 @@
+"""`pytest bench --benchmark-only`: quick, or everything with `--full`; results go to bench/results/<machine>-*.json.
+
+Rows of a group are measured taking turns, before the first of them is reported; pytest-benchmark is then told the
+times.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench import results
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="benchmarks: every row and size, more rounds, the sweeps")
+    parser.addoption("--results", type=Path, default=results.RESULTS, help="benchmarks: the folder of the result files")
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrise `row` by the module's `rows(full)`."""
+    if "row" in metafunc.fixturenames:
+        rows = metafunc.module.rows(metafunc.config.getoption("--full"))
+        metafunc.parametrize("row", rows, ids=["-".join(map(str, row)) for row in rows])
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    return request.config.getoption("--full")
+
+
+class Book:
+    """Groups by name, measured once, and written into the result file of their topic as soon as they are."""
+
+    def __init__(self, folder: Path, full: bool):
+        self._folder = folder
+        # Processes that other programs keep busy: with as many as there are cores, no figure means anything.
+        self._about = {"full": full, "load before": os.getloadavg()[0]}
+        self._groups: dict[str, dict[str, dict]] = {}
+
+    def group(self, topic: str, name: str, measure: Callable[[], dict]) -> dict:
+        groups = self._groups.setdefault(topic, {})
+        if name not in groups:
+            groups[name] = measure()
+            results.write(f"{results.machine()}-{topic}", self._about | {"groups": groups}, self._folder)
+        return groups[name]
+
+
+@pytest.fixture(scope="session")
+def book(request, full) -> Book:
+    return Book(request.config.getoption("--results"), full)
+
+
+class Clock:
+    """A clock for pytest-benchmark on which each call of `tick` takes as long as a measurement did."""
+
+    def __init__(self) -> None:
+        self._now, self._seconds = 0.0, iter(())
+
+    def __call__(self) -> float:
+        return self._now
+
+    def load(self, seconds: list[float]) -> None:
+        self._seconds = iter(seconds)
+
+    def tick(self) -> None:
+        self._now += next(self._seconds, 0.0)
+
+
+CLOCK = Clock()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(item.path).parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+@pytest.fixture
+def report(benchmark):
+    """Hand a measured row to pytest-benchmark, with its other figures; skips one that can't run here, fails one that is
+    wrong."""
+
+    def hand_over(group: str, row: dict) -> None:
+        benchmark.group = group
+        if "unavailable" in row:
+            pytest.skip(row["unavailable"])
+        CLOCK.load(row["seconds"])
+        benchmark.extra_info.update({k: v for k, v in row.items() if isinstance(v, int | float | str)})
+        benchmark.pedantic(CLOCK.tick, rounds=len(row["seconds"]))
+        assert row["correct"] or row["rival"], row["why"]
+
+    return hand_over

@@ -1,0 +1,47 @@
+"""What a machine gives to code that does nothing else: copies, arithmetic and matrix products, as calls to be timed.
+
+They take turns with what is measured, so that a share of the peak compares the same moments.
+"""
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from bench.native import compiled
+
+PRODUCT = 1536          # rows and columns of the matrix products
+AVX512 = ("-mavx512f", "-mprefer-vector-width=512", "-DWIDTH=16")
+FLAGS = {"avx512bf16": AVX512, "avx512": AVX512, "avx2": ("-mavx2", "-mfma", "-DWIDTH=8"), "baseline": ("-DWIDTH=4",)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def product(precision: str, size: int = PRODUCT) -> tuple[Callable, int]:
+    """A square matrix product and its floating-point operations."""
+    a, b = (torch.randn(size, size).to(DTYPES[precision]) for _ in range(2))
+    out = torch.empty(size, size, dtype=DTYPES[precision])
+    return lambda: torch.mm(a, b, out=out), 2 * size**3
+
+
+def copy(moved: int) -> Callable:
+    """A copy that reads and writes `moved` bytes together, as often as it is called the same ones."""
+    source, target = torch.randn(moved // 8), torch.zeros(moved // 8)
+    return lambda: target.copy_(source)
+
+
+class Arithmetic:
+    """Fused multiply-adds of one instruction set on every thread, in registers. Raises RuntimeError without `cc`."""
+
+    def __init__(self, isa: str, rounds: int = 300_000):
+        library = ctypes.CDLL(str(compiled(Path(__file__).with_name("fma.c"), *FLAGS[isa], "-ffp-contract=fast")))
+        self._run, self._rounds = library.fma_rounds, ctypes.c_long(rounds)
+        self._run.restype = ctypes.c_float
+        self._threads = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._threads)
+        library.fma_operations.restype = ctypes.c_long
+        self.flops = library.fma_operations() * rounds * self._threads
+
+    def __call__(self) -> None:
+        list(self._pool.map(self._run, [self._rounds] * self._threads))

@@ -1,0 +1,195 @@
+"""Measures what is done with models: one group of rows, taking turns, with memory and errors on the same rows."""
+
+from collections.abc import Callable
+
+import torch
+
+from bench import contenders, machine
+from bench.contenders import Contender
+from bench.memory import measure, record
+from bench.timing import interleave, ratio, repeats_for, summary
+from bench.workload import Setup
+from bench.works import WORKS, Errors
+
+# Errors that are fine however exact PyTorch is, of results and, through the kinks of ReLU, of gradients; and errors
+# that are wrong however far off PyTorch is.
+LEAST = {False: {"fp32": 1e-5, "bf16": 1e-2}, True: {"fp32": 1e-4, "bf16": 1e-2}}
+MOST = {"fp32": 1e-3, "bf16": 0.15}
+AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}
+SHORT = 0.02                            # seconds under which calls are repeated to make one measurement
+
+
+class Family:
+    """Models of a set-up, made once for several works. Rows that can't be made say why.
+
+    peaks: whether matrix products take turns with the rows.
+    """
+
+    def __init__(self, name: str, setup: Setup, full: bool, rows: dict[str, Contender] | None = None):
+        self.name, self.setup = name, setup
+        self.contenders, self._full = rows or contenders.chosen(name, full), full
+        self.models, self.reasons = {}, {}
+        self._errors = Errors(setup)
+        for row, contender in self.contenders.items():
+            try:
+                self.models[row] = contender.make(setup)
+            except ImportError as error:
+                self.reasons[row] = f"not installed: {how_to_install(error)}"
+        self._wrong = self._disagreements() if name in ("glow", "small") else {}
+        self._memory = None
+
+    def _disagreements(self) -> dict[str, str]:
+        """Rivals that are not the same model, with the reason: other parameters, or another likelihood."""
+        x, found = self.setup.images(), {}
+        with torch.no_grad():
+            exact = self.setup.glow().double().log_prob(x.double())
+            for row, model in self.models.items():
+                difference = ((model.log_prob(x) - exact) / exact).abs().max().item()
+                if not difference <= AGREEMENT[self.contenders[row].network]:
+                    found[row] = f"another likelihood, by {difference:.1e}"
+                elif hasattr(model, "check_parameters"):
+                    try:
+                        model.check_parameters(self.setup.glow())
+                    except ValueError as error:
+                        found[row] = str(error)
+        return found
+
+    def measure(self, work_name: str, rounds: int, works: tuple[str, ...] = ()) -> dict:
+        """The group of one work. works: all that are going to be measured; memory is counted for them together."""
+        work, setup = WORKS[work_name], self.setup
+        if self._memory is None:
+            self._memory = memories(self.name, works or (work_name,), setup, list(self.models), self._full)
+        rows = {row: self._row(row) for row, c in self.contenders.items() if c.does(work_name, self._full)}
+        calls = {}
+        for row, model in ((row, self.models[row]) for row in rows if row in self.models):
+            contender = self.contenders[row]
+            try:
+                rows[row]["error"] = self._errors(work_name, model, contender.truth)
+                arguments = work.inputs(model, setup)
+            except Exception as error:      # a library's, whatever it is: the other rows go on
+                rows[row]["unavailable"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                continue
+            rows[row] |= self._memory[row].get(work_name, {})
+            calls[row] = _call(work.run, model, arguments)
+        repeats = {row: _warm(call) for row, call in calls.items()}
+        products = {p: machine.product(p) for p in MOST if any(c.network == p for c in self.contenders.values())}
+        timed = calls | {f"product {p}": product for p, (product, _) in products.items()}
+        seconds = interleave(timed, rounds, {name: repeats.get(name, 1) for name in timed})
+        peaks = {p: [flops / s for s in seconds[f"product {p}"]] for p, (_, flops) in products.items()}
+        for row in calls:
+            contender = self.contenders[row]
+            flops = work.flops(setup) * (contender.evaluations if work.trains else 1)
+            rates = [flops / s for s in seconds[row]]
+            rows[row] |= {**summary(seconds[row]), "flops": flops, "of peak": ratio(rates, peaks[contender.network])}
+            rows[row]["per second"] = setup.batch / rows[row]["median"]
+        group = {"what": work.what, "work": work_name, "family": self.name, "setup": vars(setup), "rounds": rounds,
+                 "product flops per second": {p: summary(rates)["median"] for p, rates in peaks.items()},
+                 "rows": list(rows.values())}
+        judge(group["rows"], self._wrong, work.trains)
+        compare(group)
+        return group
+
+    def _row(self, row: str) -> dict:
+        contender = self.contenders[row]
+        found = {"name": row, "network": contender.network, "rival": contender.rival, "note": contender.note}
+        return found | ({"unavailable": self.reasons[row]} if row in self.reasons else {})
+
+
+def _call(run: Callable, model, arguments: tuple) -> Callable:
+    return lambda: run(model, *arguments)
+
+
+def _warm(call: Callable) -> int:
+    """Two calls, compilation among them; how often the call has to be repeated to be timed."""
+    call(), call()
+    return repeats_for(call, SHORT) if _short(call) else 1
+
+
+def _short(call: Callable) -> bool:
+    return interleave({"": call}, 1)[""][0] < SHORT
+
+
+def judge(rows: list[dict], wrong: dict[str, str], trains: bool) -> None:
+    """Give each measured row `correct`, and `why` where it isn't. wrong: reasons known already, by row.
+
+    The error must be at most twice that of PyTorch at the same precision in the same group, or negligible; and never
+    large, so that nothing passes because PyTorch is wrong, too.
+    """
+    exact = {p: next((r.get("error") for r in rows if r["name"] == name), None)
+             for p, name in contenders.SAME_PRECISION.items()}
+    for row in rows:
+        if "unavailable" in row:
+            continue
+        reference = exact[row["network"]]
+        least, most = LEAST[trains][row["network"]], MOST[row["network"]]
+        budget = row["error budget"] = min(max(least, 2 * (reference or 0)), most)
+        why = wrong.get(row["name"])
+        if why is None and not row["error"] <= budget:
+            why = f"wrong result: error {row['error']:.1e}, at most {budget:.1e} is right"
+        row["correct"] = why is None
+        if why is not None:
+            row["why"] = why
+
+
+def compare(group: dict) -> None:
+    """Name the fastest rival in single precision that is correct, and give every correct row its ratio to it."""
+    rivals = [r for r in group["rows"] if r["rival"] and r.get("correct") and r["network"] == "fp32"]
+    baseline = min(rivals, key=lambda r: r["median"], default=None)
+    group["baseline"] = baseline["name"] if baseline else None
+    for row in group["rows"]:
+        if row.get("correct") and baseline:
+            row["speedup"] = ratio(baseline["seconds"], row["seconds"])
+
+
+def memories(family: str, works: tuple[str, ...], setup: Setup, rows: list[str], full: bool = True,
+             timeout: float = 1200) -> dict:
+    """Row -> work -> allocated bytes "held" between forward and backward (training alone) and at the "peak".
+
+    Above what exists before, without the parameters' gradients; nothing for a row where counting fails.
+    """
+    try:
+        return measure(_memories, timeout, family=family, works=list(works), setup=vars(setup), rows=rows,
+                       full=full)
+    except RuntimeError as error:       # no Linux, no C compiler: the times are worth having
+        print(f"\nno memory figures: {error}")
+        return {row: {} for row in rows}
+
+
+def _memories(family: str, works: list[str], setup: dict, rows: list[str], full: bool) -> dict:
+    """Runs in a process started by `bench.memory.measure`."""
+    found: dict = {}
+    for row in rows:
+        model = contenders.FAMILIES[family][row].make(Setup(**setup))
+        found[row] = {}
+        for name in works:
+            if not contenders.FAMILIES[family][row].does(name, full):
+                continue
+            try:
+                found[row][name] = _footprint(WORKS[name], model, Setup(**setup))
+            except Exception as error:      # as in `Family.measure`
+                found[row][name] = {"memory unavailable": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        del model
+    return found
+
+
+def _footprint(work, model, setup: Setup) -> dict:
+    arguments = work.inputs(model, setup)
+    for _ in range(2):
+        work.run(model, *arguments)
+    model.zero_grad(set_to_none=True)
+    with record() as events:
+        if not work.trains:
+            work.run(model, *arguments)
+        else:
+            value = work.forward(model, *arguments)
+            events.mark("forward")
+            value.backward()
+            del value
+    peak = {"peak": events.peak(without=events.alive())}
+    return peak | ({"held": events.held("forward")} if work.trains else {})
+
+
+def how_to_install(error: ImportError) -> str:
+    """The command that installs what an import did not find."""
+    name = (error.name or str(error)).split(".")[0]
+    return contenders.INSTALL.get(name, str(error))

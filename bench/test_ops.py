@@ -1,0 +1,15 @@
+"""The pixel ops of each backend and instruction set against the fastest eager form and the bound of this run."""
+
+from bench import ops
+from bench.pixels import implementations, measure
+
+
+def rows(full: bool) -> list[tuple[str, str]]:
+    return [(str(case), name) for case in ops.cases(full) for name in (*implementations(full), "PyTorch")]
+
+
+def test_ops(row, book, full, report):
+    case, name = row
+    cases = {str(case): case for case in ops.cases(full)}
+    found = book.group("ops", case, lambda: measure(cases[case], 25 if full else 11, implementations(full)))
+    report(case, next(r for r in found["rows"] if r["name"] == name))

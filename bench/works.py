@@ -1,0 +1,172 @@
+"""What is done with a model and measured: for each, its inputs, the call, and the result whose error is told."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.workload import Setup
+
+TEMPERATURE = 0.7
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """inputs(model, setup) -> the arguments of `run(model, *arguments)`, and of `result`, which gives a tensor or list
+    of tensors to be compared with those of a model in double precision. trains: with a backward pass, so that a
+    contender's `evaluations` count. forward(model, *arguments) -> a scalar: the part of `run` before its backward.
+    """
+
+    inputs: Callable[[Callable, Setup], tuple]
+    run: Callable
+    result: Callable
+    flops: Callable[[Setup], int]       # of the coupling networks, one evaluation each
+    what: str
+    forward: Callable | None = None
+
+    @property
+    def trains(self) -> bool:
+        return self.forward is not None
+
+
+def gradient(model: nn.Module, *arguments, forward: Callable) -> Tensor:
+    """The gradient of a scalar as one vector in double precision, in the order of the model's parameters."""
+    model.zero_grad(set_to_none=True)
+    forward(model, *arguments).backward()
+    parameters = model.flat_parameters() if hasattr(model, "flat_parameters") else list(model.parameters())
+    return torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None])
+
+
+def _training(forward: Callable, inputs: Callable, flops: Callable, what: str) -> Work:
+    def run(model, *arguments):
+        model.zero_grad(set_to_none=True)
+        forward(model, *arguments).backward()
+
+    return Work(inputs, run, lambda model, *a: gradient(model, *a, forward=forward), flops, what, forward)
+
+
+def _images(model: nn.Module, setup: Setup) -> tuple[Tensor]:
+    return (setup.images(),)
+
+
+@torch.no_grad()
+def _latents(model: nn.Module, setup: Setup) -> tuple:
+    return (model(setup.images())[0],)
+
+
+@torch.no_grad()
+def _noise(model: nn.Module, setup: Setup) -> tuple:
+    """The arguments of `_sample`: shapes of the latent's parts, taken from the model."""
+    z = model(setup.images())[0]
+    return ([tuple(part.shape) for part in z] if isinstance(z, list) else tuple(z.shape),)
+
+
+@torch.no_grad()
+def _sample(model: nn.Module, shapes) -> Tensor:
+    """Latents from N(0, T^2 I), and their images: what `flowkern.Glow.sample` does, and its own where it has it."""
+    torch.manual_seed(SEED)
+    if hasattr(model, "sample"):
+        return model.sample(shapes[0], temperature=TEMPERATURE)
+    dtype = next(model.parameters()).dtype
+
+    def draw(shape):
+        # In single precision always, so that the model in double precision gets the same.
+        return TEMPERATURE * torch.randn(shape, dtype=torch.float32).to(dtype)
+
+    return model.inverse([draw(shape) for shape in shapes] if isinstance(shapes, list) else draw(shapes))
+
+
+@torch.no_grad()
+def _log_prob(model: nn.Module, x: Tensor) -> Tensor:
+    return model.log_prob(x)
+
+
+@torch.no_grad()
+def _inverse(model: nn.Module, z) -> Tensor:
+    return model.inverse(z)
+
+
+def _state(model: nn.Module, setup: Setup) -> tuple[Tensor]:
+    """The input of the last level's first step, as a state that wants a gradient."""
+    channels, side = setup.channels()[-1], setup.size >> setup.levels
+    torch.manual_seed(SEED)
+    x = torch.randn(setup.batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    return (x.requires_grad_(),)
+
+
+def _step_loss(model: nn.Module, x: Tensor) -> Tensor:
+    y, logdet = model(x)
+    return 0.5 * y.square().sum() / len(y) - logdet.mean()
+
+
+def _noisy(model: nn.Module, setup: Setup) -> tuple[Tensor, Tensor]:
+    return setup.noisy_images(), setup.images()
+
+
+def _one_step_flops(setup: Setup) -> int:
+    p, c = setup.pixels()[-1], setup.channels()[-1]
+    return setup.evaluation_flops(c, p)
+
+
+def _denoising_flops(setup: Setup) -> int:
+    """A fold runs every network forwards and in reverse; the start is one image's inverse."""
+    return setup.flops() * 2 * setup.folds + setup.flops() // setup.batch
+
+
+WORKS = {
+    "train": _training(lambda model, x: -model.log_prob(x).mean(), _images, lambda setup: setup.flops(),
+                       "Training step: forward, negative log-likelihood, backward"),
+    "log_prob": Work(_images, _log_prob, _log_prob, lambda setup: setup.flops(), "Likelihood without gradients"),
+    "inverse": Work(_latents, _inverse, _inverse, lambda setup: setup.flops(), "Inverse without gradients"),
+    "sample": Work(_noise, _sample, _sample, lambda setup: setup.flops(), f"Samples at temperature {TEMPERATURE}"),
+    "step": _training(_step_loss, _state, _one_step_flops, "One step of flow, forward and backward"),
+    "denoise": _training(lambda model, y, x: F.mse_loss(model(y), x), _noisy, _denoising_flops,
+                         "Training step of the unfolded denoiser"),
+}
+
+
+def converted(value, dtype: torch.dtype):
+    """Floating-point tensors in another precision, inside a list too; whether they want gradients stays as it is."""
+    if isinstance(value, list) and isinstance(value[0], Tensor):
+        return [converted(v, dtype) for v in value]
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+
+def _rounding(exactly: nn.Module) -> Callable:
+    """A model in double precision, from and to single precision."""
+
+    def call(x: Tensor):
+        z, logdet = exactly(x.double())
+        return converted(z, torch.float32), logdet.float()
+
+    return call
+
+
+class Errors:
+    """|r - r64| / |r64| of works' results, r64 by a model in double precision on the same inputs.
+
+    What that model gives is kept: the contenders that are compared with it share it.
+    """
+
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._models: dict = {}
+        self._exact: dict = {}
+
+    def __call__(self, name: str, model: nn.Module, truth: Callable[[Setup], nn.Module]) -> float:
+        work = WORKS[name]
+        if truth not in self._models:
+            self._models[truth] = truth(self._setup).double()
+        exactly = self._models[truth]
+        if (truth, name) not in self._exact:
+            # Latents are of the exact model, rounded, so that both start from the same numbers.
+            arguments = work.inputs(_rounding(exactly), self._setup)
+            result = work.result(exactly, *(converted(a, torch.float64) for a in arguments)).double()
+            self._exact[truth, name] = arguments, result
+        arguments, result = self._exact[truth, name]
+        return ((work.result(model, *arguments).double() - result).norm() / result.norm()).item()
