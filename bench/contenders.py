@@ -20,7 +20,8 @@ class Contender:
     """How to make a model from a set-up.
 
     network: the precision of its coupling networks. rival: not ours. evaluations: how often a training step evaluates
-    each network: once for the forward pass, twice for the gradients, and more where it recomputes. truth: the model
+    each network: once for the forward pass, twice for the gradients, and more where it recomputes; a function of the
+    set-up where that depends on it. truth: the model
     whose results in double precision its own are compared with; a rival with parameters of its own is compared with
     itself, and its likelihood with the reference's. full: measured by `--full` alone. inference: False
     where it does without gradients what another row does. full_works: what it does under `--full` alone. note: what is
@@ -30,7 +31,7 @@ class Contender:
     make: Callable[[Setup], nn.Module]
     network: str = "fp32"
     rival: bool = True
-    evaluations: int = 3
+    evaluations: int | Callable[[Setup], float] = 3
     truth: Callable[[Setup], nn.Module] = lambda setup: rivals.Reference(setup.glow())
     full: bool = False
     inference: bool = True
@@ -41,6 +42,10 @@ class Contender:
         """Whether this row is in the group of a work."""
         idle = not self.inference and work in ("log_prob", "inverse", "sample")
         return not idle and (full or work not in self.full_works)
+
+    def evaluations_in(self, setup: Setup) -> float:
+        """How often a training step evaluates the networks of a set-up, on average over their work."""
+        return self.evaluations(setup) if callable(self.evaluations) else self.evaluations
 
 
 def _plain(kind: type = rivals.Reference, **options) -> Callable:
@@ -63,6 +68,21 @@ def _ours(memory: str, network: str = "fp32", backend: str = "auto", full: bool 
                      inference=memory == "recompute")
 
 
+def _within(mib: int) -> Contender:
+    """Recompute with a budget, in MiB."""
+
+    def make(setup: Setup) -> flowkern.Glow:
+        return setup.glow(memory_budget=mib << 20)
+
+    def evaluations(setup: Setup) -> float:
+        kept = make(setup).kept_steps(setup.batch)
+        again = sum(setup.evaluation_flops(c, p) * (setup.depth - n)
+                    for c, p, n in zip(setup.channels(), setup.pixels(), kept, strict=True))
+        return 3 + again / setup.flops()
+
+    return Contender(make, rival=False, evaluations=evaluations, inference=False)
+
+
 CHECKPOINT = "PyTorch, checkpoint"
 RECOMPUTE = "flowkern recompute"
 SAME_PRECISION = {"fp32": "PyTorch", "bf16": "PyTorch, bf16 network"}      # whose error bounds the others'
@@ -81,6 +101,7 @@ GLOWS = {
     **_library(rivals.MemCNN, "InvertibleModuleWrapper around the reference's step", evaluations=5, own_truth=False),
     "flowkern store": _ours("store"),
     RECOMPUTE: _ours("recompute"),
+    **{f"flowkern recompute, budget {mib} MiB": _within(mib) for mib in (24, 48)},
     "flowkern checkpoint": _ours("checkpoint"),
     "flowkern store, bf16 network": _ours("store", "bf16"),
     "flowkern recompute, bf16 network": _ours("recompute", "bf16"),

@@ -34,7 +34,7 @@ def copy(moved: int) -> Callable:
 class Arithmetic:
     """Fused multiply-adds of one instruction set on every thread, in registers. Raises RuntimeError without `cc`."""
 
-    def __init__(self, isa: str, rounds: int = 300_000):
+    def __init__(self, isa: str, rounds: int = 3_000_000):
         library = ctypes.CDLL(str(compiled(Path(__file__).with_name("fma.c"), *FLAGS[isa], "-ffp-contract=fast")))
         self._run, self._rounds = library.fma_rounds, ctypes.c_long(rounds)
         self._run.restype = ctypes.c_float

@@ -78,7 +78,7 @@ class Family:
         peaks = {p: [flops / s for s in seconds[f"product {p}"]] for p, (_, flops) in products.items()}
         for row in calls:
             contender = self.contenders[row]
-            flops = work.flops(setup) * (contender.evaluations if work.trains else 1)
+            flops = work.flops(setup) * (contender.evaluations_in(setup) if work.trains else 1)
             rates = [flops / s for s in seconds[row]]
             rows[row] |= {**summary(seconds[row]), "flops": flops, "of peak": ratio(rates, peaks[contender.network])}
             rows[row]["per second"] = setup.batch / rows[row]["median"]

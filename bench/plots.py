@@ -6,6 +6,7 @@ import numpy as np
 
 MIB = 1 << 20
 OURS = {"flowkern store": "#1b6ca8", "flowkern recompute": "#c0392b", "flowkern checkpoint": "#7d3c98",
+        "flowkern recompute, budget 24 MiB": "#d98880", "flowkern recompute, budget 48 MiB": "#76448a",
         "flowkern recompute, bf16 network": "#e67e22", "flowkern store, bf16 network": "#16a085"}
 RIVALS = "#555555"
 MARKERS = "osD^vP*XhHp<>8d"

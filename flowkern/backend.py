@@ -5,8 +5,9 @@ itself once, with a probe that says whether it can run here and, if not, why; no
 
 Two liberties that a backend's functions have, and one duty: the log-determinant may come as partial sums (N, parts)
 instead of (N,), and the caller adds them up; `mix_vjp` writes its two reductions into the pair `into`, if given.
-Beyond the pixel ops a backend may bring its own composition of the mixes, its own coupling network and a first mix
-that reads an unsqueezed image (`OPTIONAL`), for which plain PyTorch serves otherwise.
+Beyond the pixel ops a backend may bring its own composition of the mixes, its own coupling network (and whether that
+one's working memory is a tile) and a first mix that reads an unsqueezed image (`OPTIONAL`), for which plain PyTorch
+serves otherwise.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ OPS = (
     "data_consistency",
     "data_consistency_vjp",
 )
-OPTIONAL = ("compose", "compose_vjp", "network_fold", "network_trace", "network_vjp", "squeeze_mix")
+OPTIONAL = ("compose", "compose_vjp", "network_fold", "network_trace", "network_vjp", "network_tiled", "squeeze_mix")
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,13 @@ from typing import NamedTuple
 
 import torch
 
+from flowkern import backend as backends
+
 # The working memory of one step's backward, in tensors: states with their gradients, (raw_s, t) with its gradient, and
-# hidden activations with their gradients, of which one that is stored is not working memory.
+# hidden activations with their gradients: two activations if they are not stored, and a gradient or two unless the
+# network runs in tiles.
 STATES, OUTPUTS, HIDDEN_RECOMPUTED, HIDDEN_STORED = 6, 2, 3, 2
+TILED_RECOMPUTED, TILED_STORED = 2, 0
 # Beside them: folded weights, their gradients and the convolutions' scratch, in copies of one step's weights, of which
 # there is one a thread too; a share of the tensors, and a constant.
 WEIGHTS, SCRATCH, CONSTANT = 3, 1 / 16, 512 << 10
@@ -62,7 +66,8 @@ class Level(NamedTuple):
 
     def working(self, stored: bool, machine: "Machine") -> int:
         """Upper bound of what backward of a step allocates beyond what is held."""
-        hidden = self.hidden * ((HIDDEN_STORED if stored else HIDDEN_RECOMPUTED) + machine.copies)
+        recomputed, kept = (TILED_RECOMPUTED, TILED_STORED) if machine.tiled else (HIDDEN_RECOMPUTED, HIDDEN_STORED)
+        hidden = self.hidden * ((kept if stored else recomputed) + machine.copies)
         tensors = STATES * self.state + self.pixels * self.network_bytes * (OUTPUTS * self.outputs + hidden)
         weights = (WEIGHTS + machine.threads) * self.weights * self.state_bytes
         mixes = MIXES * self.depth * self.channels**2 * 8
@@ -70,15 +75,18 @@ class Level(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What convolutions' scratch depends on."""
+    """What the coupling network's working memory depends on."""
 
     threads: int
     copies: int  # of hidden activations
+    tiled: bool
 
     @classmethod
-    def running(cls, device: str, dtype: torch.dtype) -> "Machine":
-        """This one, for networks in `dtype` on a kind of device."""
-        return cls(torch.get_num_threads(), 0 if device != "cpu" or _multiplied_by_onednn(dtype) else UNFOLDED)
+    def running(cls, device: torch.device, backend: str, parameters: torch.dtype, dtype: torch.dtype) -> "Machine":
+        """This one, for networks in `dtype` by a resolved backend."""
+        tiled = backends.table(device, backend, parameters).network_tiled(parameters, dtype)
+        unfolded = not (tiled or device.type != "cpu" or _multiplied_by_onednn(dtype))
+        return cls(torch.get_num_threads(), UNFOLDED if unfolded else 0, tiled)
 
 
 def _multiplied_by_onednn(dtype: torch.dtype) -> bool:
@@ -122,15 +130,17 @@ def plans(levels: tuple[Level, ...]) -> Iterator[tuple[int, ...]]:
 
 @torch.compiler.assume_constant_result
 def plan(
-    levels: tuple[tuple, ...], budget: int, anchor_every: int, reverse: bool, device: str, dtype: torch.dtype
+    levels: tuple[tuple, ...], budget: int, anchor_every: int, reverse: bool, device: torch.device, backend: str,
+    parameters_dtype: torch.dtype, dtype: torch.dtype,
 ) -> tuple[int, ...]:
     """How many steps of each level to store: the last of `plans` that stays within the budget, else none.
 
-    levels: the fields of `Level`, in plain tuples, which torch.compile can evaluate. device: the kind of device, dtype:
-    the networks' precision.
+    levels: the fields of `Level`, in plain tuples, which torch.compile can evaluate. backend: resolved. dtype: the
+    networks' precision.
     """
     known = tuple(Level(*fields) for fields in levels)
-    return _plan(known, budget, anchor_every, reverse, Machine.running(device, dtype))
+    machine = Machine.running(device, backend, parameters_dtype, dtype)
+    return _plan(known, budget, anchor_every, reverse, machine)
 
 
 @lru_cache(maxsize=256)

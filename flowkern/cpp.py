@@ -197,10 +197,13 @@ def network_fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded | t
     """As `flowkern.network.fold`. Where this processor has no fast loops for `dtype`, that function's own result, on
     which the others leave the work to PyTorch's convolutions.
     """
-    native = dtype in _TYPES and _native().network_runs(_TYPES[dtype])
-    if not native or any(p.dtype != torch.float32 for p in parameters):
-        return network.fold(parameters, dtype)
-    return Folded(parameters, dtype)
+    native = all(network_tiled(p.dtype, dtype) for p in parameters)
+    return Folded(parameters, dtype) if native else network.fold(parameters, dtype)
+
+
+def network_tiled(parameters_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the native loops run, whose hidden gradients are a chunk of pixels at a time."""
+    return parameters_dtype == torch.float32 and dtype in _TYPES and _native().network_runs(_TYPES[dtype])
 
 
 def network_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
@@ -269,4 +272,5 @@ def _strides(x: Tensor) -> list[int]:
 
 
 register(Backend("cpp", devices=("cpu",), probe=probe, load=lambda: sys.modules[__name__],
-                 preferred={"cpu": (*OPS, "compose", "compose_vjp", "network_fold", "network_trace", "network_vjp")}))
+                 preferred={"cpu": (*OPS, "compose", "compose_vjp", "network_fold", "network_trace", "network_vjp",
+                                    "network_tiled")}))

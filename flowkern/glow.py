@@ -220,7 +220,9 @@ class Glow(nn.Module):
             numbers = like.element_size(), dtype.itemsize
             levels.append((len(level.steps), pixels, channels, outputs, hidden, *numbers, learned))
         anchors = self.anchor_every or 0
-        return budget.plan(tuple(levels), self.memory_budget, anchors, inverse, like.device.type, dtype)
+        backend = backends.resolve(like.device, self.backend)
+        placed = like.device, backend, like.dtype, dtype
+        return budget.plan(tuple(levels), self.memory_budget, anchors, inverse, *placed)
 
     @property
     def backend(self) -> str:

@@ -82,7 +82,12 @@ def vjp(
     return [g if needed else None for g, needed in zip(gradients, need, strict=True)]
 
 
-backend.register_defaults(network_fold=fold, network_trace=trace, network_vjp=vjp)
+def tiled(parameters_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether `trace` and `vjp` have no memory of a hidden activation's size but what is kept for backward."""
+    return False
+
+
+backend.register_defaults(network_fold=fold, network_trace=trace, network_vjp=vjp, network_tiled=tiled)
 
 
 def _unfold_norm(parameters: Sequence[Tensor], dw: Tensor, db: Tensor) -> list[Tensor]:

@@ -19,7 +19,7 @@ LEVELS = (
     budget.Level(8, 2048, 24, 24, 128, 4, 4, False),
     budget.Level(8, 512, 48, 48, 128, 4, 4, False),
 )
-MACHINE = budget.Machine(threads=1, copies=0)
+MACHINE = budget.Machine(threads=1, copies=0, tiled=False)
 
 
 def made(**options):
@@ -179,6 +179,7 @@ def test_what_costs_memory_counts():
     plain = budget.peak(LEVELS, (0, 0, 0), 0, False, MACHINE)
     assert budget.peak(LEVELS, (0, 0, 0), 0, False, MACHINE._replace(threads=8)) > plain
     assert budget.peak(LEVELS, (0, 0, 0), 0, False, MACHINE._replace(copies=9)) > 2 * plain
+    assert budget.peak(LEVELS, (0, 0, 0), 0, False, MACHINE._replace(tiled=True)) < plain
     assert budget.peak(LEVELS, (0, 0, 0), 2, True, MACHINE) > plain
     assert budget.peak(LEVELS, (0, 0, 8), 0, False, MACHINE) == plain
     assert budget.peak(LEVELS, (0, 0, 8), 0, True, MACHINE) == plain + 8 * LEVELS[2].kept
