@@ -185,6 +185,19 @@ def test_total_variation_is_tuned_for_the_measurement():
     assert (psnr(method(y, 0.05, weight, operator=operator), x) > psnr(y, x) + 5).all()
 
 
+def test_the_smoothest_image_is_tuned_for_the_noise():
+    torch.manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(3, 3, 4, 4), (16, 16), mode="bilinear")
+    operator = Inpainting((torch.rand(3, 1, 16, 16) < 0.5).float())
+    method, weights = variational.Smoothest(), []
+    for sigma in (0.02, 0.2):
+        y = operator.forward(x + sigma * torch.randn_like(x))
+        weights.append(method.tune(x, y, sigma, operator=operator))
+        assert (psnr(method(y, sigma, weights[-1], operator=operator), x) > psnr(y, x) + 3).all()
+    assert weights[1] > 5 * weights[0]
+    assert method(x, 0.2, weights[1]).shape == x.shape
+
+
 # End to end
 
 
@@ -332,12 +345,12 @@ def test_inverse_trains_each_problem_once_and_writes_one_table(pictures, tmp_pat
         "config.yaml", "checkpoints", "runs", "table.md", "results.json", "reconstructed.png"
     }  # fmt: skip
     titles = [row[0] for row in table(tmp_path / "run")]
-    one = ["Measured", "Total variation", "MAP over z", "Unfolded U-Net", "Unfolded Glow"]
+    one = ["Measured", "Total variation", "Smoothest image", "MAP over z", "Unfolded U-Net", "Unfolded Glow"]
     one += [f"{title} − Total variation" for title in one[2:]]
     heads = [f"{name}: {measured(**settings).describe()}" for name, settings in problems.items()]
     assert titles == ["", heads[0], *one, heads[1], *one]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert set(results["problems"]["cs"]["methods"]) == {"noisy", "tv", "map", "unet", "glow"}
+    assert set(results["problems"]["cs"]["methods"]) == {"noisy", "tv", "smooth", "map", "unet", "glow"}
     assert {"Unfolded Glow, cs", "Unfolded U-Net, hole", "Total variation"} <= set(results["protocol"])
     for name, settings in problems.items():
         saved = run.configuration.load(tmp_path / "run" / "runs" / f"{name}-glow" / "config.yaml")

@@ -22,7 +22,7 @@ def work(campaign, settings: Config) -> Path:
     from train import problems, ranks
 
     prior = campaign.prior("prior")
-    start = {"glow": {"prior_checkpoint": str(prior)}, "unet": {"init": None, "references": ["tv"]}}
+    start = {"glow": {"prior_checkpoint": str(prior)}, "unet": {"references": ["tv"]}}
     runs = {
         problem: [campaign.network(f"{problem}-{prox}", prox=prox, **of_it, **start[prox]) for prox in PROXES]
         for problem, of_it in PROBLEMS.items()
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         for of_it in PROBLEMS.values():
             for prox in PROXES:
                 references = settings.references if prox == "glow" else ["tv"]
-                replace(settings, **of_it, prox=prox, init=None, references=references)
+                replace(settings, **of_it, prox=prox, references=references)
         settings.check_schedule("prior", "unfolded")
         from train import campaign
 

@@ -24,7 +24,7 @@ from train.folder import Folder
 from train.images import Pictures
 from train.memory import peak_mib
 from train.stages import PriorStage, UnfoldedStage
-from train.variational import MeasuredTotalVariation
+from train.variational import MeasuredTotalVariation, Smoothest
 
 T = TypeVar("T")
 TITLES = {"glow": "Unfolded Glow", "resnet": "Unfolded ResNet", "unet": "Unfolded U-Net"}
@@ -199,6 +199,8 @@ def references(config: Config, folder: Folder) -> list[Method]:
     for name in config.references:
         if name == "tv":
             made = baselines.TotalVariation() if config.measurement.is_identity else MeasuredTotalVariation()
+        elif name == "smooth":
+            made = Smoothest()
         elif name == "denoiser":
             made = baselines.reference_denoiser()
         else:

@@ -11,8 +11,9 @@ from flowkern.operators.compose import Compose
 from flowkern.operators.downsample import Downsample
 from flowkern.operators.pointwise import Identity, Inpainting
 from flowkern.operators.projection import RandomProjection
+from flowkern.operators.smooth import smoothest
 
 OPERATORS.update({kind.__name__: kind for kind in (Identity, Inpainting, Blur, Downsample, RandomProjection, Compose)})
 
 __all__ = ["OPERATORS", "Blur", "Compose", "Downsample", "Identity", "Inpainting", "Operator", "RandomProjection",
-           "exact_consistency", "from_config", "gaussian_kernel"]
+           "exact_consistency", "from_config", "gaussian_kernel", "smoothest"]
