@@ -1,6 +1,7 @@
 # Each target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 PYTHON ?= python3
-BENCH_SECONDS ?= 240
+BENCH_SECONDS ?= 200
+NETWORK_SECONDS ?= 80
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
@@ -52,7 +53,7 @@ gpu:
 	$(PYTHON) -m flowkern
 	$(PYTHON) -m pytest tests/gpu -q --durations=5 $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
 	$(PYTHON) -m bench.gpu --seconds $(BENCH_SECONDS) $(if $(OUT),--out $(OUT))
-	$(PYTHON) -m bench.gpu_network
+	$(PYTHON) -m bench.gpu_network --seconds $(NETWORK_SECONDS) $(if $(OUT),--out $(OUT))
 	$(PYTHON) -m bench.gpu_report $$(ls -t bench/results/gpu-*.json | head -1) $(if $(OUT),--folder $(OUT))
 
 # The CUDA kernels under compute-sanitizer's memory and race checkers, after make gpu has built them.

@@ -14,6 +14,8 @@ Beside each the share of the FLOP/s that a large matrix product reaches in the s
 import argparse
 import itertools
 import json
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -137,17 +139,24 @@ def measure(device: Device, trial: bool):
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_network", description=__doc__.splitlines()[0])
     parser.add_argument("--trial", action="store_true", help="tiny sizes, any device, nothing written")
+    parser.add_argument("--seconds", type=float, default=420, help="stop after this long, the largest sizes come first")
+    parser.add_argument("--out", type=Path, help="a folder in which the JSON is written too")
     arguments = parser.parse_args()
     if not arguments.trial and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --trial tries the program on the CPU")
     device = Device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
+    folders = ([] if arguments.trial else [results.RESULTS]) + ([arguments.out] if arguments.out else [])
+    name = "trial" if arguments.trial else torch.cuda.get_device_name().lower().replace(" ", "-")
+    figures, start = {"rows": []}, time.monotonic()
     for row in measure(device, arguments.trial):
-        rows.append(row)
+        figures["rows"].append(row)
         print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-    if not arguments.trial:
-        name = torch.cuda.get_device_name().replace(" ", "-").lower()
-        print(results.write(f"network-{name}", {"rows": rows}))
+        if time.monotonic() - start > arguments.seconds:
+            figures["cut short"] = f"after {arguments.seconds:.0f} s"
+        for folder in folders:  # after every row, so that a call that is cut off loses nothing
+            results.write(f"network-{name}", figures, folder)
+        if "cut short" in figures:
+            break
 
 
 if __name__ == "__main__":

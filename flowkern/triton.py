@@ -41,9 +41,11 @@ register(
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
         probe=probe,
         load=load,
-        # Predicted, not yet measured: the kernels are written to run at memory bandwidth. The coupling network stays
-        # with PyTorch until a GPU has compared the two (bench/gpu.py).
-        preferred={"cuda": (*OPS, "compose", "compose_vjp", "squeeze_mix")},
+        # Measured on an H200 (docs/gpu.md): the coupling network is faster than cuDNN's convolutions. The other ops
+        # serve where the CUDA kernels, which register after these, are not built.
+        preferred={
+            "cuda": (*OPS, "compose", "compose_vjp", "squeeze_mix", "network_fold", "network_trace", "network_vjp")
+        },
         dtypes=(torch.float32,),
     )
 )

@@ -8,7 +8,7 @@ import torch
 
 import flowkern
 from flowkern import backend as backends
-from flowkern import cuda, network, ops
+from flowkern import network, ops
 from flowkern.layers import StepOfFlow
 from flowkern.mix import compose
 
@@ -212,21 +212,27 @@ class TestBackendChoice:
         assert flowkern.backends()["absent"] == "it was left at home"
 
     def test_auto_on_a_gpu(self, monkeypatch):
-        """Triton for fp32, native kernels for fp64 or without Triton, PyTorch's convolutions for the network."""
+        """Native kernels for the pixel ops; for the network Triton, or in fp64 PyTorch's convolutions."""
         for name in ("triton", "cuda"):
             here = dataclasses.replace(backends._registry[name], probe=lambda: None)
             monkeypatch.setitem(backends._registry, name, here)
         gpu = torch.device("cuda")
         single, double = (backends.table(gpu, "auto", dtype) for dtype in (torch.float32, torch.float64))
         for op in (*backends.OPS, "compose", "compose_vjp"):
+            assert getattr(single, op).__module__ == getattr(double, op).__module__ == "flowkern.cuda", op
+        for op in ("network_fold", "network_trace", "network_vjp", "squeeze_mix"):
             assert getattr(single, op).__module__.startswith("flowkern.kernels"), op
-            assert getattr(double, op).__module__ == "flowkern.cuda", op
-        assert single.network_trace is double.network_trace is network.trace
-        monkeypatch.setitem(
-            backends._registry, "triton", dataclasses.replace(backends._registry["triton"], probe=lambda: "no Triton")
-        )
-        backends._tables.clear()
-        assert backends.table(gpu, "auto").couple_mix is cuda.couple_mix
+        assert double.network_trace is network.trace
+
+        def without(name):
+            here = dataclasses.replace(backends._registry[name], probe=lambda: "it was left at home")
+            with monkeypatch.context() as patch:
+                patch.setitem(backends._registry, name, here)
+                backends._tables.clear()
+                return backends.table(gpu, "auto")
+
+        assert without("triton").network_trace is network.trace
+        assert without("cuda").couple_mix.__module__.startswith("flowkern.kernels")
 
     def test_auto_takes_the_latest_backend_that_prefers_the_op(self):
         backends.register(

@@ -146,6 +146,11 @@ class Config(MeasurementSettings):
         "training", "32", "Of the networks; a flow's state stays in 32 bits either way."
     )
     compile: bool = setting("training", False, "Run the network through torch.compile.")
+    cuda_graphs: bool = setting(
+        "training",
+        True,
+        "Replay a Glow's steps from CUDA graphs, where that is possible: on one GPU, in whole batches, denoising.",
+    )
     checkpoint_steps: int | None = setting(
         "training", None, "Save the state of training every so many steps, beside once an epoch."
     )

@@ -10,7 +10,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from flowkern import Glow, Unfolded
-from train import ranks
+from train import data, graphs, ranks
 from train.budget import Budget
 from train.config import Config
 
@@ -23,6 +23,18 @@ class _Stage(L.LightningModule):
     def __init__(self, model: nn.Module, config: Config, budget: Budget):
         super().__init__()
         self.model, self.config, self.budget = model, config, budget
+        self.replayed: graphs.Replayed | None = None
+
+    def on_train_start(self) -> None:
+        if graphs.wanted(self.config, self.device):
+            self.replayed = self.capture(torch.rand(data.part(self.config), 3, *[self.config.size] * 2).to(self.device))
+
+    def capture(self, images: Tensor) -> graphs.Replayed | None:
+        """A step's forward and backward as CUDA graphs. images: of the size and number of a training batch's."""
+        raise NotImplementedError
+
+    def on_train_end(self) -> None:
+        self.replayed = None
 
     def on_train_batch_start(self, batch, batch_idx: int) -> None:
         factor = self.budget.factor(self.config.schedule, self.config.warmup)
@@ -58,8 +70,12 @@ class PriorStage(_Stage):
     def bits_per_dim(self, batch: dict[str, Tensor]) -> Tensor:
         return self.model.bits_per_dim(batch["prior"], bits=self.config.bits).mean()
 
+    def capture(self, images: Tensor) -> graphs.Replayed:
+        return graphs.capture(self.model, lambda x: self.bits_per_dim({"prior": x}), images, self.config)
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.check_finite(self.bits_per_dim(batch))
+        replayed = self.replayed and self.replayed.suits(batch["prior"])
+        loss = self.check_finite(self.replayed.run(batch["prior"]) if replayed else self.bits_per_dim(batch))
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -98,7 +114,15 @@ class UnfoldedStage(_Stage):
     def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         low, high = self.config.sigma, self.config.sigma_max or self.config.sigma
         y, options = self.measurement.measure(batch, low + (high - low) * batch["level"])
-        return self.model(channels_last(y), **options).float(), batch["clean"]
+        y = channels_last(y)
+        if self.training and self.replayed and self.replayed.suits(y):
+            return self.replayed.run(y).float(), batch["clean"]
+        return self.model(y, **options).float(), batch["clean"]
+
+    def capture(self, images: Tensor) -> graphs.Replayed | None:
+        if not self.measurement.is_identity:  # operators may take options of the batch, and iterate
+            return None
+        return graphs.capture(self.model, self.model, channels_last(images), self.config)
 
     def on_validation_epoch_start(self) -> None:
         """Measure batch norms' statistics anew, with the weights as they are now.
