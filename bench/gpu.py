@@ -2,8 +2,8 @@
 
 - "ops": GB/s of every pixel op on states of many times the L2, against the copy bandwidth of the same run.
 - "steps": a training step of L=4, K=32, hidden 512 at 64x64, batch 64: ms launched from Python and replayed from a CUDA
-  graph, allocated bytes held and at the peak, for the reference (eager, torch.compile, torch.utils.checkpoint) and for
-  ours, networks in bf16, fp32 and tf32.
+  graph, allocated bytes held and at the peak, for the reference (eager, torch.utils.checkpoint) and for ours, networks
+  in bf16, fp32 and tf32. "compiled": the same for the reference under torch.compile.
 - "batches": the largest batch of that model that fits, found from two measured peaks and tried.
 - "depths": peak memory against K for 256x256, batch 8, L=3, width 256: the configuration of a published curve.
 
@@ -17,6 +17,7 @@ import itertools
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,9 +29,10 @@ from bench.rivals import Compiled, Reference
 from bench.workload import Setup
 from flowkern import backend as backends
 
-PARTS = ("steps", "depths", "ops", "batches")
+PARTS = ("steps", "depths", "ops", "compiled", "batches")
 PUBLISHED = {4: 5.1, 8: 7.9, 16: 13.5, 32: 24.9, 48: 36.2}  # GB, normflows' Glow, InvertibleNetworks.jl's measurement
 PRECISIONS = ("bf16", "fp32", "tf32")
+COMPILED = "PyTorch, torch.compile"
 
 
 def contenders(precision: str) -> dict:
@@ -49,7 +51,7 @@ def contenders(precision: str) -> dict:
         "PyTorch, checkpoint": lambda glow: Reference(glow, dtype, checkpointed=True),
         "flowkern store": ours("store"),
         "flowkern recompute": ours("recompute"),
-        "PyTorch, torch.compile": lambda glow: Compiled(glow, dtype),
+        COMPILED: lambda glow: Compiled(glow, dtype),
     }
 
 
@@ -160,14 +162,13 @@ def measure_ops(device: Device, trial: bool):
     numbers = 1 << (12 if trial else 27)
     bandwidth = copy_bandwidth(device, numbers)
     yield {"copy GB/s": bandwidth / 1e9}
-    names = ["reference"] + [n for n in ("triton", "cuda") if flowkern.backends().get(n) is True]
-    for channels in (12,) if trial else (12, 24, 48, 96):
+    here = [name for name in ("cuda", "triton") if flowkern.backends().get(name) is True]
+    for name, channels in itertools.product(["reference", *here], (12,) if trial else (12, 24, 48, 96)):
         for op, (arguments, moved) in op_calls(channels, numbers, device.name).items():
-            for name in names:
-                function = getattr(backends.table(torch.device(device.name), name), op)
-                seconds = device.graph_seconds([lambda f=function, a=arguments: f(*a)], 1 if trial else 10)
-                yield {"op": op, "channels": channels, "backend": name, "us": 1e6 * seconds,
-                       "GB/s": moved / seconds / 1e9, "of copy": moved / seconds / bandwidth}  # fmt: skip
+            function = getattr(backends.table(torch.device(device.name), name), op)
+            seconds = device.graph_seconds([lambda f=function, a=arguments: f(*a)], 1 if trial else 10)
+            yield {"op": op, "channels": channels, "backend": name, "us": 1e6 * seconds,
+                   "GB/s": moved / seconds / 1e9, "of copy": moved / seconds / bandwidth}  # fmt: skip
 
 
 def model_of(setup: Setup, device: Device) -> flowkern.Glow:
@@ -207,32 +208,40 @@ def gradient_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def measure_steps(device: Device, trial: bool):
-    deep = Setup(levels=2, depth=2, hidden=8, size=16) if trial else Setup(levels=4, depth=32, hidden=512)
     size = 256 if trial else 8192
     for precision in PRECISIONS:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         yield {"precision": precision, "product TFLOP/s": product_peak(device, size, dtype, precision) / 1e12}
-    glow = model_of(deep, device)
-    exact = Reference(glow).double()
+    yield from _steps(device, trial, [name for name in contenders("fp32") if name != COMPILED])
+
+
+def measure_compiled(device: Device, trial: bool):
+    """Of its own, because compiling takes as long as all the rest."""
+    yield from _steps(device, trial, [COMPILED])
+
+
+def _steps(device: Device, trial: bool, names: list[str]):
+    deep = Setup(levels=2, depth=2, hidden=8, size=16) if trial else Setup(levels=4, depth=32, hidden=512)
+    batch = 2 if trial else 64
+    setup = replace(deep, batch=batch)
+    glow, x = model_of(deep, device), setup.images().to(device.name)
     few = deep.images()[:2].to(device.name)
-    truth = gradient_of(exact, few.double())
-    del exact
-    for precision, batch in itertools.product(PRECISIONS, (2,) if trial else (64,)):
-        x = Setup(**{**vars(deep), "batch": batch}).images().to(device.name)
-        for name, make in contenders(precision).items():
-            set_precision(precision)
-            row = {"name": name, "precision": precision, "batch": batch}
-            try:
-                model = make(copy.deepcopy(glow))
-                error = ((gradient_of(model, few) - truth).norm() / truth.norm()).item()
-                row |= {"gradient error": error, **measure_step(model, x, device, 5)}
-                row["graph ms"] = replayed_ms(model, x, device, 5)
-                fastest = min(row["ms"], row["graph ms"] or row["ms"])
-                row["network TFLOP/s"] = Setup(**{**vars(deep), "batch": batch}).flops() * 3 / fastest / 1e9
-            except torch.OutOfMemoryError:
-                row["unavailable"] = "out of memory"
-            model = None
-            yield row
+    truth = gradient_of(Reference(glow).double(), few.double())
+    # Two images over and over have the mean gradient of the two, in the shape for which a model has been compiled.
+    many = few.repeat(batch // 2, 1, 1, 1)
+    for precision, name in itertools.product(PRECISIONS, names):
+        set_precision(precision)
+        row = {"name": name, "precision": precision, "batch": batch}
+        try:
+            model = contenders(precision)[name](copy.deepcopy(glow))
+            error = ((gradient_of(model, many) - truth).norm() / truth.norm()).item()
+            row |= {"gradient error": error, **measure_step(model, x, device, 5)}
+            row["graph ms"] = replayed_ms(model, x, device, 5)
+            row["network TFLOP/s"] = setup.flops() * 3 / min(row["ms"], row["graph ms"] or row["ms"]) / 1e9
+        except torch.OutOfMemoryError:
+            row["unavailable"] = "out of memory"
+        model = None
+        yield row
 
 
 def measure_depths(device: Device, trial: bool):
@@ -275,7 +284,8 @@ def measure_batches(device: Device, trial: bool):
             model = None
 
 
-MEASURES = {"steps": measure_steps, "depths": measure_depths, "ops": measure_ops, "batches": measure_batches}
+MEASURES = {"steps": measure_steps, "depths": measure_depths, "ops": measure_ops,
+            "compiled": measure_compiled, "batches": measure_batches}
 
 
 def rows(parts, device: Device, trial: bool):

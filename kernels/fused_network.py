@@ -7,7 +7,6 @@ to compute the hidden units of a halo of neighbours again instead would cost hal
 arithmetic already bounds the time.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -87,17 +86,6 @@ def _fused_kernel(
         taps = product(total, b_w3, taps, dtype, PRECISION)
     planes += first * FEW_OUT + (t // FEW_OUT).to(tl.int64) * pixels * FEW_OUT + (i * FEW_OUT + t % FEW_OUT)
     tl.store(planes, rounded(taps, planes.dtype.element_ty), mask=inside & (t < 9 * FEW_OUT))
-
-
-@functools.cache
-def generation(device: torch.device) -> int:
-    """80 or 90 where the device is of the kind that the block sizes below were compiled for, else 0."""
-    if device.type == "cpu":
-        return 90  # interpreted: the larger blocks
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 90 if major == 9 else 80 if (major, minor) == (8, 0) else 0
 
 
 def fused_blocks(

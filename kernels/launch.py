@@ -1,6 +1,7 @@
 """What every launch shares: where kernels run, block sizes, and the device guard."""
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -19,3 +20,14 @@ def on_device_of(x: Tensor):
 def cover(size: int) -> int:
     """The smallest power of two that a block of a matrix product may have and that covers `size`."""
     return max(SMALLEST_DOT, triton.next_power_of_2(size))
+
+
+@functools.cache
+def generation(device: torch.device) -> int:
+    """80 or 90 where the device is of the kind that block sizes were chosen for, else 0."""
+    if device.type == "cpu":
+        return 90  # interpreted: the larger blocks
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 90 if major == 9 else 80 if (major, minor) == (8, 0) else 0

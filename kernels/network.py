@@ -12,7 +12,8 @@ from torch import Tensor
 from flowkern import network
 from flowkern.kernels.convolution import multiply, sum_taps
 from flowkern.kernels.folding import fold, unfold
-from flowkern.kernels.fused_network import fused_blocks, fused_trace, generation
+from flowkern.kernels.fused_network import fused_blocks, fused_trace
+from flowkern.kernels.launch import generation
 from flowkern.kernels.rounding import products_of
 from flowkern.kernels.weight_gradient import weight_gradient
 from flowkern.layout import channels_last

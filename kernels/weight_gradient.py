@@ -4,6 +4,7 @@ Each program adds up a run of pixels and leaves its partial sums, in an order th
 kernel that carries gradients back to the parameters adds up the parts (`flowkern.kernels.folding`).
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, SHAPES, read_pixels, usual
-from flowkern.kernels.launch import cover, on_device_of
+from flowkern.kernels.launch import cover, generation, on_device_of
 from flowkern.kernels.rounding import product, products_of, small_blocks
 
 
@@ -59,13 +60,22 @@ def _weight_gradient_kernel(
         tl.store(sums + part * M + m, tl.sum(column, axis=0), mask=m < M)
 
 
-def blocks(m: int, n: int, gathered: str | None, dtype: torch.dtype, products: str) -> tuple[int, int, int, int]:
-    """Rows, columns and depth of a block, and warps. Gathering costs more instructions and registers than the products
-    that follow: where the left operand is gathered, few of its rows meet many columns.
+def blocks(
+    m: int, n: int, gathered: str | None, dtype: torch.dtype, products: str, generation: int
+) -> tuple[dict, int, int]:
+    """Block sizes, warps and stages.
+
+    In 16 bits on sm_90 as an H200 was fastest (docs/triton-network.md): where the right operand is gathered, deep
+    blocks of which fewer are under way; where none is, twice as many columns. Elsewhere gathering on the left costs
+    registers, so that few of its rows meet many columns.
     """
     most = 64 if small_blocks(products) else 128
-    rows, columns = min(cover(m), 64 if gathered == "left" else most), min(cover(n), most)
-    return rows, columns, 128 // dtype.itemsize, 8 if rows * columns >= 128 * 64 else 4
+    tuned = generation == 90 and dtype.itemsize == 2
+    rows = min(cover(m), 64 if gathered == "left" and not tuned else most)
+    columns = min(cover(n), 256 if tuned and gathered is None else most)
+    depth, stages = (256, 2) if tuned and gathered == "right" else (128, 3)
+    warps = 8 if rows * columns >= 128 * 64 else 4
+    return dict(BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth // dtype.itemsize), warps, stages
 
 
 def runs(pixels: int, tiles: int, block: int) -> tuple[int, int]:
@@ -89,16 +99,15 @@ def weight_gradient(
     images, _, height, width = left.shape
     pixels = images * height * width
     products = products_of(left.dtype)
-    block_m, block_n, block_k, warps = blocks(m, n, gathered, left.dtype, products)
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
-    run, parts = runs(pixels, tiles, block_k)
+    sizes, warps, stages = blocks(m, n, gathered, left.dtype, products, generation(left.device))
+    tiles = triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"])
+    run, parts = runs(pixels, tiles, sizes["BLOCK_K"])
     partial, sums = (torch.empty(s, dtype=torch.float32, device=left.device) for s in ((parts, m, n), (parts, m)))
     with on_device_of(left):
         _weight_gradient_kernel[(tiles, parts)](
             left, right, partial, sums, pixels, height, width, stride, M=m, N=n,
             LEFT=m // 9 if gathered == "left" else 0, RIGHT=n // 9 if gathered == "right" else 0,
-            PRECISION=products, RUN=run, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            num_warps=warps, num_stages=3,
+            PRECISION=products, RUN=run, **sizes, num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return partial, sums
 
@@ -106,21 +115,26 @@ def weight_gradient(
 def cases() -> Iterator[Case]:
     for precision, (dtype, products, levels) in PRECISIONS.items():
         word = "fp32" if dtype == torch.float32 else precision
-        for level, (pixels, few_in, few_out, hidden) in ((level, SHAPES[level]) for level in levels):
+        differ = dtype.itemsize == 2
+        for level, target in itertools.product(levels, (80, 90) if differ else (0,)):
+            pixels, few_in, few_out, hidden = SHAPES[level]
             convolutions = ((hidden, 9 * few_in, "right"), (hidden, hidden, None), (9 * few_out, hidden, "left"))
             for i, (m, n, gathered) in enumerate(convolutions, 1):
-                rows, columns, depth, warps = blocks(m, n, gathered, dtype, products)
-                run, _ = runs(pixels, triton.cdiv(m, rows) * triton.cdiv(n, columns), depth)
+                sizes, warps, stages = blocks(m, n, gathered, dtype, products, target)
+                tiles = triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"])
+                run, _ = runs(pixels, tiles, sizes["BLOCK_K"])
                 yield Case(
-                    f"weight_gradient {i} {precision} {level}",
+                    f"weight_gradient {i} {precision} {level}{f' for sm_{target}' if differ else ''}",
                     _weight_gradient_kernel,
                     {"left": f"*{word}", "right": "*fp32" if gathered == "right" else f"*{word}"}
                     | dict.fromkeys(("partial", "sums"), "*fp32")
                     | dict.fromkeys(("pixels", "height", "width", "stride"), "i32"),
                     dict(
                         M=m, N=n, LEFT=few_out if gathered == "left" else 0, RIGHT=few_in if gathered == "right" else 0,
-                        PRECISION=products, RUN=run, BLOCK_M=rows, BLOCK_N=columns, BLOCK_K=depth,
+                        PRECISION=products, RUN=run, **sizes,
                     ),
                     warps,
+                    stages,
                     integers=usual(level, few_out if gathered == "left" else 2 * few_in),
+                    **({"targets": (target,)} if differ else {}),
                 )  # fmt: skip

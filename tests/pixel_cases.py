@@ -154,6 +154,9 @@ def assert_doubles_within_budget(op, got, exact, single, exact_single, label):
     ulp = torch.finfo(DOUBLE).eps
     # A fourth ulp: the yardstick's error depends on the processor that PyTorch's loops are compiled for.
     budget = 3 * theirs * ulp / torch.finfo(FLOAT).eps + 4 * ulp
+    # Where exponentials round differently, a log-scale of up to 64 may be its neighbour, whose own exponential differs
+    # by half the distance of doubles there. The reference has that error too.
+    budget[0] += 16 * ulp if op in COUPLINGS else 0
     assert (ours <= budget).all(), f"{label}: errors (max, rms) {ours.tolist()}, budget {budget.tolist()}"
 
 

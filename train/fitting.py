@@ -131,3 +131,5 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
     warnings.filterwarnings("ignore", message=".*is recommended to use.*sync_dist=True.*")
+    # A captured step's nodes were made on the stream of the capture.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
