@@ -1,4 +1,6 @@
-"""`python -m bench.gpu_report FILE`: what `bench.gpu` measured, as docs/gpu.md and docs/gpu-memory.svg."""
+"""`python -m bench.gpu_report FILE`: what `bench.gpu` and `bench.gpu_network` measured, as docs/gpu-figures.md and, of
+memory against depth, docs/gpu-memory.svg.
+"""
 
 import argparse
 import json
@@ -27,7 +29,17 @@ def by_backend(rows: list[dict]) -> list[dict]:
     for row in rows:
         entry = found.setdefault((row["op"], row["channels"]), {"op": row["op"], "channels": row["channels"]})
         entry[row["backend"]] = row["GB/s"]
-        entry[f"{row['backend']} share"] = row["of copy"]
+    return list(found.values())
+
+
+def by_form(rows: list[dict]) -> list[dict]:
+    """One row a network's precision and sizes, with each form's microseconds, forward / backward."""
+    found: dict = {}
+    for row in rows:
+        if "forward us" in row:
+            sizes = {name: row[name] for name in ("precision", "hidden", "batch", "channels")}
+            entry = found.setdefault(tuple(sizes.values()), sizes)
+            entry[row["form"]] = f"{row['forward us']:.0f} / {row['backward us']:.0f}"
     return list(found.values())
 
 
@@ -40,13 +52,22 @@ def report(figures: dict) -> str:
     if "cut short" in figures:
         parts.append(f"Cut short {figures['cut short']}: what is missing was not measured.\n")
     if figures.get("ops"):
-        copy, *ops = figures["ops"]
+        copied, *ops = figures["ops"]
+        (what, speed), *_ = copied.items()
         parts.append(
-            "## Pixel ops\n\nGB/s, and the share of the copy bandwidth of the same run "
-            f"({copy['copy GB/s']:.0f} GB/s read and written); (raw_s, t) in bf16.\n\n"
+            f"## Pixel ops\n\nGB/s read and written; (raw_s, t) in bf16. For comparison, {what}: {speed:.0f}.\n\n"
             + markdown(by_backend(ops), {
-                "op": "{op}", "C": "{channels}", "PyTorch": "{reference:.0f} ({reference_share:.0%})",
-                "Triton": "{triton:.0f} ({triton_share:.0%})", "CUDA": "{cuda:.0f} ({cuda_share:.0%})",
+                "op": "{op}", "C": "{channels}", "PyTorch": "{reference:.0f}", "Triton": "{triton:.0f}",
+                "CUDA": "{cuda:.0f}",
+            }) + "\n"
+        )  # fmt: skip
+    if networks := by_form(figures.get("networks", ())):
+        parts.append(
+            "## Coupling networks\n\nOne step's, forward / what backward does in recompute mode, microseconds, from a "
+            "CUDA graph.\n\"cuDNN + ReLU\" is PyTorch's convolution with bias and ReLU fused.\n\n"
+            + markdown(networks, {
+                "network": "{precision}", "hidden": "{hidden}", "batch": "{batch}", "C": "{channels}",
+                "PyTorch (cuDNN)": "{cudnn}", "cuDNN + ReLU": "{cudnn_relu}", "Triton": "{triton}",
             }) + "\n"
         )  # fmt: skip
     if steps := [row for row in figures.get("steps", ()) if "name" in row]:
@@ -103,7 +124,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "docs", help="where the page and the plot go")
     arguments = parser.parse_args()
     figures = json.loads(arguments.file.read_text())
-    (arguments.folder / "gpu.md").write_text(report(figures))
+    network = arguments.file.with_name(arguments.file.name.replace("gpu-", "network-", 1))
+    if network.is_file():
+        figures["networks"] = json.loads(network.read_text())["rows"]
+    (arguments.folder / "gpu-figures.md").write_text(report(figures))
     if figures.get("depths"):
         plot(figures, arguments.folder / "gpu-memory.svg")
 

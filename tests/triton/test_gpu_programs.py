@@ -25,7 +25,7 @@ def test_the_benchmark_and_its_report(tmp_path):
     told = run("-m", "bench.gpu", "--trial", "--parts", "ops", "depths", "--out", str(tmp_path))
     assert told.count('"backend": "triton"') == told.count('"backend": "reference"') == 10
     run("-m", "bench.gpu_report", str(tmp_path / "gpu-trial.json"), "--folder", str(tmp_path))
-    page = (tmp_path / "gpu.md").read_text()
+    page = (tmp_path / "gpu-figures.md").read_text()
     assert page.count("| mix_vjp | 12 |") == 1 and page.count("| flowkern recompute | 2 |") == 1
     assert (tmp_path / "gpu-memory.svg").stat().st_size > 1000
 
