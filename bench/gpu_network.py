@@ -8,14 +8,10 @@ tf32: microseconds of a forward evaluation that keeps nothing, and of what one s
 - "cudnn": PyTorch's channels-last convolutions, which "auto" uses; "cudnn relu": those with cuDNN's bias + ReLU.
 
 Beside each the share of the FLOP/s that a large matrix product reaches in the same run, and the error against fp64.
-`--trial` runs everything tiny, on any device, and writes nothing.
+The largest sizes come first. `--trial` runs everything tiny, on any device, and writes nothing but to `--out`.
 """
 
-import argparse
 import itertools
-import json
-import time
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -24,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from bench import results
-from bench.gpu import PRECISIONS, Device, product_peak, set_precision
+from bench.gpu import PRECISIONS, Device, device_for, options, product_peak, record, set_precision
 from flowkern import network as plain
 from flowkern.kernels import network as kernels
 
@@ -137,26 +132,10 @@ def measure(device: Device, trial: bool):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_network", description=__doc__.splitlines()[0])
-    parser.add_argument("--trial", action="store_true", help="tiny sizes, any device, nothing written")
-    parser.add_argument("--seconds", type=float, default=420, help="stop after this long, the largest sizes come first")
-    parser.add_argument("--out", type=Path, help="a folder in which the JSON is written too")
+    parser = options("python -m bench.gpu_network", __doc__)
     arguments = parser.parse_args()
-    if not arguments.trial and not torch.cuda.is_available():
-        parser.error("torch finds no GPU; --trial tries the program on the CPU")
-    device = Device("cuda" if torch.cuda.is_available() else "cpu")
-    folders = ([] if arguments.trial else [results.RESULTS]) + ([arguments.out] if arguments.out else [])
-    name = "trial" if arguments.trial else torch.cuda.get_device_name().lower().replace(" ", "-")
-    figures, start = {"rows": []}, time.monotonic()
-    for row in measure(device, arguments.trial):
-        figures["rows"].append(row)
-        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
-        if time.monotonic() - start > arguments.seconds:
-            figures["cut short"] = f"after {arguments.seconds:.0f} s"
-        for folder in folders:  # after every row, so that a call that is cut off loses nothing
-            results.write(f"network-{name}", figures, folder)
-        if "cut short" in figures:
-            break
+    device = device_for(parser, arguments.trial)
+    record("network", (("rows", row) for row in measure(device, arguments.trial)), {"rows": []}, arguments)
 
 
 if __name__ == "__main__":

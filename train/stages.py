@@ -18,7 +18,12 @@ CALIBRATION_BATCHES = 8
 
 
 class _Stage(L.LightningModule):
-    """A model, its parameter groups and a learning rate that follows the budget."""
+    """A model, its parameter groups and a learning rate that follows the budget.
+
+    `run(batch)`, which every stage has, is what its model does in a step; `replayable`: whether CUDA graphs may do it.
+    """
+
+    replayable = True
 
     def __init__(self, model: nn.Module, config: Config, budget: Budget):
         super().__init__()
@@ -30,8 +35,13 @@ class _Stage(L.LightningModule):
             self.replayed = self.capture(torch.rand(data.part(self.config), 3, *[self.config.size] * 2).to(self.device))
 
     def capture(self, images: Tensor) -> graphs.Replayed | None:
-        """A step's forward and backward as CUDA graphs. images: of the size and number of a training batch's."""
-        raise NotImplementedError
+        """`run` as CUDA graphs, if it may be. images: of the size and number of a training batch's."""
+        return graphs.capture(self.model, self.run, images, self.config) if self.replayable else None
+
+    def run_or_replay(self, batch: Tensor, **options) -> Tensor:
+        """`run(batch, **options)`, in training as it was captured if it was."""
+        replayed = self.training and self.replayed and self.replayed.suits(batch)
+        return self.replayed.run(batch) if replayed else self.run(batch, **options)
 
     def on_train_end(self) -> None:
         self.replayed = None
@@ -68,14 +78,13 @@ class PriorStage(_Stage):
     model: Glow
 
     def bits_per_dim(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.model.bits_per_dim(batch["prior"], bits=self.config.bits).mean()
+        return self.run_or_replay(batch["prior"])
 
-    def capture(self, images: Tensor) -> graphs.Replayed:
-        return graphs.capture(self.model, lambda x: self.bits_per_dim({"prior": x}), images, self.config)
+    def run(self, images: Tensor) -> Tensor:
+        return self.model.bits_per_dim(images, bits=self.config.bits).mean()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        replayed = self.replayed and self.replayed.suits(batch["prior"])
-        loss = self.check_finite(self.replayed.run(batch["prior"]) if replayed else self.bits_per_dim(batch))
+        loss = self.check_finite(self.bits_per_dim(batch))
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -114,15 +123,14 @@ class UnfoldedStage(_Stage):
     def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         low, high = self.config.sigma, self.config.sigma_max or self.config.sigma
         y, options = self.measurement.measure(batch, low + (high - low) * batch["level"])
-        y = channels_last(y)
-        if self.training and self.replayed and self.replayed.suits(y):
-            return self.replayed.run(y).float(), batch["clean"]
-        return self.model(y, **options).float(), batch["clean"]
+        return self.run_or_replay(y, **options).float(), batch["clean"]
 
-    def capture(self, images: Tensor) -> graphs.Replayed | None:
-        if not self.measurement.is_identity:  # operators may take options of the batch, and iterate
-            return None
-        return graphs.capture(self.model, self.model, channels_last(images), self.config)
+    @property
+    def replayable(self) -> bool:
+        return self.measurement.is_identity  # operators may take options of the batch, and iterate
+
+    def run(self, y: Tensor, **options) -> Tensor:
+        return self.model(channels_last(y), **options)
 
     def on_validation_epoch_start(self) -> None:
         """Measure batch norms' statistics anew, with the weights as they are now.
