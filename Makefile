@@ -51,7 +51,7 @@ bench: .venv/ready
 gpu:
 	$(PYTHON) -m pip install --disable-pip-version-check -q --no-build-isolation --no-deps -e .
 	$(PYTHON) -m flowkern
-	$(PYTHON) -m pytest tests/gpu -q --durations=5 $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 8)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu -q --durations=5 $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo "-n 8")
 	$(PYTHON) -m bench.gpu --seconds $(BENCH_SECONDS) $(if $(OUT),--out $(OUT))
 	$(PYTHON) -m bench.gpu_network --seconds $(NETWORK_SECONDS) $(if $(OUT),--out $(OUT))
 	$(PYTHON) -m bench.gpu_report $$(ls -t bench/results/gpu-*.json | head -1) $(if $(OUT),--folder $(OUT))
