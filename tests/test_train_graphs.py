@@ -4,11 +4,12 @@ are a GPU's business (tests/gpu/test_graphs.py).
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import flowkern
-from train import graphs, ranks, stages
+from train import data, graphs, ranks, stages
 from train.budget import Budget
 from train.config import Config
 
@@ -64,9 +65,8 @@ def test_training_replays_and_validation_does_not(captured, precision):
     net = flowkern.Unfolded(flowkern.GlowProx(glow()), folds=2)
     of_net = stages.UnfoldedStage(net, config, Budget(None, None)).train()
     of_glow = stages.PriorStage(glow(), config, Budget(None, None)).train()
-    images = torch.rand(3, 3, 16, 16)
     for stage in (of_net, of_glow):
-        stage.replayed = stage.capture(images)
+        stage.capture(a_batch())
         stage.log = lambda *_, **__: None
     assert captured == [0, 0]
     for stage in (of_net, of_glow):
@@ -89,8 +89,29 @@ def test_training_replays_and_validation_does_not(captured, precision):
     assert [name for name, _ in net.named_modules() if "run" in name] == []
 
 
-def test_operators_are_not_captured(captured):
-    config = replace(CONFIG, operator="blur")
-    net = flowkern.Unfolded(flowkern.GlowProx(glow()), 2, config.measurement.operator(16))
-    assert stages.UnfoldedStage(net, config, Budget(None, None)).capture(torch.rand(3, 3, 16, 16)) is None
-    assert captured == []
+@pytest.mark.parametrize(
+    "measured",
+    [
+        {"operator": "inpaint"},
+        {"operator": "inpaint", "inpaint_hole": 5, "inpaint_seed": 1},
+        {"operator": "blur", "blur_sigma": 1.0},
+        {"operator": "sr"},
+        {"operator": "cs"},
+    ],
+)
+def test_operators_are_replayed_with_the_masks_of_the_batch(captured, measured):
+    config = replace(CONFIG, **measured, init="smooth")
+    made = config.measurement
+    net = flowkern.Unfolded(flowkern.GlowProx(glow()), 2, made.operator(16), init="smooth")
+    stage = stages.UnfoldedStage(net, config, Budget(None, None)).train()
+    stage.log = lambda *_, **__: None
+    stage.capture(data.random_batch(config, torch.device("cpu")))
+    for seed in range(2):
+        noise = torch.randn(3, *made.noise_shape(16), generator=torch.Generator().manual_seed(seed))
+        masks = torch.stack([made.mask(16, np.random.default_rng(seed + i)) for i in range(3)]) if made.varies else None
+        batch = a_batch() | {"noise": noise} | ({"mask": masks} if made.varies else {})
+        replayed = stage.training_step(batch, 0)
+        assert captured == [seed + 1]
+        y, given = made.measure(batch, config.sigma)
+        launched = torch.nn.functional.mse_loss(net(y, **given), batch["clean"])
+        torch.testing.assert_close(replayed, launched, rtol=1e-5, atol=0)

@@ -149,7 +149,7 @@ class Config(MeasurementSettings):
     cuda_graphs: bool = setting(
         "training",
         True,
-        "Replay a Glow's steps from CUDA graphs, where that is possible: on one GPU, in whole batches, denoising.",
+        "Replay a Glow's steps from CUDA graphs, where that is possible: on one GPU, in whole batches.",
     )
     checkpoint_steps: int | None = setting(
         "training", None, "Save the state of training every so many steps, beside once an epoch."

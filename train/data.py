@@ -279,6 +279,16 @@ def first_batch(data: Data, config: Config) -> dict[str, Tensor]:
     return default_collate([data.train[i] for i in range(config.batch)])
 
 
+def random_batch(config: Config, device: torch.device) -> dict[str, Tensor]:
+    """A batch of training samples' names and sizes, as many as are worked on at once, of random numbers."""
+    count, side, measurement = part(config), config.size, config.measurement
+    shapes = {"clean": (3, side, side), "noise": measurement.noise_shape(side), "prior": (3, side, side)}
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: torch.rand(count, *shape, generator=generator) for name, shape in shapes.items()}
+    batch |= {"level": torch.zeros(count), "mask": torch.ones(count, 1, side, side)}
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 def validation_loader(data: Data, config: Config) -> DataLoader:
     """Batches of validation samples, all of them in every process."""
     return DataLoader(data.val, part(config))

@@ -176,8 +176,21 @@ class Measurement:
             return Downsample(s["factor"])
         return RandomProjection((CHANNELS, side, side), s["ratio"], s["seed"]) if self.kind == "cs" else Identity()
 
+    def given(self, side: int, mask: Tensor | None, device: torch.device) -> dict:
+        """What methods are given with measurements of images of this side: their operator, by name, if it is needed.
+
+        mask: (N, 1, side, side) where each image has its own.
+        """
+        if self.is_identity:
+            return {}
+        if not self.varies:
+            return {"operator": self.operator(side).to(device)}
+        operator = Inpainting(torch.ones(1, side, side))
+        operator.mask = mask  # drawn here: checked as an argument it would have a GPU waited for
+        return {"operator": operator}
+
     def measure(self, batch: dict[str, Tensor], sigma: float | Tensor) -> tuple[Tensor, dict]:
-        """The measurement y of a batch of samples, and what methods are given with it: their operator, by name.
+        """The measurement y of a batch of samples, and what methods are `given` with it.
 
         batch: `clean` (N, 3, side, side), `noise` (N, *noise_shape), and `mask` (N, 1, side, side) if it varies.
         sigma: of the noise, a number or one an image (N,).
@@ -185,12 +198,13 @@ class Measurement:
         clean, noise = batch["clean"], batch["noise"]
         if isinstance(sigma, Tensor):
             sigma = sigma.reshape(-1, *[1] * (noise.ndim - 1))
+        given = self.given(clean.shape[-1], batch.get("mask"), clean.device)
         if self.is_identity:
-            return clean + sigma * noise, {}
-        operator = Inpainting(batch["mask"]) if self.varies else self.operator(clean.shape[-1]).to(clean.device)
+            return clean + sigma * noise, given
+        forward = given["operator"].forward
         if self.kind == "inpaint":  # a pixel that is not measured has no noise either
-            return operator.forward(clean + sigma * noise), {"operator": operator}
-        return operator.forward(clean) + sigma * noise, {"operator": operator}
+            return forward(clean + sigma * noise), given
+        return forward(clean) + sigma * noise, given
 
 
 def parts(y: Tensor, operator: Operator | None, count: int) -> Iterator[tuple[Tensor, dict]]:

@@ -241,12 +241,7 @@ def training_mib(net: Unfolded, config: Config) -> float:
     """The memory of one training step of this network at its own batch and size, see `memory.peak_mib`."""
     device = next(net.parameters()).device
     stage = UnfoldedStage(copy.deepcopy(net), config, Budget(None, None)).to(device).train()
-    count, side, measurement = data.part(config), config.size, config.measurement
-    shapes = {"clean": (3, side, side), "noise": measurement.noise_shape(side)}
-    generator = torch.Generator().manual_seed(0)
-    batch = {name: torch.rand(count, *shape, generator=generator) for name, shape in shapes.items()}
-    batch |= {"level": torch.zeros(count), "mask": torch.ones(count, 1, side, side)}
-    batch = {name: value.to(device) for name, value in batch.items()}
+    batch = data.random_batch(config, device)
     low = config.precision == "bf16-mixed"
 
     def step() -> None:

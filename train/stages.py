@@ -20,10 +20,9 @@ CALIBRATION_BATCHES = 8
 class _Stage(L.LightningModule):
     """A model, its parameter groups and a learning rate that follows the budget.
 
-    `run(batch)`, which every stage has, is what its model does in a step; `replayable`: whether CUDA graphs may do it.
+    Every stage has `inputs(batch)`, the tensors that its model works on, and `run(*inputs)`, what it does with them in
+    a step, which CUDA graphs may replay.
     """
-
-    replayable = True
 
     def __init__(self, model: nn.Module, config: Config, budget: Budget):
         super().__init__()
@@ -32,16 +31,16 @@ class _Stage(L.LightningModule):
 
     def on_train_start(self) -> None:
         if graphs.wanted(self.config, self.device):
-            self.replayed = self.capture(torch.rand(data.part(self.config), 3, *[self.config.size] * 2).to(self.device))
+            self.capture(data.random_batch(self.config, self.device))
 
-    def capture(self, images: Tensor) -> graphs.Replayed | None:
-        """`run` as CUDA graphs, if it may be. images: of the size and number of a training batch's."""
-        return graphs.capture(self.model, self.run, images, self.config) if self.replayable else None
+    def capture(self, batch: dict[str, Tensor]) -> None:
+        """Take `run` as CUDA graphs, for batches of the sizes of this one."""
+        self.replayed = graphs.capture(self.model, self.run, self.inputs(batch), self.config)
 
-    def run_or_replay(self, batch: Tensor, **options) -> Tensor:
-        """`run(batch, **options)`, in training as it was captured if it was."""
-        replayed = self.training and self.replayed and self.replayed.suits(batch)
-        return self.replayed.run(batch) if replayed else self.run(batch, **options)
+    def run_or_replay(self, *inputs: Tensor, **options) -> Tensor:
+        """`run(*inputs, **options)`, in training as it was captured if it was."""
+        replayed = self.training and self.replayed and self.replayed.suits(*inputs)
+        return self.replayed.run(*inputs) if replayed else self.run(*inputs, **options)
 
     def on_train_end(self) -> None:
         self.replayed = None
@@ -77,19 +76,19 @@ class PriorStage(_Stage):
     name = "prior"
     model: Glow
 
-    def bits_per_dim(self, batch: dict[str, Tensor]) -> Tensor:
-        return self.run_or_replay(batch["prior"])
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor]:
+        return (batch["prior"],)
 
     def run(self, images: Tensor) -> Tensor:
         return self.model.bits_per_dim(images, bits=self.config.bits).mean()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.check_finite(self.bits_per_dim(batch))
+        loss = self.check_finite(self.run_or_replay(*self.inputs(batch)))
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss = self.check_finite(self.bits_per_dim(batch))
+        loss = self.check_finite(self.run_or_replay(*self.inputs(batch)))
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["prior"]))
 
     def configure_optimizers(self) -> torch.optim.Adam:
@@ -120,17 +119,20 @@ class UnfoldedStage(_Stage):
         self.val_psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
         self.val_ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
 
-    def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The measurements, and the masks where every image has its own."""
         low, high = self.config.sigma, self.config.sigma_max or self.config.sigma
-        y, options = self.measurement.measure(batch, low + (high - low) * batch["level"])
-        return self.run_or_replay(y, **options).float(), batch["clean"]
+        y, _ = self.measurement.measure(batch, low + (high - low) * batch["level"])
+        return (y, batch["mask"]) if self.measurement.varies else (y,)
 
-    @property
-    def replayable(self) -> bool:
-        return self.measurement.is_identity  # operators may take options of the batch, and iterate
+    def run(self, y: Tensor, mask: Tensor | None = None, side: int | None = None) -> Tensor:
+        """side: of the images, default that of training."""
+        given = self.measurement.given(side or self.config.size, mask, y.device)
+        return self.model(channels_last(y), **given)
 
-    def run(self, y: Tensor, **options) -> Tensor:
-        return self.model(channels_last(y), **options)
+    def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        clean = batch["clean"]
+        return self.run_or_replay(*self.inputs(batch), side=clean.shape[-1]).float(), clean
 
     def on_validation_epoch_start(self) -> None:
         """Measure batch norms' statistics anew, with the weights as they are now.
