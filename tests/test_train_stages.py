@@ -72,7 +72,7 @@ def test_the_prior_is_trained_on_bits_per_dimension_of_its_bits(bits, pictures, 
     glow.initialize(batch["prior"])
     stage = stages.PriorStage(glow, tiny(pictures, tmp_path, bits=bits), budget.Budget(None, None))
     wanted = (-glow.log_prob(batch["prior"]) / (192 * math.log(2)) + bits).mean()
-    assert stage.run_or_replay(*stage.inputs(batch).item() == pytest.approx(wanted.item(), rel=1e-6))
+    assert stage.run_or_replay(*stage.inputs(batch)).item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_rates_are_the_paper_s_two_groups(pictures, tmp_path):
