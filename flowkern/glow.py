@@ -359,8 +359,7 @@ class Glow(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """log p(x), or log p(x | context), (N,) in nats, with z ~ N(0, I). x (N, C, H, W)."""
-        z, logdet = self(x, context)
-        return logdet - 0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi))
+        return standard_log_prob(*self(x, context))
 
     def bits_per_dim(self, x: Tensor, bits: int = 8, context: Tensor | None = None) -> Tensor:
         """-log_prob(x) / (D ln 2) + bits (N,): bits per dimension of images in [0, 1] that are already dequantised."""
@@ -516,6 +515,11 @@ class _Contexts(NamedTuple):
 
     vector: Tensor | None
     levels: list[Tensor | None]
+
+
+def standard_log_prob(z: Tensor, logdet: Tensor) -> Tensor:
+    """log p(x) (N,) in nats of what a flow maps to z (N, D) with log|det dz/dx| = logdet (N,), under z ~ N(0, I)."""
+    return logdet - 0.5 * (z.square().sum(dim=1) + z.shape[1] * math.log(2 * math.pi))
 
 
 def _named_network(name: str) -> None:

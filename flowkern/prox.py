@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import ops
-from flowkern.glow import Glow
+from flowkern.glow import Glow, standard_log_prob
 
 
 class GlowProx(nn.Module):
@@ -59,15 +59,17 @@ class GlowProx(nn.Module):
             raise ValueError("a GlowProx whose Glow has its own coupling network can't be made from its configuration")
         return cls(Glow(**glow, **options))
 
-    def forward(self, x: Tensor, scale: float | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, scale: float | Tensor | None = None, return_log_prob: bool = False):
         """x (N, C, H, W) -> (N, C, H, W). scale: a factor of lambda, >= 0: a number or a tensor of one, or one an image
-        (N,).
+        (N,). return_log_prob: return log p(x) (N,) in nats under the flow as well, which f has found on the way.
         """
-        z, _ = self.glow(x)
+        z, logdet = self.glow(x)
+        log_prob = standard_log_prob(z, logdet) if return_log_prob else None
         lam = self.lam if scale is None else self.lam * scale
         # The op and its kernels know one lambda for all; this keeps the same for backward, the latent.
         z = z / (1 + lam[:, None]) if lam.ndim else ops.shrink(z, lam, self.glow.backend)
-        return self.glow.inverse(z, x.shape[2:])
+        x = self.glow.inverse(z, x.shape[2:])
+        return (x, log_prob) if return_log_prob else x
 
     def mode(self, x: Tensor) -> Tensor:
         """The image of the latent mode, g(0), (1, C, H, W) of the size of x (N, C, H, W); differentiable."""

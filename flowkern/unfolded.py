@@ -125,7 +125,14 @@ class Unfolded(nn.Module):
             raise ValueError(f"final must be 'prox' or 'consistency', got {value!r}")
         self._final = value
 
-    def forward(self, y: Tensor, *, sigma: float | Tensor | None = None, operator=None) -> Tensor:
+    def forward(
+        self,
+        y: Tensor,
+        *,
+        sigma: float | Tensor | None = None,
+        operator=None,
+        return_log_prob: bool = False,
+    ):
         """The estimate of x (N, C, H, W) from the measurement y; it is not clipped.
 
         y: what the operator's `forward` gives, N first; for denoising (N, C, H, W), pixels in [0, 1] plus noise.
@@ -133,20 +140,35 @@ class Unfolded(nn.Module):
         image (N,). For a network with noise_aware=True, which wants it, and for no other.
         operator: what y was measured with, in place of the network's own: where each image has a mask or kernel of its
         own. The learnt steps stay as they are, so it should be of the same kind and norm.
+        return_log_prob: return (estimate, log_prob), log_prob (proxes that ran, N) in nats: of the image x~ of each
+        fold under its flow. Trained along with a small weight it keeps each flow a density; the error alone does not,
+        as it stays the same when a flow scales its latents and its inverse scales them back.
 
         Raises ValueError for a y or sigma that does not fit, TypeError for an operator that is none, or that exact
-        consistency can't use.
+        consistency can't use, and for return_log_prob with proxes that have no density.
         """
         operator = self.operator if operator is None else operator
         check_operator(operator)
         self._check(y, operator)
+        options = {"return_log_prob": True} if return_log_prob else {}
+        without = [type(prox).__name__ for prox in self.proxes if return_log_prob and not hasattr(prox, "glow")]
+        if without:
+            raise TypeError(f"return_log_prob=True wants proxes with a density, as GlowProx; {without[0]} has none")
         scale = self._scale(sigma, y)
+        if scale is not None:
+            options["scale"] = scale
         x = self._start(y, operator)
         last = len(self.proxes) - 1
+        log_probs = []
         for k, prox in enumerate(self.proxes):
             x = self._consistent(x, y, k, operator)
             if k < last or self.final == "prox":
-                x = prox(x) if scale is None else prox(x, scale)
+                x = prox(x, **options)
+                if return_log_prob:
+                    x, log_prob = x
+                    log_probs.append(log_prob)
+        if return_log_prob:
+            return x, torch.stack(log_probs) if log_probs else x.new_zeros(0, len(x))
         return x
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -58,9 +58,8 @@ def test_noise_is_drawn_from_the_range_or_fixed(pictures, tmp_path):
     for settings, wanted in (({}, [0.2, 0.2, 0.2]), ({"sigma": 0.1, "sigma_max": 0.3}, [0.1, 0.2, 0.3])):
         config = tiny(pictures, tmp_path, **settings)
         stage = stages.UnfoldedStage(torch.nn.Identity(), config, budget.Budget(None, None))
-        noisy, target = stage._estimate(batch)
+        (noisy,) = stage.estimate(batch)
         torch.testing.assert_close(noisy[:, 0, 0, 0], torch.tensor(wanted))
-        assert torch.equal(target, clean)
         assert stage.loss(batch).item() == pytest.approx(sum(s**2 for s in wanted) / 3)
     assert (tiny(pictures, "").trained_at(), config.trained_at()) == ("0.20", "0.10 to 0.30")
 
@@ -73,6 +72,44 @@ def test_the_prior_is_trained_on_bits_per_dimension_of_its_bits(bits, pictures, 
     stage = stages.PriorStage(glow, tiny(pictures, tmp_path, bits=bits), budget.Budget(None, None))
     wanted = (-glow.log_prob(batch["prior"]) / (192 * math.log(2)) + bits).mean()
     assert stage.run_or_replay(*stage.inputs(batch)).item() == pytest.approx(wanted.item(), rel=1e-6)
+
+
+def test_the_likelihood_is_trained_along_with_its_weight_and_validation_is_without(pictures, tmp_path):
+    glow = flowkern.Glow((3, 8, 8), levels=1, depth=1, hidden=4)
+    glow.initialize(torch.rand(8, 3, 8, 8))
+    net = flowkern.Unfolded(flowkern.GlowProx(glow, 0.3), folds=2)
+    batch = {"clean": torch.rand(4, 3, 8, 8), "noise": torch.randn(4, 3, 8, 8), "level": torch.zeros(4)}
+    losses = {}
+    for weight in (0.0, 0.5):
+        stage = stages.UnfoldedStage(net, tiny(pictures, tmp_path, likelihood=weight), budget.Budget(None, None))
+        losses[weight] = stage.loss(batch).item()
+        assert stage.eval().loss(batch).item() == pytest.approx(losses[0.0])
+        stage.train()
+    y = batch["clean"] + 0.2 * batch["noise"]
+    x, log_prob = net(y, return_log_prob=True)
+    assert losses[0.0] == pytest.approx((x - batch["clean"]).square().mean().item())
+    assert losses[0.5] == pytest.approx(losses[0.0] - 0.5 * log_prob.mean().item() / 192, rel=1e-5)
+    other = tiny(pictures, tmp_path, likelihood=0.5, prox="resnet", references=["tv"])
+    resnet = flowkern.Unfolded(flowkern.ResNetProx(3, 4), folds=2)
+    stages.UnfoldedStage(resnet, other, budget.Budget(None, None)).loss(batch).backward()
+
+
+def test_the_likelihood_holds_latents_at_unit_scale(pictures, tmp_path):
+    """At a rate at which they drift away without it."""
+
+    def largest_latent(likelihood):
+        given = {"steps": 40, "epoch_images": 24, "lr": 2e-2, "patience": 99, "lam": 0.3}
+        made = run.prepare(tiny(pictures, tmp_path / str(likelihood), likelihood=likelihood, **given))
+        net, seen = made.trained_network(), []
+        batch = torch.stack([made.data.train[i]["clean"] for i in range(4)])
+        hooks = [p.glow.register_forward_hook(lambda _, x, found: seen.append(found[0])) for p in net.proxes]
+        with torch.no_grad():
+            net(batch + 0.2 * torch.randn(batch.shape, generator=torch.Generator().manual_seed(0)))
+        assert len(hooks) == len(seen)
+        return max(z.square().mean().item() for z in seen)
+
+    free, held = largest_latent(0.0), largest_latent(1e-2)
+    assert held < 2 and free > 5 * held, (free, held)
 
 
 def test_rates_are_the_paper_s_two_groups(pictures, tmp_path):

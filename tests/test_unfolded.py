@@ -325,6 +325,32 @@ def test_gradient_in_the_noise_level():
     assert torch.autograd.gradcheck(lambda s: net(y, sigma=s).mean(), sigma)
 
 
+@pytest.mark.parametrize("final", ["prox", "consistency"])
+def test_log_prob_is_that_of_each_fold_s_image_and_changes_nothing_else(final):
+    net, y = make_net(final=final), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    seen = []
+    hooks = [prox.register_forward_pre_hook(lambda prox, args: seen.append((prox, args[0]))) for prox in net.proxes]
+    x, log_prob = net(y, return_log_prob=True)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(x, net(y)) and log_prob.shape == (3 if final == "prox" else 2, 2)
+    torch.testing.assert_close(log_prob, torch.stack([prox.glow.log_prob(image) for prox, image in seen]))
+
+    def objective(weight, y):
+        x, log_prob = net(y, return_log_prob=True)
+        return x.square().sum() + weight * log_prob.sum()
+
+    assert torch.autograd.gradcheck(lambda y: objective(0.01, y), y.requires_grad_(), fast_mode=True)
+    one = flowkern.Unfolded(net.proxes[0], 1, final="consistency")
+    assert one(y, return_log_prob=True)[1].shape == (0, 2)
+
+
+def test_log_prob_is_refused_where_there_is_no_density():
+    net = flowkern.Unfolded(flowkern.ResNetProx(3, 4), 2)
+    with pytest.raises(TypeError, match="wants proxes with a density, as GlowProx; ResNetProx has none"):
+        net(torch.rand(1, 3, 8, 8), return_log_prob=True)
+
+
 def test_step_size_one_is_the_measurement():
     """With mu = 1 the data-consistency step ends at y, so the sign of equation 7 is the gradient's."""
     net = flowkern.Unfolded(flowkern.GlowProx(make_glow()), folds=1, final="consistency", mu=1.0).double()

@@ -122,6 +122,13 @@ class Config(MeasurementSettings):
     sigma_max: float | None = setting(
         "denoising", None, "Train for a range: each image's noise level is drawn between sigma and this."
     )
+    likelihood: float = setting(
+        "denoising",
+        0.0,
+        "Weight, beside the mean squared error, of the negative log-likelihood (nats per number) of each fold's image "
+        "under its flow. It holds the latents' scale, which the error leaves free; without it (0, as in the paper) "
+        "learning rates must be far smaller.",
+    )
     lr: float = setting("denoising", 1e-5, "Learning rate of the proxes' weights (Adam).")
     lr_steps: float = setting("denoising", 1e-2, "Learning rate of the step sizes mu and the shrinkage lambda.")
     steps: int | None = setting("denoising", None, "End-to-end training stops after so many steps at the latest.")
@@ -212,7 +219,7 @@ class Config(MeasurementSettings):
             raise ValueError(f"consistency='exact' needs an exact inverse; {measurement.describe()} has none")
         if "denoiser" in self.references and not measurement.is_identity:
             raise ValueError(f"the reference 'denoiser' only denoises; the operator is {measurement.kind!r}")
-        for name in ("prior_noise", "warmup", "workers", "seed"):
+        for name in ("prior_noise", "likelihood", "warmup", "workers", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1")
         differ = self.seeds and len(set(self.seeds)) == len(self.seeds)

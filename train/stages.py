@@ -96,7 +96,8 @@ class PriorStage(_Stage):
 
 
 class UnfoldedStage(_Stage):
-    """End-to-end training of the unfolded network: minimises the mean squared error.
+    """End-to-end training of the unfolded network: minimises the mean squared error, and with it the flows' negative
+    log-likelihood as much as `--likelihood` says.
 
     calibration: makes the training batches on which batch norms' statistics are measured.
     """
@@ -125,14 +126,23 @@ class UnfoldedStage(_Stage):
         y, _ = self.measurement.measure(batch, low + (high - low) * batch["level"])
         return (y, batch["mask"]) if self.measurement.varies else (y,)
 
-    def run(self, y: Tensor, mask: Tensor | None = None, side: int | None = None) -> Tensor:
-        """side: of the images, default that of training."""
+    def run(self, y: Tensor, mask: Tensor | None = None, side: int | None = None) -> tuple[Tensor, ...]:
+        """The estimate and, where the likelihood is trained along, its log_prob. side: of the images, default that of
+        training.
+        """
         given = self.measurement.given(side or self.config.size, mask, y.device)
-        return self.model(channels_last(y), **given)
+        if self.training and self.with_likelihood:
+            return self.model(channels_last(y), return_log_prob=True, **given)
+        return (self.model(channels_last(y), **given),)
 
-    def _estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        clean = batch["clean"]
-        return self.run_or_replay(*self.inputs(batch), side=clean.shape[-1]).float(), clean
+    @property
+    def with_likelihood(self) -> bool:
+        return self.config.prox == "glow" and self.config.likelihood > 0
+
+    def estimate(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """What `run` finds for a batch, the estimate in 32 bits."""
+        found, *log_prob = self.run_or_replay(*self.inputs(batch), side=batch["clean"].shape[-1])
+        return found.float(), *log_prob
 
     def on_validation_epoch_start(self) -> None:
         """Measure batch norms' statistics anew, with the weights as they are now.
@@ -150,24 +160,30 @@ class UnfoldedStage(_Stage):
             norm.train()
         with torch.no_grad():
             for batch in itertools.islice(self.calibration(), CALIBRATION_BATCHES):
-                self._estimate({key: value.to(self.device) for key, value in batch.items()})
+                self.estimate({key: value.to(self.device) for key, value in batch.items()})
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The mean squared error on a batch."""
-        return nn.functional.mse_loss(*self._estimate(batch))
+        """What training minimises on a batch."""
+        return sum(self._losses(self.estimate(batch), batch["clean"]))
+
+    def _losses(self, found: tuple[Tensor, ...], clean: Tensor) -> list[Tensor]:
+        """The mean squared error and, where it is trained along, the weighted likelihood."""
+        estimate, *log_prob = found
+        error = nn.functional.mse_loss(estimate, clean)
+        return [error, *(-self.config.likelihood * d.mean() / clean[0].numel() for d in log_prob)]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        estimate, clean = self._estimate(batch)
-        loss = self.check_finite(nn.functional.mse_loss(estimate, clean))
-        self.log("loss", loss, prog_bar=True)
-        self.log("psnr", psnr(estimate.detach().clamp(0, 1), clean).mean(), prog_bar=True)
-        return loss
+        found, clean = self.estimate(batch), batch["clean"]
+        losses = self._losses(found, clean)
+        self.log("loss", losses[0], prog_bar=True)
+        self.log("psnr", psnr(found[0].detach().clamp(0, 1), clean).mean(), prog_bar=True)
+        return self.check_finite(sum(losses))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        estimate, clean = self._estimate(batch)
+        (estimate,), clean = self.estimate(batch), batch["clean"]
         self.log("val_loss", self.check_finite(nn.functional.mse_loss(estimate, clean)), batch_size=len(clean))
         self.val_psnr(estimate.clamp(0, 1), clean)
         self.val_ssim(estimate.clamp(0, 1), clean)
