@@ -112,10 +112,10 @@ def find_cuda() -> Cuda:
 def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
     """Write build.ninja and run it. Raises CompileError, or CudaError if only CUDA units failed, with one line."""
     try:
-        import ninja
         import pybind11
     except ImportError as error:
         raise CompileError(f"the build needs {error.name}, which is not installed") from error
+    ninja = _ninja()
     compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
     folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,19 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
     # In turn, so that what fails is known to be CUDA's or not.
     for target, kind in ([("all.cuda", CudaError)] if cuda else []) + [
             ("all.compile", CompileError), (str(output), CudaError if cuda else CompileError)]:
-        _run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), target], "compiling the extension failed", kind)
+        _run([ninja, "-C", str(folder), target], "compiling the extension failed", kind)
+
+
+def _ninja() -> str:
+    """The program: of the Python package, or the system's. Raises CompileError if there is neither."""
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError as error:
+        if found := shutil.which("ninja"):
+            return found
+        raise CompileError("the build needs ninja, which is not installed") from error
 
 
 def _quoted(text: str) -> str:

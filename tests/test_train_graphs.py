@@ -44,6 +44,10 @@ def glow():
     return made
 
 
+def loss_of(output):
+    return output["loss"] if isinstance(output, dict) else output
+
+
 def a_batch(count=3):
     generator = torch.Generator().manual_seed(count)
     batch = {name: torch.rand(count, 3, 16, 16, generator=generator) for name in ("clean", "noise", "prior")}
@@ -71,11 +75,11 @@ def test_training_replays_and_validation_does_not(captured, precision):
     assert captured == [0, 0]
     for stage in (of_net, of_glow):
         before = sum(captured)
-        replayed = stage.training_step(a_batch(), 0)
+        replayed = loss_of(stage.training_step(a_batch(), 0))
         assert sum(captured) == before + 1
         stage.training_step(a_batch(2), 0)  # another shape than was captured
         stage.replayed, kept = None, stage.replayed
-        assert torch.equal(stage.training_step(a_batch(), 0), replayed)
+        assert torch.equal(loss_of(stage.training_step(a_batch(), 0)), replayed)
         stage.replayed = kept
         assert sum(captured) == before + 1
     of_net.eval()
@@ -93,6 +97,7 @@ def test_training_replays_and_validation_does_not(captured, precision):
     "measured",
     [
         {"operator": "inpaint"},
+        {"operator": "inpaint", "likelihood": 1e-3},
         {"operator": "inpaint", "inpaint_hole": 5, "inpaint_seed": 1},
         {"operator": "blur", "blur_sigma": 1.0},
         {"operator": "sr"},
@@ -110,8 +115,9 @@ def test_operators_are_replayed_with_the_masks_of_the_batch(captured, measured):
         noise = torch.randn(3, *made.noise_shape(16), generator=torch.Generator().manual_seed(seed))
         masks = torch.stack([made.mask(16, np.random.default_rng(seed + i)) for i in range(3)]) if made.varies else None
         batch = a_batch() | {"noise": noise} | ({"mask": masks} if made.varies else {})
-        replayed = stage.training_step(batch, 0)
+        replayed = loss_of(stage.training_step(batch, 0))
         assert captured == [seed + 1]
         y, given = made.measure(batch, config.sigma)
-        launched = torch.nn.functional.mse_loss(net(y, **given), batch["clean"])
+        launched, log_prob = net(y, return_log_prob=True, **given)
+        launched = torch.nn.functional.mse_loss(launched, batch["clean"]) - config.likelihood * log_prob.mean() / 768
         torch.testing.assert_close(replayed, launched, rtol=1e-5, atol=0)

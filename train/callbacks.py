@@ -94,7 +94,9 @@ class Recorder(L.Callback):
 
     def on_train_batch_end(self, trainer, stage, outputs, batch, batch_idx: int) -> None:
         seconds, images = time.monotonic() - self._start, len(batch["clean"]) * trainer.world_size
-        self._losses.append(outputs["loss"].detach() * stage.config.accumulate)
+        # Lightning divides the loss by the parts of a batch, and no more than that.
+        loss = outputs["error"] if "error" in outputs else outputs["loss"].detach() * stage.config.accumulate
+        self._losses.append(loss)
         self._seconds += seconds
         self._images += images
         stage.log("img/s", images / seconds, prog_bar=True, logger=False)

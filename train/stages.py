@@ -175,12 +175,13 @@ class UnfoldedStage(_Stage):
         error = nn.functional.mse_loss(estimate, clean)
         return [error, *(-self.config.likelihood * d.mean() / clean[0].numel() for d in log_prob)]
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The loss; and the squared error alone, which can be compared with validation's."""
         found, clean = self.estimate(batch), batch["clean"]
         losses = self._losses(found, clean)
         self.log("loss", losses[0], prog_bar=True)
         self.log("psnr", psnr(found[0].detach().clamp(0, 1), clean).mean(), prog_bar=True)
-        return self.check_finite(sum(losses))
+        return {"loss": self.check_finite(sum(losses)), "error": losses[0].detach()}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         (estimate,), clean = self.estimate(batch), batch["clean"]
