@@ -65,7 +65,7 @@ class _Stage(L.LightningModule):
             value = loss.item() if not torch.isfinite(loss) else "infinite or NaN in another process"
             raise FloatingPointError(
                 f"the {self.name} loss became {value} at step {self.global_step}: lower the "
-                f"learning rate, set --clip, or keep --scale softclamp"
+                f"learning rate, raise --likelihood, or keep --scale softclamp"
             )
         return loss
 
