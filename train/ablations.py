@@ -17,6 +17,7 @@ VARIANTS: dict[str, dict] = {
     "starts at y": {"init": "adjoint"},
     "ends with data consistency": {"final": "consistency"},
     "lambda starts at 0.05": {"lam": 0.05},
+    "likelihood trained along": {"likelihood": 1e-3},
     "activations stored": {"memory": "store"},
 }
 # The settings on which pre-training depends: variants that agree in them share a prior.
@@ -62,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Command(
             "ablations",
             "Train the unfolded Glow with the settings given and with one of them changed at a time: pre-training, its "
-            f"noise, the coupling's scale, tied folds, the start, the readout, memory ({', '.join(VARIANTS)}). The "
-            "same command continues where an interruption left off.",
+            f"noise, the coupling's scale, tied folds, the start, the readout, the loss, memory "
+            f"({', '.join(VARIANTS)}). The same command continues where an interruption left off.",
             hidden=("start", "comparison"),
         ).parse(arguments)
         settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None)
