@@ -15,3 +15,8 @@ def batched_or_forward() -> bool:
         return False
     stack = get_interpreter_stack() or []
     return forward_ad._current_level >= 0 or any(level.key().name in ("Vmap", "Jvp") for level in stack)
+
+
+def is_transformed() -> bool:
+    """Whether this runs under any transform of torch.func, or under forward-mode differentiation."""
+    return batched_or_forward() or bool(get_interpreter_stack())

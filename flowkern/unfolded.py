@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkern import ops, saving
-from flowkern.operators import Identity, Operator, exact_consistency, smoothest
+from flowkern import saving
+from flowkern.consistency import exact_step, gradient_step
+from flowkern.layout import in_order_of
+from flowkern.operators import Identity, Operator, smoothest
 from flowkern.operators import from_config as operator_from_config
 from flowkern.operators.base import check_operator
 from flowkern.prox import PROXES, inverse_softplus
@@ -51,8 +53,10 @@ class Unfolded(nn.Module):
         in the posterior. It needs proxes with a lambda, as `GlowProx`. sigma_ref: where the lambdas are as learnt.
         The default is the level at which the paper trains.
 
-    What is kept for backward is a few images per fold and what the proxes keep, which for a `GlowProx` in recompute
-    mode is one latent: memory does not grow with the depth of the flow.
+    What is kept for backward is what the proxes keep, which for a `GlowProx` in recompute mode is its result: an image
+    a fold, whatever the depth of the flow. Data consistency adds nothing to it with the operators of
+    `flowkern.operators` (and those registered in OPERATORS), whose steps are computed again in backward; a user's own
+    operator is differentiated by autograd, and keeps what that keeps.
 
     Raises TypeError for a prox, operator or init of the wrong kind, exact consistency with an operator that has none,
     and noise awareness with a prox that has none, ValueError for wrong values.
@@ -161,6 +165,8 @@ class Unfolded(nn.Module):
         last = len(self.proxes) - 1
         log_probs = []
         for k, prox in enumerate(self.proxes):
+            if k == 1 and isinstance(operator, Identity):
+                y = in_order_of(y, x)  # as the proxes lay images out: once for all folds, each of which keeps it
             x = self._consistent(x, y, k, operator)
             if k < last or self.final == "prox":
                 x = prox(x, **options)
@@ -271,14 +277,8 @@ class Unfolded(nn.Module):
     def _consistent(self, x: Tensor, y: Tensor, fold: int, operator) -> Tensor:
         """x, drawn towards the images whose measurement is y."""
         if self.consistency == "exact":
-            return exact_consistency(operator, x, y, F.softplus(self.raw_rho[fold]))
-        mu = self.mu[fold]
-        if isinstance(operator, Identity):
-            return ops.data_consistency(x, y, mu)
-        measured = operator.forward(x)
-        if measured.shape != y.shape:
-            raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
-        return x - mu * operator.adjoint(measured - y)
+            return exact_step(operator, x, y, F.softplus(self.raw_rho[fold]))
+        return gradient_step(operator, x, y, self.mu[fold])
 
 
 def _norm(operator, prox: nn.Module) -> float:

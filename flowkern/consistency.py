@@ -1,0 +1,74 @@
+"""The data consistency of a fold, which draws an image towards those whose measurement is y.
+
+Of an exact step, and of a gradient step, only image, measurement, weight and the operator's own tensors are kept for
+backward, all of which exist anyway: the residual, Fourier coefficients and mirrored borders are made again.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from flowkern import ops, transforms
+from flowkern.operators import OPERATORS, Identity, exact_consistency
+
+
+def gradient_step(operator, x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
+    """x - mu A^T (A x - y). x (N, C, H, W), y as `operator.forward` gives it, mu (). Differentiable.
+
+    Raises ValueError for a y that does not fit.
+    """
+    if isinstance(operator, Identity):
+        return ops.data_consistency(x, y, mu)
+    return _recomputed(_gradient, operator, x, y, mu)
+
+
+def exact_step(operator, x: Tensor, y: Tensor, rho: Tensor) -> Tensor:
+    """`flowkern.operators.exact_consistency`, kept for backward as the module says."""
+    return _recomputed(exact_consistency, operator, x, y, rho)
+
+
+def _gradient(operator, x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
+    measured = operator.forward(x)
+    if measured.shape != y.shape:
+        raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
+    return x - mu * operator.adjoint(measured - y)
+
+
+class _Applied(nn.Module):
+    """A step by an operator as a module, whose tensors may then be given."""
+
+    def __init__(self, step: Callable, operator: nn.Module):
+        super().__init__()
+        self.step, self.operator = step, operator
+
+    def forward(self, *arguments):
+        return self.step(self.operator, *arguments)
+
+
+def _recomputed(step: Callable, operator, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """step(operator, x, y, weight), computed again in backward; ordinary autograd for operators that may not do the
+    same twice, and where torch.compile or torch.func would have to see through the recomputation.
+    """
+    if not _is_pure(operator) or not torch.is_grad_enabled() or _is_traced():
+        return step(operator, x, y, weight)
+    applied = _Applied(step, operator)
+    tensors = dict(applied.named_parameters()) | dict(applied.named_buffers())
+
+    # The tensors are arguments, so that backward has those of now, whatever mask the operator has by then.
+    def run(x, y, weight, *values):
+        return functional_call(applied, dict(zip(tensors, values, strict=True)), (x, y, weight))
+
+    return checkpoint(run, x, y, weight, *tensors.values(), use_reentrant=False, preserve_rng_state=False)
+
+
+def _is_pure(operator) -> bool:
+    """Whether an operator, and all that it is composed of, is of a kind that does the same when it is run again."""
+    known = OPERATORS.get(type(operator).__name__) is type(operator)
+    return known and all(map(_is_pure, getattr(operator, "operators", ())))
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or transforms.is_transformed()

@@ -1,0 +1,101 @@
+"""Data consistency that is computed again in backward: ordinary autograd's gradients, with whatever happens between."""
+
+import pytest
+import torch
+from test_unfolded import EXACT, MEASUREMENTS, make_net, measured, pixels
+
+import flowkern
+from flowkern import consistency
+from flowkern.operators import Blur, Compose, Identity, Inpainting, Operator, exact_consistency, gaussian_kernel
+
+STEPS = [(name, "gradient") for name in MEASUREMENTS if name != "identity"] + [(name, "exact") for name in EXACT]
+
+
+def images(n=2):
+    return torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def step(kind, operator, x, y, weight):
+    return {"gradient": consistency.gradient_step, "exact": consistency.exact_step}[kind](operator, x, y, weight)
+
+
+def plain(kind, operator, x, y, weight):
+    if kind == "exact":
+        return exact_consistency(operator, x, y, weight)
+    return x - weight * operator.adjoint(operator.forward(x) - y)
+
+
+@pytest.mark.parametrize("n", [2, 0])
+@pytest.mark.parametrize(("name", "kind"), STEPS)
+def test_gradients_are_autograd_s_and_so_are_second_ones(name, kind, n):
+    if n == 0 and name == "own":
+        return
+    operator, weight = MEASUREMENTS[name](), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    x, y = images(n).requires_grad_(), measured(operator, n).detach().requires_grad_()
+    inputs, found = [x, y, weight, *getattr(operator, "parameters", list)()], {}
+    for function in (step, plain):
+        out = function(kind, operator, x, y, weight)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True, materialize_grads=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs, materialize_grads=True)
+        found[function] = out, *first, *second
+    for a, b in zip(found[step], found[plain], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_backward_has_the_mask_of_forward(wrapped):
+    """As autograd has: another one in its place does nothing to it, and one that is written over is an error."""
+    inner, x = Inpainting(pixels(8, 8)), images().requires_grad_()
+    operator = Compose(inner) if wrapped else inner
+    y, mu = measured(operator), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    before = inner.mask
+    wanted = torch.autograd.grad(plain("gradient", operator, x, y, mu).square().sum(), [x, mu])
+    out = step("gradient", operator, x, y, mu).square().sum()
+    inner.mask = 1 - before
+    found = torch.autograd.grad(out, [x, mu])
+    assert all(torch.allclose(a, b) for a, b in zip(found, wanted, strict=True)) and not torch.equal(inner.mask, before)
+    out = step("gradient", operator, x, y, mu).square().sum()
+    inner.mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out, [x, mu])
+
+
+def test_only_the_library_s_own_kinds_are_run_again(monkeypatch):
+    calls = []
+
+    class Counting(Operator):
+        def forward(self, x):
+            calls.append(0)
+            return x
+
+        adjoint = forward
+
+    for operator in (Counting(), Compose(Counting(), Identity())):
+        calls.clear()
+        step("gradient", operator, images().requires_grad_(), images(), torch.tensor(0.3)).sum().backward()
+        assert len(calls) == 2
+    monkeypatch.setattr(Inpainting, "forward", lambda self, x: calls.append(0) or x * self._mask_for(x))
+    calls.clear()
+    out = step("gradient", Inpainting(pixels(8, 8)), images(), images(), torch.tensor(0.3, requires_grad=True))
+    assert len(calls) == 2
+    out.sum().backward()
+    assert len(calls) > 2
+
+
+@pytest.mark.parametrize("consistency", ["gradient", "exact"])
+@pytest.mark.parametrize("name", ["identity", "blur"])
+def test_a_network_is_compiled_whole(name, consistency):
+    operator = {"identity": Identity, "blur": lambda: Blur(gaussian_kernel(1.0, 3))}[name]()
+    net = make_net(2, torch.float32, operator=operator, consistency=consistency)
+    y = measured(operator, dtype=torch.float32)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(y).square().sum(), list(net.parameters()))
+    for a, b in zip(found, torch.autograd.grad(net(y).square().sum(), list(net.parameters())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_by_torch_func():
+    operator, y = MEASUREMENTS["blur"](), images()
+    net = flowkern.Unfolded(torch.nn.Identity(), 2, operator, init="adjoint").double()
+    found = torch.func.grad(lambda y: net(y).square().sum())(y)
+    torch.testing.assert_close(found, torch.autograd.grad(net(y.requires_grad_()).square().sum(), y)[0])
