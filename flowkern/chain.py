@@ -99,7 +99,7 @@ def _total(logdets: list[Tensor]) -> Tensor:
 def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, scale, alpha, table, memory):
     """Reverse-mode derivative of `_run`. x is its input, v its output (the one that `memory` doesn't use is ignored).
 
-    Returns dx, dmatrix, doffset and the list of parameter gradients.
+    Returns dx, dmatrix, doffset, the list of parameter gradients and, in "recompute", the input as it was rebuilt.
     """
     count = len(matrix)
     steps = range(count)
@@ -145,7 +145,7 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
             anchor = kept[position][0] if kept[position] else None
             v, g = through_mix(k, v, g, False) if anchor is None else (anchor, through_mix(k, anchor, g, True)[1])
         del h, hidden
-    return g, dmatrix, doffset, [d for step in dparameters for d in step]
+    return g, dmatrix, doffset, [d for step in dparameters for d in step], v
 
 
 def _sizes(count: int, memory: str, anchor_every: int) -> list[int]:
@@ -209,15 +209,17 @@ def _chain_vjp_op(
     table = backends.table(g.device, backend, g.dtype)
     nets = network.StandardNets(parameters, dtype, table)
     mixes = (matrix, offset, inverse)
-    dx, dmatrix, doffset, dparameters = _vjp(
+    dx, dmatrix, doffset, dparameters, rebuilt = _vjp(
         x, v, g, glogdet, kept, *mixes, nets, need, reverse, scale, alpha, table, memory
     )
-    return dx, dmatrix, doffset, [d for d in dparameters if d is not None]
+    rebuilt = rebuilt if memory == "recompute" else g.new_empty(0)
+    return dx, dmatrix, doffset, [d for d in dparameters if d is not None], rebuilt
 
 
 def _chain_vjp_fake(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, need, *settings):
     wanted = [torch.empty_like(p) for p, needed in zip(parameters, need, strict=True) if needed]
-    return torch.empty_like(g), torch.empty_like(matrix), torch.empty_like(offset), wanted
+    rebuilt = torch.empty_like(g) if settings[-2] == "recompute" else g.new_empty(0)
+    return torch.empty_like(g), torch.empty_like(matrix), torch.empty_like(offset), wanted, rebuilt
 
 
 _SETTINGS = "bool reverse, str scale, float alpha, str backend, ScalarType dtype, str memory, int anchor_every"
@@ -229,7 +231,7 @@ ops.define(
 )
 ops.define(
     "chain_vjp(Tensor? x, Tensor? v, Tensor g, Tensor glogdet, Tensor[] kept, Tensor matrix, Tensor offset, "
-    f"Tensor inverse, Tensor[] parameters, bool[] need, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    f"Tensor inverse, Tensor[] parameters, bool[] need, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor[], Tensor)",
     _chain_vjp_op,
     _chain_vjp_fake,
 )
@@ -283,7 +285,7 @@ class _StandardChain(Function):
             return _double(memory, boundary, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha)
         stored = memory != "recompute"
         need = list(ctx.needs_input_grad[5:])
-        dx, dmatrix, doffset, found = ops.raw.chain_vjp(
+        dx, dmatrix, doffset, found, _ = ops.raw.chain_vjp(
             boundary if stored else None,
             None if stored else boundary,
             g,
@@ -342,7 +344,7 @@ class _LocalChain(Function):
             return dx, dmatrix, doffset, None, dcontext, None, None, *found
         stored = memory != "recompute"
         nets.dcontext = None
-        dx, dmatrix, doffset, dparameters = _vjp(
+        dx, dmatrix, doffset, dparameters, _ = _vjp(
             boundary if stored else None,
             None if stored else boundary,
             g,
@@ -382,16 +384,21 @@ class _Differentiable:
 def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha):
     """The first derivative as a differentiable function of everything, by the reference's formulas."""
     if memory != "store":
-        raise RuntimeError(
-            f"a second derivative was asked for (create_graph=True) in memory={memory!r}, which keeps no "
-            "graph to differentiate; use memory='store'"
-        )
+        raise no_second_derivative(memory)
     inputs = [x, matrix, offset, *parameters]
     wanted = [i for i in inputs if i.requires_grad]
     out, logdet = reference_chain(x, matrix, offset, nets, reverse, scale, alpha)
     found = iter(torch.autograd.grad([out, logdet], wanted, [g, glogdet], create_graph=True, allow_unused=True))
     dx, dmatrix, doffset, *dparameters = (next(found) if i.requires_grad else None for i in inputs)
     return dx, dmatrix, doffset, None, None, *dparameters
+
+
+def no_second_derivative(memory: str) -> RuntimeError:
+    """What is raised when backward under create_graph=True meets a mode without a graph."""
+    return RuntimeError(
+        f"a second derivative was asked for (create_graph=True) in memory={memory!r}, which keeps no "
+        "graph to differentiate; use memory='store'"
+    )
 
 
 def reference_chain(
@@ -415,11 +422,12 @@ def reference_chain(
 
 def reads_blocks(nets: Sequence[nn.Module], x: Tensor, backend: str) -> bool:
     """Whether `chain` takes an image's blocks instead of the squeezed image, and so saves a pass over it."""
-    return is_standard(nets) and _has_squeeze_mix(x.device, x.dtype, backend)
+    return is_standard(nets) and has_squeeze_mix(x.device, x.dtype, backend)
 
 
 @torch.compiler.assume_constant_result
-def _has_squeeze_mix(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+def has_squeeze_mix(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+    """Whether the backend mixes blocks of an image as they lie."""
     return backends.table(device, backends.resolve(device, backend), dtype).squeeze_mix is not None
 
 

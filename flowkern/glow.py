@@ -283,11 +283,7 @@ class Glow(nn.Module):
         (N, context_channels, h, w), which are averaged to the size of each level. Differentiable in both.
         The first forward in training mode initialises the ActNorms from x.
         """
-        x = self._check_image(x)
-        if self.training and not self.is_initialized:
-            if torch.compiler.is_compiling():
-                raise RuntimeError("this Glow is not initialised; call glow.initialize(x) before compiling it")
-            self.initialize(x, context)
+        x = self.ready(x, context)
         contexts = self._contexts(context, x.shape[0], x.shape[2:])
         x = x - self.shift
         logdet = x.new_zeros(x.shape[0])
@@ -303,6 +299,17 @@ class Glow(nn.Module):
         emitted.append(x)
         # A level's latents are flattened pixel by pixel, as they lie in memory.
         return torch.cat([part.permute(0, 2, 3, 1).flatten(1) for part in emitted], dim=1), logdet + d
+
+    def ready(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Images x as the levels take them: checked, and of the parameters' dtype. In training mode the first ones
+        initialise the ActNorms.
+        """
+        x = self._check_image(x)
+        if self.training and not self.is_initialized:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("this Glow is not initialised; call glow.initialize(x) before compiling it")
+            self.initialize(x, context)
+        return x
 
     def inverse(
         self,
@@ -459,7 +466,7 @@ class Glow(nn.Module):
             raise ValueError(f"height and width must be divisible by 2^levels = {unit}, got {h}x{w}")
         return int(h), int(w)
 
-    def _check_tensor(self, x: Tensor, what: str, finite: bool | None = None) -> None:
+    def _check_tensor(self, x: Tensor, what: str, finite: bool = False) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected {what}s as a torch.Tensor, got {type(x).__name__}")
         if not x.is_floating_point():
@@ -471,11 +478,13 @@ class Glow(nn.Module):
             raise TypeError(
                 f"the {what}s are torch.float64 and the Glow is {like.dtype}; call glow.double() or x.float()"
             )
-        wanted = self.check_finite if finite is None and self.check_finite is not None else finite
-        wanted = x.device.type == "cpu" if wanted is None else wanted
-        traced = torch.compiler.is_compiling() or transforms.batched_or_forward()
-        if wanted and not traced and not bool(torch.isfinite(x).all()):
-            raise ValueError(f"the {what}s contain NaN or infinite values")
+        if self.checks_values(x.device, finite):
+            refuse_non_finite(x, what)
+
+    def checks_values(self, device: torch.device, always: bool = False) -> bool:
+        """Whether NaN and infinities are looked for in what is on a device; never in what is traced."""
+        wanted = always or (device.type == "cpu" if self.check_finite is None else self.check_finite)
+        return wanted and not (torch.compiler.is_compiling() or transforms.batched_or_forward())
 
     def _contexts(self, context: Tensor | None, n: int, size: Sequence[int]) -> "_Contexts":
         """What the priors and each level's networks read of the context."""
@@ -501,13 +510,19 @@ class Glow(nn.Module):
         sizes = [(size[0] >> i + 1, size[1] >> i + 1) for i in range(levels)]
         return _Contexts(None, [F.adaptive_avg_pool2d(context, s) for s in sizes])
 
-    def _check_image(self, x: Tensor, finite: bool | None = None) -> Tensor:
+    def _check_image(self, x: Tensor, finite: bool = False) -> Tensor:
         self._check_tensor(x, "image", finite)
         c, h, w = self.size
         if x.dim() != 4 or x.shape[1] != c:
             raise ValueError(f"expected images of shape (N, {c}, H, W), got {tuple(x.shape)}")
         self._check_divisible(x.shape[2:])
         return x.to(next(self.parameters()).dtype)
+
+
+def refuse_non_finite(x: Tensor, what: str) -> None:
+    """Raises ValueError for NaN and infinities."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"the {what}s contain NaN or infinite values")
 
 
 class _Contexts(NamedTuple):

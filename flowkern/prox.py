@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkern import ops
+from flowkern import ops, shrinkage
 from flowkern.glow import Glow, standard_log_prob
 
 
@@ -19,10 +19,11 @@ class GlowProx(nn.Module):
     """The proximal map of a flow prior: `g(f(x) / (1 + lambda))` (Wei et al., equations 8-10).
 
     glow: the flow, used as it is (`Unfolded` copies it for each fold). lam: where the learnt lambda starts, > 0;
-    lambda = softplus(raw_lam) stays positive. In recompute mode only the latent and the result are kept for backward:
-    the latent is what the flow's backward starts from and what the gradient of lambda needs, so keeping it costs
-    nothing more and stops the drift between f and g. A `memory_budget` of the Glow is for each of f and g alone: both
-    keep activations at the same time, and so do all folds.
+    lambda = softplus(raw_lam) stays positive. In recompute mode only the result is kept for backward, which rebuilds
+    the latent and then the levels of f from it (`flowkern.shrinkage`); so the drift of g is added to that of f. A Glow
+    with anchors, a budget, learned priors, networks of its own, or another memory mode keeps also the latent and each
+    level's output, where drift starts anew. A `memory_budget` of the Glow is for each of f and g alone: both keep
+    activations at the same time, and so do all folds.
 
     Raises TypeError when `glow` is no `flowkern.Glow`, ValueError when `lam` is not positive and finite.
     """
@@ -63,9 +64,12 @@ class GlowProx(nn.Module):
         """x (N, C, H, W) -> (N, C, H, W). scale: a factor of lambda, >= 0: a number or a tensor of one, or one an image
         (N,). return_log_prob: return log p(x) (N,) in nats under the flow as well, which f has found on the way.
         """
+        lam = self.lam if scale is None else self.lam * scale
+        if shrinkage.is_reversible(self.glow):
+            x, log_prob = shrinkage.shrunk(self.glow, self.glow.ready(x), lam)
+            return (x, log_prob) if return_log_prob else x
         z, logdet = self.glow(x)
         log_prob = standard_log_prob(z, logdet) if return_log_prob else None
-        lam = self.lam if scale is None else self.lam * scale
         # The op and its kernels know one lambda for all; this keeps the same for backward, the latent.
         z = z / (1 + lam[:, None]) if lam.ndim else ops.shrink(z, lam, self.glow.backend)
         x = self.glow.inverse(z, x.shape[2:])

@@ -27,7 +27,7 @@ def test_no_step_reads_the_device(variant, memory):
         settings = (reverse, steps[0].coupling.scale, 1.0, table, memory)
         out, logdet, kept = chain._run(x, matrix, offset, inverse, nets, *settings, 2)
         need = [True] * len(parameters)
-        dx, dmatrix, doffset, _ = chain._vjp(
+        dx, dmatrix, doffset, *_ = chain._vjp(
             x, out, torch.empty_like(out), logdet, kept, matrix, offset, inverse, nets, need, *settings)
         assert dx.shape == x.shape
         mix.mixes_vjp(*stacked, *fixed, dmatrix, doffset, logdet.sum())
