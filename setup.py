@@ -31,6 +31,7 @@ CSRC = ROOT / "csrc"
 VECTORISED = ("mix", "couple", "pointwise", "compose")
 WIDELY_VECTORISED = ("network",)    # where PyTorch's convolutions would be slower: not in the baseline
 X86 = {
+    "amx": "-mavx512vl -mavx512bw -mavx512dq -mavx512bf16 -mamx-tile -mamx-bf16 -mfma -mprefer-vector-width=512",
     "avx512bf16": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx512bf16 -mfma -mprefer-vector-width=512",
     "avx512": "-mavx512f -mavx512vl -mavx512bw -mavx512dq -mfma -mprefer-vector-width=512",
     "avx2": "-mavx2 -mfma",
@@ -121,7 +122,8 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _run([*compiler, "--version"], "the C++ compiler does not run")
     # OpenMP's runtime is never linked: its symbols come from the one that torch has loaded.
-    threads = "-fopenmp" if _compiles(compiler, "-fopenmp", folder) else ""
+    # clang's OpenMP calls another runtime than the one that torch's wheels carry.
+    threads = "-fopenmp" if not _is_clang(compiler) and _compiles(compiler, "-fopenmp", "", folder) else ""
 
     # pip's isolated build finds pybind11 in another folder every time: behind a link, as headers of the system, that is
     # no reason to compile anew.
@@ -134,14 +136,17 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
     macros |= ({"FLOWKERN_CUDA": " ".join(cuda.archs), "FLOWKERN_NVCC": cuda.version} if cuda
                else {"FLOWKERN_NO_CUDA": why_no_cuda})
     about = shlex.join(f"-D{name}={_quoted(value)}" for name, value in macros.items())
-    x86 = platform.machine() in ("x86_64", "AMD64")
+    sets = dict(X86) if platform.machine() in ("x86_64", "AMD64") else {}
+    if sys.platform != "linux" or not _compiles(compiler, X86["amx"], "_tile_release();", folder):
+        sets.pop("amx", None)
+    given = f"{'-DFLOWKERN_X86' if sets else ''} {'-DFLOWKERN_AMX' if 'amx' in sets else ''}"
     units = [(CSRC / "about.cpp", "about", "compile", about),
              (CSRC / "bindings.cpp", "bindings", "compile", f"{includes} {'-DFLOWKERN_BIND_CUDA' if cuda else ''}"),
              (CSRC / "cpu" / "parallel.cpp", "parallel", "compile", threads),
-             (CSRC / "cpu" / "dispatch.cpp", "dispatch", "compile", "-DFLOWKERN_X86" if x86 else "")]
-    for isa, flags in {"baseline": "", **(X86 if x86 else {})}.items():
+             (CSRC / "cpu" / "dispatch.cpp", "dispatch", "compile", given)]
+    for isa, flags in {"baseline": "", **sets}.items():
         flags = f"-fopenmp-simd -DFLOWKERN_ISA={isa} {flags}"
-        vectorised = VECTORISED if isa == "baseline" else VECTORISED + WIDELY_VECTORISED
+        vectorised = (VECTORISED if isa != "amx" else ()) + (WIDELY_VECTORISED if isa != "baseline" else ())
         units += [(CSRC / "cpu" / f"{unit}.cpp", f"{unit}.{isa}", "compile", flags) for unit in vectorised]
     if cuda:
         kernels = sorted((CSRC / "cuda").glob("*.cu"))
@@ -190,13 +195,17 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _compiles(compiler: list[str], flag: str, folder: Path) -> bool:
-    probe = folder / "probe.cpp"
-    probe.write_text("int main() { return 0; }\n")
-    command = [*compiler, flag, "-c", str(probe), "-o", str(folder / "probe.o")]
-    # clang's OpenMP calls another runtime than the one that torch's wheels carry.
+def _is_clang(compiler: list[str]) -> bool:
     macros = subprocess.run([*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
-    return "__clang__" not in macros.stdout and subprocess.run(command, capture_output=True).returncode == 0
+    return "__clang__" in macros.stdout
+
+
+def _compiles(compiler: list[str], flags: str, body: str, folder: Path) -> bool:
+    """Whether the compiler knows the flags, and its assembler what the intrinsics in `body` become."""
+    probe = folder / "probe.cpp"
+    probe.write_text(f"{'#include <immintrin.h>' if body else ''}\nint main() {{ {body} return 0; }}\n")
+    command = [*compiler, *flags.split(), "-c", str(probe), "-o", str(folder / "probe.o")]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _run(command: list[str], failure: str, kind: type[CompileError] = CompileError) -> str:

@@ -14,7 +14,8 @@ from bench.native import compiled
 
 PRODUCT = 1536          # rows and columns of the matrix products
 AVX512 = ("-mavx512f", "-mprefer-vector-width=512", "-DWIDTH=16")
-FLAGS = {"avx512bf16": AVX512, "avx512": AVX512, "avx2": ("-mavx2", "-mfma", "-DWIDTH=8"), "baseline": ("-DWIDTH=4",)}
+FLAGS = {"amx": AVX512, "avx512bf16": AVX512, "avx512": AVX512, "avx2": ("-mavx2", "-mfma", "-DWIDTH=8"),
+         "baseline": ("-DWIDTH=4",)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

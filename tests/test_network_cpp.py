@@ -31,7 +31,7 @@ LARGE = {
 }
 
 
-@pytest.fixture(autouse=True, params=["avx512bf16", "avx512", "avx2"])
+@pytest.fixture(autouse=True, params=["amx", "avx512bf16", "avx512", "avx2"])
 def isa(request):
     if request.param not in cpp.build_config()["isa_supported"]:
         pytest.skip(f"this machine has no {request.param}")
@@ -44,7 +44,7 @@ def native(dtype):
 
 
 def test_which_precisions_are_native(isa):
-    assert native(FLOAT) and native(torch.bfloat16) == (isa == "avx512bf16")
+    assert native(FLOAT) and native(torch.bfloat16) == (isa in ("amx", "avx512bf16"))
     assert not native(torch.float16) and not native(DOUBLE)
 
 

@@ -3,7 +3,6 @@
 Copies move whole vectors where that is faster, so that bounds are worth a proof of their own.
 """
 
-import platform
 import re
 import shlex
 import subprocess
@@ -21,8 +20,9 @@ SETS = cpp.build_config()["isa_supported"] if "cpp" in RUNNABLE else []
 
 
 def flags_of_sets():
-    """The flags that setup.py compiles each instruction set with."""
-    return {"baseline": "", **dict(re.findall(r'"(avx\w+)": "([^"]*)"', (ROOT / "setup.py").read_text()))}
+    """The flags that setup.py compiles each instruction set with, of those that it found this compiler to know."""
+    flags = dict(re.findall(r'"(a\w+)": "(-m[^"]*)"', (ROOT / "setup.py").read_text()))
+    return {isa: flags.get(isa, "") for isa in cpp.build_config()["isa_compiled"]}
 
 
 def run(command):
@@ -34,12 +34,13 @@ def run(command):
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     folder, compiler = tmp_path_factory.mktemp("sanitized"), shlex.split(sysconfig.get_config_var("CXX") or "c++")
-    sets = flags_of_sets() if platform.machine() in ("x86_64", "AMD64") else {"baseline": ""}
+    sets = flags_of_sets()
+    macros = f"{'-DFLOWKERN_X86' if len(sets) > 1 else ''} {'-DFLOWKERN_AMX' if 'amx' in sets else ''}"
     jobs = [("tests/sanitized.cpp", "main", ""), ("csrc/cpu/parallel.cpp", "parallel", ""),
-            ("csrc/cpu/dispatch.cpp", "dispatch", "-DFLOWKERN_X86" if len(sets) > 1 else "")]
+            ("csrc/cpu/dispatch.cpp", "dispatch", macros)]
     jobs += [(f"csrc/cpu/{unit}.cpp", f"{unit}.{isa}", f"-DFLOWKERN_ISA={isa} {flags}")
              for isa, flags in sets.items() for unit in ("mix", "couple", "pointwise", "compose", "network")
-             if (isa, unit) != ("baseline", "network")]
+             if unit != "network" and isa != "amx" or unit == "network" and isa != "baseline"]
     for source, name, flags in jobs:
         command = [*compiler, *SANITIZE.split(), "-fno-sanitize-recover=all", *flags.split(), "-c", ROOT / source, "-o",
                    folder / f"{name}.o"]

@@ -2,6 +2,11 @@
 
 #include <atomic>
 #include <cstring>
+#ifdef FLOWKERN_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define DECLARE(isa)                          \
     namespace flowkern::isa {                 \
@@ -21,8 +26,8 @@
     void network_trace(const NetworkTrace&, int);                     \
     void network_vjp(const NetworkVjp&, int);                         \
     }
-#define ENTRY(isa, supported, network) \
-    {#isa, supported, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency, \
+#define ENTRY(name, isa, supported, network) \
+    {name, supported, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency, \
      isa::compose, isa::compose_vjp, network}
 
 DECLARE(baseline)
@@ -34,6 +39,9 @@ DECLARE_NETWORK(avx2)
 DECLARE_NETWORK(avx512)
 DECLARE_NETWORK(avx512bf16)
 #endif
+#ifdef FLOWKERN_AMX
+DECLARE_NETWORK(amx)
+#endif
 
 namespace flowkern::cpu {
 namespace {
@@ -42,20 +50,39 @@ namespace {
 #define NETWORK(isa, bf16) {bf16, isa::network_packed_size, isa::network_fold, isa::network_trace, isa::network_vjp}
 
 const NetworkLoops wide[] = {NETWORK(avx512bf16, true), NETWORK(avx512, false), NETWORK(avx2, false)};
+#ifdef FLOWKERN_AMX
+const NetworkLoops tiled = NETWORK(amx, true);
+#endif
 
 bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+#ifdef FLOWKERN_AMX
+// Whether the processor multiplies bf16 on tiles, and Linux lets this process use them, which it has to be asked for once.
+// Containers may refuse.
+bool has_amx() {
+    constexpr unsigned bf16 = 1u << 22, tile = 1u << 24;
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & bf16) && (d & tile) &&
+           syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
 #endif
 
 const InstructionSet sets[] = {
-#ifdef FLOWKERN_X86
-    ENTRY(avx512bf16, has_avx512() && __builtin_cpu_supports("avx512bf16"), &wide[0]),
-    ENTRY(avx512, has_avx512(), &wide[1]),
-    ENTRY(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &wide[2]),
+#ifdef FLOWKERN_AMX
+    ENTRY("amx", avx512bf16, has_amx(), &tiled),  // tiles are for the network's products
 #endif
-    ENTRY(baseline, true, nullptr),
+#ifdef FLOWKERN_X86
+    ENTRY("avx512bf16", avx512bf16, has_avx512bf16(), &wide[0]),
+    ENTRY("avx512", avx512, has_avx512(), &wide[1]),
+    ENTRY("avx2", avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &wide[2]),
+#endif
+    ENTRY("baseline", baseline, true, nullptr),
 };
 
 const InstructionSet* best() {

@@ -5,26 +5,16 @@
 //     H1 = X W1, H2 = H1 W2, T = H2 W3, h = scatter(T)
 //     G2 = D W3', G1 = G2 W2', da = scatter(G1 W1'), dW1 = X' G1, dW2 = G2' H1, dW3 = D' H2.
 // The third layer's taps are numbered from last to first, because they are scattered where the first layer's are gathered.
+#include "outer.h"
 #include "taps.h"
 #include "weights.h"
 
 namespace flowkern::FLOWKERN_ISA {
 namespace {
 
-constexpr int64_t CHUNK = 64;  // pixels, a multiple of ROWS and of two
-
-// A scratch array of rows of numbers of E.
+// Pixels, a multiple of ROWS. Sums over pixels leave a tile after each chunk, which larger chunks make up for.
 template <class E>
-class Rows {
-  public:
-    Rows(int64_t count, int64_t row) : row_(row), memory_(count * row + 2 * WIDTH * PER_UNIT<E>) { memory_.clear(); }
-    E* operator[](int64_t i) const { return memory_.data() + i * row_; }
-    Units units() const { return {reinterpret_cast<const float*>(memory_.data()), row_ / PER_UNIT<E>}; }
-
-  private:
-    int64_t row_;
-    Scratch<E> memory_;
-};
+constexpr int64_t CHUNK = TILED<E> ? 128 : 64;
 
 // Images given by a pointer and strides, or dense ones.
 inline auto pixels_of(const Image& image) {
@@ -49,8 +39,9 @@ void trace(const NetworkTrace& m, int threads) {
     const int64_t taps = padded<float>(9 * m.out) | WIDTH;
     Scratch<float> sums(bands.count() * size + WIDTH);
     parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
-        Rows<E> image(bands.bordered(), wide), x(CHUNK, s.row(9 * s.few_units)), h1(CHUNK, row), h2(CHUNK, row);
-        Rows<float> sent(CHUNK, taps);
+        [[maybe_unused]] const Tiles<E> tiles;
+        Rows<E> image(bands.bordered(), wide), x(CHUNK<E>, s.row(9 * s.few_units)), h1(CHUNK<E>, row), h2(CHUNK<E>, row);
+        Rows<float> sent(CHUNK<E>, taps);
         const auto rectified = [](Rows<E>& to) {
             return [&](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v > 0 ? v : Vector<float>{}); };
         };
@@ -59,8 +50,8 @@ void trace(const NetworkTrace& m, int threads) {
             float* to = sums.data() + band * size;
             memset(to, 0, size * sizeof(float));
             const int64_t pixels = bands.row_count(band) * m.width;
-            for (int64_t first = 0; first < pixels; first += CHUNK) {
-                const int64_t count = min(CHUNK, pixels - first), rows = ceil_div(count, ROWS) * ROWS;
+            for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
+                const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
                 gather_taps(image.units().data, m.width, s.few_units, first, count, x.units());
                 multiply<E>(x.units(), rows, 9 * s.few_units, packed + folded.w1, m.hidden, packed + folded.b1, rectified(h1));
                 multiply<E>(h1.units(), rows, s.hidden_units, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
@@ -84,24 +75,6 @@ void trace(const NetworkTrace& m, int threads) {
                         [&](int64_t, int64_t, int64_t, int64_t c, float sum) { convert(sum + bias[c], *h++); });
         }
     });
-}
-
-// Right and left factors of sums over pixels: fp32 rows as they are, bf16 ones with pairs of rows put together.
-inline Units over_pixels(const Rows<float>& rows, Rows<float>&, int64_t, int64_t) { return rows.units(); }
-
-inline Units over_pixels(const Rows<BFloat16>& rows, Rows<float>& pairs, int64_t count, int64_t columns) {
-    for (int64_t p = 0; p < count; p += 2) {
-        const BFloat16 *low = rows[p], *high = rows[p + 1];
-        float* to = pairs[p / 2];
-        for (int64_t c = 0; c < columns; c += WIDTH) {
-            HalfVector l, h;
-            memcpy(&l, low + c, sizeof l);
-            memcpy(&h, high + c, sizeof h);
-            const BitVector pair = __builtin_convertvector(l, BitVector) | __builtin_convertvector(h, BitVector) << 16;
-            memcpy(to + c, &pair, sizeof pair);
-        }
-    }
-    return pairs.units();
 }
 
 template <class E>
@@ -130,12 +103,12 @@ void vjp(const NetworkVjp& m, int threads) {
     Scratch<float> sent_sums(bands.count() * size + WIDTH), totals(ranges * where.size);
     totals.clear();
     parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
+        [[maybe_unused]] const Tiles<E> tiles;
         float* total = totals.data() + ceil_div(begin * ranges, bands.count()) * where.size;
-        Rows<E> image(bands.bordered(), few), gradient(bands.bordered(), out), x(CHUNK, x_row), d(CHUNK, d_row);
-        Rows<E> h1(CHUNK, row), h2(CHUNK, row), g1(CHUNK, row), g2(CHUNK, row);
-        Rows<float> sent(CHUNK, taps);
-        const int64_t paired = PER_UNIT<E> > 1 ? CHUNK / 2 : 0;
-        Rows<float> x_pairs(paired, x_row), d_pairs(paired, d_row), h_pairs(paired, row), g_pairs(paired, row);
+        Rows<E> image(bands.bordered(), few), gradient(bands.bordered(), out), x(CHUNK<E>, x_row), d(CHUNK<E>, d_row);
+        Rows<E> h1(CHUNK<E>, row), h2(CHUNK<E>, row), g1(CHUNK<E>, row), g2(CHUNK<E>, row);
+        Rows<float> sent(CHUNK<E>, taps);
+        const OuterProduct<E> outer(CHUNK<E>, max(max(9 * few, 9 * out), n.hidden));
         const auto masked = [](Rows<E>& to, const Rows<E>& by) {
             return [&](int64_t r, int64_t c, Vector<float> v) {
                 store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
@@ -147,21 +120,19 @@ void vjp(const NetworkVjp& m, int threads) {
             float* to = sent_sums.data() + band * size;
             memset(to, 0, size * sizeof(float));
             const int64_t pixels = bands.row_count(band) * m.width;
-            for (int64_t first = 0; first < pixels; first += CHUNK) {
-                const int64_t count = min(CHUNK, pixels - first), rows = ceil_div(count, ROWS) * ROWS;
-                const int64_t depth = PER_UNIT<E> > 1 ? ceil_div(count, 2) : count;  // of sums over pixels
+            for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
+                const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
                 const int64_t pixel = bands.first_pixel(band) + first;
                 for (int64_t p = 0; p < count; p++) {
                     memcpy(h1[p], static_cast<const E*>(m.h1) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
                     memcpy(h2[p], static_cast<const E*>(m.h2) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
                 }
                 gather_taps(gradient.units().data, m.width, s.out_units, first, count, d.units());
-                // An odd pixel's partner: its gradient is zero, so that nothing comes of the rest.
+                // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
                 for (int64_t p = count; p < rows; p++) memset(d[p], 0, d_row * sizeof(E));
                 multiply<E>(d.units(), rows, 9 * s.out_units, back.w3.data(), n.hidden, nullptr, masked(g2, h2));
                 if (need3) {
-                    add_outer<E>(over_pixels(d, d_pairs, count, 9 * out), 9 * out, over_pixels(h2, h_pairs, count, s.hidden),
-                                 s.hidden, depth, total + where.w3);
+                    outer.add(d, 9 * out, h2, n.hidden, rows, total + where.w3);
                     for (int64_t p = 0; p < count; p++) {
                         for (int64_t c = 0; c < n.out; c++) {
                             float number;
@@ -172,15 +143,13 @@ void vjp(const NetworkVjp& m, int threads) {
                 }
                 multiply<E>(g2.units(), rows, s.hidden_units, back.w2.data(), n.hidden, nullptr, masked(g1, h1));
                 if (need2) {
-                    add_outer<E>(over_pixels(g2, g_pairs, count, s.hidden), s.hidden, over_pixels(h1, h_pairs, count, s.hidden),
-                                 s.hidden, depth, total + where.w2);
+                    outer.add(g2, n.hidden, h1, n.hidden, rows, total + where.w2);
                     add_rows(g2, count, s.hidden, total + where.b2);
                 }
                 if (need1) {
                     gather_taps(image.units().data, m.width, s.few_units, first, count, x.units());
                     for (int64_t p = count; p < rows; p++) memset(x[p], 0, x_row * sizeof(E));
-                    add_outer<E>(over_pixels(x, x_pairs, count, 9 * few), 9 * few, over_pixels(g1, g_pairs, count, s.hidden),
-                                 s.hidden, depth, total + where.w1);
+                    outer.add(x, 9 * few, g1, n.hidden, rows, total + where.w1);
                     add_rows(g1, count, s.hidden, total + where.b1);
                 }
                 multiply<E>(g1.units(), rows, s.hidden_units, back.w1.data(), 9 * n.few, nullptr,

@@ -4,8 +4,7 @@
 // Work is divided into bands of an image's rows. How, depends on the image's size alone, so that the thread count changes
 // no bit. Arrays of a band have a border of one pixel.
 #pragma once
-#include "parallel.h"
-#include "product.h"
+#include "factors.h"
 
 namespace flowkern::FLOWKERN_ISA {
 
@@ -48,7 +47,7 @@ void load_band(const Bands& bands, int64_t band, const F& pixel, int64_t channel
 }
 
 // For `count` pixels of a band from the one numbered `first` on, rows of the nine neighbours' units. `wide`: units of a
-// pixel. Rows are written by whole vectors, in order.
+// pixel. Rows are written by whole vectors, in order, and padded with a vector of zeros for products of whole tiles.
 inline void gather_taps(const float* bordered, int64_t width, int64_t wide, int64_t first, int64_t count, Units to) {
     const int64_t row = (width + 2) * wide;
     float* taps = const_cast<float*>(to.data);
@@ -56,6 +55,7 @@ inline void gather_taps(const float* bordered, int64_t width, int64_t wide, int6
     const float* from = bordered + first / width * row + x * wide;
     for (int64_t p = 0; p < count; p++, taps += to.stride) {
         for (int64_t dy = 0; dy < 3; dy++) copy_vectors(taps + dy * 3 * wide, from + dy * row, 3 * wide);
+        store(taps + 9 * wide, Vector<float>{});
         from += ++x == width ? 3 * wide : wide;
         if (x == width) x = 0;
     }

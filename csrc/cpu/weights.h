@@ -2,8 +2,7 @@
 // gradients of folded weights to those of the parameters.
 #pragma once
 #include "../formulas.h"
-#include "parallel.h"
-#include "product.h"
+#include "factors.h"
 
 namespace flowkern::FLOWKERN_ISA {
 
@@ -63,11 +62,11 @@ struct Axis {
 template <class E>
 void pack_factor(int threads, const void* weight, const Axis& rows, int64_t depth, const Axis& columns, int64_t count, float* packed) {
     const float* data = static_cast<const float*>(weight);
-    parallel(threads, panel_count(count), [&](int64_t begin, int64_t end) {
+    parallel(threads, panel_count<E>(count), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-            const Panel p = panel(count, i);
+            const Panel p = panel<E>(count, i);
             const int64_t first = p.first * WIDTH, valid = min(p.vectors * WIDTH, count - first);
-            float* to = packed + depth * first;
+            float* to = packed + packed_depth<E>(depth) * first;
             const int32_t* offset = columns.offset.data() + first;
             const float* scale = columns.scale.data() + first;
             for (int64_t k = 0; k < depth; k++, to += p.vectors * WIDTH) {
@@ -89,6 +88,7 @@ void pack_factor(int threads, const void* weight, const Axis& rows, int64_t dept
                 }
                 for (int64_t j = valid; j < p.vectors * WIDTH; j++) to[j] = 0;
             }
+            memset(to, 0, (packed_depth<E>(depth) - depth) * p.vectors * WIDTH * sizeof(float));
         }
     });
 }
@@ -121,9 +121,9 @@ template <class E>
 struct Folded {
     int64_t w1 = 0, w2, w3, b1, b2, b3, size;
     explicit Folded(const Sizes<E>& s) {
-        w2 = w1 + packed_size(9 * s.few_units, s.hidden);
-        w3 = w2 + packed_size(s.hidden_units, s.hidden);
-        b1 = w3 + packed_size(s.hidden_units, 9 * s.out);
+        w2 = w1 + packed_size<E>(9 * s.few_units, s.hidden);
+        w3 = w2 + packed_size<E>(s.hidden_units, s.hidden);
+        b1 = w3 + packed_size<E>(s.hidden_units, 9 * s.out);
         b2 = b1 + padded<float>(s.hidden);
         b3 = b2 + padded<float>(s.hidden);
         size = b3 + padded<float>(s.out);
@@ -155,8 +155,8 @@ template <class E>
 struct Backward {
     Scratch<float> w3, w2, w1;
     Backward(const Network& n, const Sizes<E>& s, const Scales& e, int threads)
-        : w3(packed_size(9 * s.out_units, n.hidden)), w2(packed_size(s.hidden_units, n.hidden)),
-          w1(packed_size(s.hidden_units, 9 * n.few)) {
+        : w3(packed_size<E>(9 * s.out_units, n.hidden)), w2(packed_size<E>(s.hidden_units, n.hidden)),
+          w1(packed_size<E>(s.hidden_units, 9 * n.few)) {
         const Axes<E> axes{n, s, e};
         pack_factor<E>(threads, n.weight3.data, axes.out(s.out_units * PER_UNIT<E>), 9 * s.out_units,
                        axes.hidden(n.weight3.in, nullptr), n.hidden, w3.data());
@@ -167,15 +167,16 @@ struct Backward {
     }
 };
 
-// What each thread sums over its pixels: gradients of the three folded factors and biases.
+// What each thread sums over its pixels: gradients of the three folded factors, their rows padded to whole tiles, and of the
+// biases.
 template <class E>
 struct Sums {
     int64_t w1 = 0, w2, w3, b1, b2, b3, size;
     explicit Sums(const Sizes<E>& s) {
         const int64_t hidden = padded<float>(s.hidden);
-        w2 = w1 + 9 * s.few_units * PER_UNIT<E> * hidden;
-        w3 = w2 + s.hidden * hidden;
-        b1 = w3 + 9 * s.out_units * PER_UNIT<E> * hidden;
+        w2 = w1 + padded<float>(9 * s.few_units * PER_UNIT<E>) * hidden;
+        w3 = w2 + padded<float>(s.hidden) * hidden;
+        b1 = w3 + padded<float>(9 * s.out_units * PER_UNIT<E>) * hidden;
         b2 = b1 + hidden;
         b3 = b2 + hidden;
         size = b3 + padded<float>(s.out);

@@ -1,0 +1,100 @@
+// What the factors of matrix products are made of (product.h): fp32 or bf16 numbers in 32-bit units, a number of fp32, or a
+// pair of bf16 numbers that are neighbours along the dimension that is summed over. So one set of loops serves both.
+#pragma once
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "convert.h"
+#include "parallel.h"
+
+namespace flowkern::FLOWKERN_ISA {
+
+template <class E>
+constexpr int PER_UNIT = sizeof(float) / sizeof(E);
+
+// Whether products of E run on the processor's tiles (tiles.h) instead of its vectors.
+#ifdef __AMX_BF16__
+template <class E>
+constexpr bool TILED = PER_UNIT<E> == 2;
+#else
+template <class E>
+constexpr bool TILED = false;
+#endif
+
+constexpr int WIDTH = LANES<float>;
+// Of a block of sums.
+template <class E>
+constexpr int VECTORS = TILED<E> ? 2 : 3;
+template <class E>
+constexpr int ROWS = TILED<E> ? 2 * WIDTH : ACCUMULATORS / VECTORS<E>;
+
+// A vector's worth of numbers to and from fp32.
+inline Vector<float> load_numbers(const float* p) { return load(p); }
+inline void store_numbers(float* p, Vector<float> v) { store(p, v); }
+
+typedef uint16_t HalfVector __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint32_t BitVector __attribute__((vector_size(VECTOR_BYTES)));
+
+inline Vector<float> load_numbers(const BFloat16* p) {
+    HalfVector half;
+    memcpy(&half, p, sizeof half);
+    return Vector<float>(__builtin_convertvector(half, BitVector) << 16);
+}
+
+#ifdef __AVX512BF16__
+inline void store_numbers(BFloat16* p, Vector<float> v) {
+    const __m256bh half = _mm512_cvtneps_pbh(__m512(v));
+    memcpy(p, &half, sizeof half);
+}
+#endif
+
+// A matrix's units, rows `stride` apart.
+struct Units {
+    const float* data;
+    int64_t stride;
+};
+
+// A scratch array of rows of numbers of E, zero at first.
+template <class E>
+class Rows {
+  public:
+    Rows(int64_t count, int64_t row) : row_(row), memory_(count * row + 2 * WIDTH * PER_UNIT<E>) { memory_.clear(); }
+    E* operator[](int64_t i) const { return memory_.data() + i * row_; }
+    Units units() const { return {reinterpret_cast<const float*>(memory_.data()), row_ / PER_UNIT<E>}; }
+
+  private:
+    int64_t row_;
+    Scratch<E> memory_;
+};
+
+// How the columns of a right factor are divided into panels of at most VECTORS vectors.
+struct Panel {
+    int64_t first;  // vector
+    int vectors;
+};
+
+template <class E>
+int64_t panel_count(int64_t columns) {
+    return ceil_div(padded<float>(columns), VECTORS<E> * WIDTH);
+}
+
+template <class E>
+Panel panel(int64_t columns, int64_t i) {
+    const int64_t vectors = padded<float>(columns) / WIDTH, count = panel_count<E>(columns);
+    return {vectors * i / count, int(vectors * (i + 1) / count - vectors * i / count)};
+}
+
+// Right factors are packed panel by panel, each of `depth` rows of its vectors, so that they are read in order. For tiles
+// the depth is padded with rows of zeros to whole tiles.
+template <class E>
+int64_t packed_depth(int64_t depth) {
+    return TILED<E> ? padded<float>(depth) : depth;
+}
+
+template <class E>
+int64_t packed_size(int64_t depth, int64_t columns) {
+    return packed_depth<E>(depth) * padded<float>(columns);
+}
+
+}  // namespace flowkern::FLOWKERN_ISA
