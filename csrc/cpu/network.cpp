@@ -67,21 +67,26 @@ void trace(const NetworkTrace& m, int threads) {
             }
         }
     });
-    const float* bias = packed + folded.b3;
+    const int64_t numbers = m.width * m.out;
+    Scratch<float> biases(numbers);  // of a row of pixels
+    for (int64_t i = 0; i < numbers; i++) biases.data()[i] = packed[folded.b3 + i % m.out];
     parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
+        const float* bias = biases.data();
         for (int64_t band = begin; band < end; band++) {
-            E* h = static_cast<E*>(m.h) + bands.first_pixel(band) * m.out;
-            finish_band(bands, band, sums.data(), m.out,
-                        [&](int64_t, int64_t, int64_t, int64_t c, float sum) { convert(sum + bias[c], *h++); });
+            finish_band(bands, band, sums.data(), m.out, [&](int64_t sample, int64_t y, const float* row) {
+                E* h = static_cast<E*>(m.h) + (sample * m.height + y) * numbers;
+                for (int64_t i = 0; i < numbers; i++) convert(row[i] + bias[i], h[i]);
+            });
         }
     });
 }
 
+// total += the sums over rows of `columns` columns from the first on, and up to a vector.
 template <class E>
-void add_rows(const Rows<E>& rows, int64_t count, int64_t columns, float* total) {
+void add_rows(const Rows<E>& rows, int64_t first, int64_t count, int64_t columns, float* total) {
     for (int64_t c = 0; c < columns; c += WIDTH) {
         Vector<float> sum{};
-        for (int64_t p = 0; p < count; p++) sum += load_numbers(rows[p] + c);
+        for (int64_t p = 0; p < count; p++) sum += load_numbers(rows[p] + first + c);
         store(total + c, load(total + c) + sum);
     }
 }
@@ -133,24 +138,18 @@ void vjp(const NetworkVjp& m, int threads) {
                 multiply<E>(d.units(), rows, 9 * s.out_units, back.w3.data(), n.hidden, nullptr, masked(g2, h2));
                 if (need3) {
                     outer.add(d, 9 * out, h2, n.hidden, rows, total + where.w3);
-                    for (int64_t p = 0; p < count; p++) {
-                        for (int64_t c = 0; c < n.out; c++) {
-                            float number;
-                            convert(d[p][4 * out + c], number);
-                            total[where.b3 + c] += number;
-                        }
-                    }
+                    add_rows(d, 4 * out, count, n.out, total + where.b3);
                 }
                 multiply<E>(g2.units(), rows, s.hidden_units, back.w2.data(), n.hidden, nullptr, masked(g1, h1));
                 if (need2) {
                     outer.add(g2, n.hidden, h1, n.hidden, rows, total + where.w2);
-                    add_rows(g2, count, s.hidden, total + where.b2);
+                    add_rows(g2, 0, count, s.hidden, total + where.b2);
                 }
                 if (need1) {
                     gather_taps(image.units().data, m.width, s.few_units, first, count, x.units());
                     for (int64_t p = count; p < rows; p++) memset(x[p], 0, x_row * sizeof(E));
                     outer.add(x, 9 * few, g1, n.hidden, rows, total + where.w1);
-                    add_rows(g1, count, s.hidden, total + where.b1);
+                    add_rows(g1, 0, count, s.hidden, total + where.b1);
                 }
                 multiply<E>(g1.units(), rows, s.hidden_units, back.w1.data(), 9 * n.few, nullptr,
                             [&](int64_t r, int64_t c, Vector<float> v) { store(sent[r] + c, v); });
@@ -161,8 +160,11 @@ void vjp(const NetworkVjp& m, int threads) {
     parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
         float* da = static_cast<float*>(m.da.data);
         for (int64_t band = begin; band < end; band++) {
-            finish_band(bands, band, sent_sums.data(), n.few, [&](int64_t sample, int64_t y, int64_t x, int64_t c, float sum) {
-                da[sample * m.da.sample + y * m.da.row + x * m.da.pixel + c] += sum;
+            finish_band(bands, band, sent_sums.data(), n.few, [&](int64_t sample, int64_t y, const float* row) {
+                float* to = da + sample * m.da.sample + y * m.da.row;
+                for (int64_t x = 0; x < bands.width; x++, to += m.da.pixel, row += n.few) {
+                    for (int64_t c = 0; c < n.few; c++) to[c] += row[c];
+                }
             });
         }
     });

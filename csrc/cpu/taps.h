@@ -100,28 +100,20 @@ inline void scatter(const float* taps, int64_t stride, int64_t width, int64_t fi
     }
 }
 
-// After `scatter` over all bands: done(sample, row, column, channel, sum) for every pixel and channel of a band, in order,
-// with what neighbouring bands sent there.
+// After `scatter` over all bands: done(sample, row, sums) for every row of a band, with what neighbouring bands sent there.
 template <class F>
-void finish_band(const Bands& bands, int64_t band, const float* bordered, int64_t channels, const F& done) {
+void finish_band(const Bands& bands, int64_t band, float* bordered, int64_t channels, const F& done) {
     const int64_t size = bands.bordered() * channels, row = (bands.width + 2) * channels, rows = bands.row_count(band);
-    const int64_t top = bands.first_row(band), place = band % bands.per_image;
-    const float* own = bordered + band * size;
-    const float* above = place > 0 ? own - size + (bands.rows + 1) * row : nullptr;
-    const float* below = place + 1 < bands.per_image ? own + size : nullptr;
+    const int64_t place = band % bands.per_image;
+    float* own = bordered + band * size;
+    const auto add = [&](float* sums, const float* sent) {
+        for (int64_t i = 0; i < bands.width * channels; i++) sums[i] += sent[i];
+    };
     for (int64_t r = 0; r < rows; r++) {
-        for (int64_t x = 0; x < bands.width; x++) {
-            const int64_t at = (x + 1) * channels;
-            const float* sums = own + (r + 1) * row + at;
-            const float* over = r == 0 && above ? above + at : nullptr;
-            const float* under = r + 1 == rows && below ? below + at : nullptr;
-            for (int64_t c = 0; c < channels; c++) {
-                float sum = sums[c];
-                if (over) sum += over[c];
-                if (under) sum += under[c];
-                done(bands.sample(band), top + r, x, c, sum);
-            }
-        }
+        float* sums = own + (r + 1) * row + channels;
+        if (r == 0 && place > 0) add(sums, own - size + (bands.rows + 1) * row + channels);
+        if (r + 1 == rows && place + 1 < bands.per_image) add(sums, own + size + channels);
+        done(bands.sample(band), bands.first_row(band) + r, sums);
     }
 }
 

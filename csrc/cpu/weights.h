@@ -77,8 +77,10 @@ void pack_factor(int threads, const void* weight, const Axis& rows, int64_t dept
                     factor[n] = rows.scale.data()[k * PER_UNIT<E> + n];
                 }
                 if constexpr (PER_UNIT<E> == 1) {
+#pragma omp simd
                     for (int64_t j = 0; j < valid; j++) to[j] = row[0][offset[j]] * factor[0] * scale[j];
                 } else {
+#pragma omp simd
                     for (int64_t j = 0; j < valid; j++) {
                         BFloat16 low, high;
                         convert(row[0][offset[j]] * factor[0] * scale[j], low);
