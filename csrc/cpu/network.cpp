@@ -113,7 +113,7 @@ void vjp(const NetworkVjp& m, int threads) {
         Rows<E> image(bands.bordered(), few), gradient(bands.bordered(), out), x(CHUNK<E>, x_row), d(CHUNK<E>, d_row);
         Rows<E> h1(CHUNK<E>, row), h2(CHUNK<E>, row), g1(CHUNK<E>, row), g2(CHUNK<E>, row);
         Rows<float> sent(CHUNK<E>, taps);
-        const OuterProduct<E> outer(CHUNK<E>, max(max(9 * few, 9 * out), n.hidden));
+        const OuterProduct<E> outer(CHUNK<E>, max(max(9 * few, 9 * out), n.hidden), n.hidden);
         const auto masked = [](Rows<E>& to, const Rows<E>& by) {
             return [&](int64_t r, int64_t c, Vector<float> v) {
                 store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});

@@ -55,13 +55,13 @@ inline void add_outer(Units a, int64_t rows, Units b, int64_t columns, int64_t d
 }
 
 // Scratch memory for such sums over at most so many pixels, a whole number of blocks, of arrays of at most so many columns:
-// fp32 arrays are factors as they are, of bf16 ones pairs of rows are put together.
+// fp32 arrays are factors as they are, of bf16 ones pairs of rows are put together, for tiles' left factors transposed.
 template <class E>
 class OuterProduct {
   public:
-    OuterProduct(int64_t pixels, int64_t columns)
-        : left_(TILED<E> ? padded<float>(columns) : PAIRED * pixels / 2, line(TILED<E> ? pixels / 2 : columns)),
-          right_(PAIRED * pixels / 2, line(columns)) {}
+    OuterProduct(int64_t pixels, int64_t left, int64_t right)
+        : left_(TILED<E> ? padded<float>(left) : PAIRED * pixels / 2, line(TILED<E> ? pixels / 2 : left)),
+          right_(PAIRED * pixels / 2, line(right)) {}
 
     // total (a's columns, b's columns) += the sum over `pixels` rows, a multiple of ROWS. Columns of b are padded to whole
     // vectors; with tiles, a's to a multiple of as many.
