@@ -4,10 +4,12 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "about.h"
 #include "arguments.h"
+#include "cpu/chain.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "params.h"
@@ -218,6 +220,84 @@ void network_vjp(int threads, int type, int64_t samples, int64_t height, int64_t
     loops.vjp(m, threads);
 }
 
+// Parameters of all steps in a row, or their gradients; `hidden` channels of each.
+std::vector<Network> networks(const Pointers& p, const Integers& strides, int64_t few, const Integers& hidden, int64_t out) {
+    const size_t steps = hidden.size();
+    require(p.size() == 9 * steps && strides.size() == 12 * steps, "every step's coupling network has nine parameters");
+    std::vector<Network> all;
+    for (size_t k = 0; k < steps; k++) {
+        const auto of = [&](const auto& list, size_t count) {
+            return std::remove_cv_t<std::remove_reference_t<decltype(list)>>(list.begin() + k * count, list.begin() + (k + 1) * count);
+        };
+        all.push_back(network(of(p, 9), of(strides, 12), few, hidden[k], out));
+    }
+    return all;
+}
+
+std::vector<Kept> kept_of(const Pointers& p, size_t steps) {
+    require(p.size() == 4 * steps, "a step keeps a state, h and two hidden activations, or null for what it doesn't");
+    std::vector<Kept> all;
+    for (size_t k = 0; k < steps; k++) {
+        const Pointer* at = p.data() + 4 * k;
+        require((at[2] == 0) == (at[3] == 0), "either both hidden activations are kept or none");
+        require((at[1] == 0) == (p[1] == 0), "either every step's h is kept or none");
+        all.push_back({address(at[0]), address(at[1]), address(at[2]), address(at[3])});
+    }
+    return all;
+}
+
+// (type, samples, height, width, channels, scale, alpha, reverse, stored), the same for both directions.
+using Settings = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int, double, bool, bool>;
+
+Chain chain_of(const Settings& s, const std::vector<Network>& networks, Pointer matrix, Pointer offset, Pointer inverse) {
+    const auto [type, samples, height, width, channels, scale, alpha, reverse, stored] = s;
+    require(!networks.empty() && samples >= 1 && height >= 1 && width >= 1, "a chain needs at least one step and one pixel");
+    check_sizes(samples, height * width, channels);
+    check_couples(channels);
+    check_arrays(1, matrix, offset, inverse);
+    network_loops(type);
+    const auto numbers = [](Pointer p) { return static_cast<const float*>(address(p)); };
+    return {networks.data(), numbers(matrix), numbers(offset), numbers(inverse), int64_t(networks.size()), samples, height, width,
+            channels, alpha, scale_of(scale), reverse, type_of(type), stored};
+}
+
+int64_t network_outputs(const Settings& s) {
+    return scale_of(std::get<5>(s)) == Scale::additive ? std::get<4>(s) / 2 : std::get<4>(s);
+}
+
+void chain(int threads, const Settings& settings, const Integers& hidden, const Pointers& parameters, const Integers& strides,
+           Pointer matrix, Pointer offset, Pointer inverse, Pointer x, const Pointers& kept, Pointer out, Pointer logdet) {
+    check_threads(threads);
+    check_all(parameters);
+    check_arrays(1, x, out, logdet);
+    const auto steps = networks(parameters, strides, std::get<4>(settings) / 2, hidden, network_outputs(settings));
+    const auto left = kept_of(kept, steps.size());
+    ChainRun m{chain_of(settings, steps, matrix, offset, inverse), static_cast<const float*>(address(x)), left.data(),
+               static_cast<float*>(address(out)), static_cast<float*>(address(logdet))};
+    py::gil_scoped_release release;
+    cpu::chain(m, threads);
+}
+
+void chain_vjp(int threads, const Settings& settings, const Integers& hidden, const Pointers& parameters, const Integers& strides,
+               const Pointers& gradients, const Integers& gradient_strides, Pointer matrix, Pointer offset, Pointer inverse,
+               Pointer boundary, Pointer g, Pointer glogdet, const Pointers& kept, Pointer dmatrix, Pointer doffset, Pointer dx,
+               Pointer rebuilt) {
+    check_threads(threads);
+    check_all(parameters);
+    check_arrays(1, boundary, g, glogdet, dmatrix, doffset, dx);
+    const int64_t few = std::get<4>(settings) / 2, outputs = network_outputs(settings);
+    const auto steps = networks(parameters, strides, few, hidden, outputs);
+    const auto wanted = networks(gradients, gradient_strides, few, hidden, outputs);
+    const auto left = kept_of(kept, steps.size());
+    const Chain chain = chain_of(settings, steps, matrix, offset, inverse);
+    require((rebuilt == 0) == chain.stored, "the input is rebuilt where it is not stored");
+    const auto numbers = [](Pointer p) { return static_cast<float*>(address(p)); };
+    ChainVjp m{chain, numbers(boundary), numbers(g), numbers(glogdet), left.data(), wanted.data(), numbers(dmatrix),
+               numbers(doffset), numbers(dx), numbers(rebuilt)};
+    py::gil_scoped_release release;
+    cpu::chain_vjp(m, threads);
+}
+
 std::vector<std::string> instruction_sets(bool supported_only) {
     std::vector<std::string> names;
     for (const cpu::InstructionSet* set = cpu::begin(); set != cpu::end(); set++) {
@@ -270,6 +350,8 @@ PYBIND11_MODULE(_C, module) {
     module.def("network_fold", &network_fold);
     module.def("network_trace", &network_trace);
     module.def("network_vjp", &network_vjp);
+    module.def("chain", &chain);
+    module.def("chain_vjp", &chain_vjp);
     module.def("build_config", &build_config, "What was compiled, and what runs: a dict.");
     module.def("select_isa", &select_isa, "Use one instruction set from now on. Raises ValueError where it can't run.");
 #ifdef FLOWKERN_BIND_CUDA

@@ -139,4 +139,37 @@ struct NetworkVjp {
     Type type;
 };
 
+// The steps of flow of a level, or in `reverse` their inverses, with fp32 states. Arrays are dense, images channels-last.
+struct Chain {
+    const Network* networks;                 // one a step
+    const float *matrix, *offset, *inverse;  // of the channel mixes, stacked over steps
+    int64_t steps, samples, height, width, channels;
+    double alpha;
+    Scale scale;
+    bool reverse;
+    Type type;    // of what the networks compute
+    bool stored;  // steps' inputs are kept, rather than rebuilt
+};
+
+// What a step leaves for backward; null where it doesn't. state: its input, or, in reverse and not stored, that of its
+// channel mix. h1, h2: both or none.
+struct Kept {
+    void *state, *h, *h1, *h2;
+};
+
+struct ChainRun {
+    Chain chain;
+    const float* x;
+    const Kept* kept;  // in running order
+    float *out, *logdet;
+};
+
+struct ChainVjp {
+    Chain chain;
+    const float *boundary, *g, *glogdet;  // boundary: the chain's input if stored, else its output
+    const Kept* kept;
+    const Network* gradients;
+    float *dmatrix, *doffset, *dx, *rebuilt;  // rebuilt: the input, null if stored
+};
+
 }  // namespace flowkern

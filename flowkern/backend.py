@@ -6,8 +6,8 @@ itself once, with a probe that says whether it can run here and, if not, why; no
 Two liberties that a backend's functions have, and one duty: the log-determinant may come as partial sums (N, parts)
 instead of (N,), and the caller adds them up; `mix_vjp` writes its two reductions into the pair `into`, if given.
 Beyond the pixel ops a backend may bring its own composition of the mixes, its own coupling network (and whether that
-one's working memory is a tile) and a first mix that reads an unsqueezed image (`OPTIONAL`), for which plain PyTorch
-serves otherwise.
+one's working memory is a tile), a first mix that reads an unsqueezed image and the loop over a level's steps
+(`OPTIONAL`), for which plain PyTorch serves otherwise.
 """
 
 import contextlib
@@ -33,7 +33,17 @@ OPS = (
     "data_consistency",
     "data_consistency_vjp",
 )
-OPTIONAL = ("compose", "compose_vjp", "network_fold", "network_trace", "network_vjp", "network_tiled", "squeeze_mix")
+OPTIONAL = (
+    "compose",
+    "compose_vjp",
+    "network_fold",
+    "network_trace",
+    "network_vjp",
+    "network_tiled",
+    "squeeze_mix",
+    "chain",
+    "chain_vjp",
+)
 
 
 @dataclass(frozen=True)

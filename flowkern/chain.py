@@ -162,10 +162,26 @@ def _unflatten(kept: Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor
     return [[next(tensors) for _ in range(size)] for size in sizes]
 
 
+def _standard_run(x, *mixes, parameters, reverse, scale, alpha, dtype, memory, anchor_every, table):
+    """`_run` with Glow's own networks."""
+    nets = network.StandardNets(parameters, dtype, table)
+    return _run(x, *mixes, nets, reverse, scale, alpha, table, memory, anchor_every)
+
+
+def _standard_vjp(boundary, g, glogdet, kept, *mixes, parameters, need, reverse, scale, alpha, dtype, memory, table):
+    """`_vjp` with Glow's own networks. boundary: the input, or in "recompute" the output."""
+    nets = network.StandardNets(parameters, dtype, table)
+    return _vjp(boundary, boundary, g, glogdet, kept, *mixes, nets, need, reverse, scale, alpha, table, memory)
+
+
+backends.register_defaults(chain=_standard_run, chain_vjp=_standard_vjp)
+
+
 def _chain_op(x, matrix, offset, inverse, parameters, reverse, scale, alpha, backend, dtype, memory, anchor_every):
     table = backends.table(x.device, backend, x.dtype)
-    nets = network.StandardNets(parameters, dtype, table)
-    x, logdet, kept = _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory, anchor_every)
+    x, logdet, kept = table.chain(
+        x, matrix, offset, inverse, parameters=parameters, reverse=reverse, scale=scale, alpha=alpha, dtype=dtype,
+        memory=memory, anchor_every=anchor_every, table=table)
     return x, logdet, [t for position in kept for t in position]
 
 
@@ -186,32 +202,13 @@ def _chain_fake(x, matrix, offset, inverse, parameters, reverse, scale, alpha, b
     return like(channels), x.new_empty(x.shape[0]), kept
 
 
-def _chain_vjp_op(
-    x,
-    v,
-    g,
-    glogdet,
-    kept,
-    matrix,
-    offset,
-    inverse,
-    parameters,
-    need,
-    reverse,
-    scale,
-    alpha,
-    backend,
-    dtype,
-    memory,
-    anchor_every,
-):
+def _chain_vjp_op(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, need, reverse, scale, alpha, backend,
+                  dtype, memory, anchor_every):
     kept = _unflatten(kept, _sizes(len(matrix), memory, anchor_every))
     table = backends.table(g.device, backend, g.dtype)
-    nets = network.StandardNets(parameters, dtype, table)
-    mixes = (matrix, offset, inverse)
-    dx, dmatrix, doffset, dparameters, rebuilt = _vjp(
-        x, v, g, glogdet, kept, *mixes, nets, need, reverse, scale, alpha, table, memory
-    )
+    dx, dmatrix, doffset, dparameters, rebuilt = table.chain_vjp(
+        v if memory == "recompute" else x, g, glogdet, kept, matrix, offset, inverse, parameters=parameters, need=need,
+        reverse=reverse, scale=scale, alpha=alpha, dtype=dtype, memory=memory, table=table)
     rebuilt = rebuilt if memory == "recompute" else g.new_empty(0)
     return dx, dmatrix, doffset, [d for d in dparameters if d is not None], rebuilt
 

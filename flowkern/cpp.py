@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkern import network
+from flowkern import backend, network
 from flowkern.backend import OPS, Backend, register
 from flowkern.layout import channels_last, empty_channels_last, in_order_of
 
@@ -247,12 +247,85 @@ def network_vjp(parameters: Sequence[Tensor], folded, a: Tensor, hidden: list[Te
     return gradients
 
 
+def chain(x: Tensor, matrix: Tensor, offset: Tensor, inverse: Tensor, *, parameters: Sequence[Tensor], reverse: bool,
+          scale: str, alpha: float, dtype: torch.dtype, memory: str, anchor_every: int, table):
+    """A level's steps in one call, as the default in `flowkern.chain`, which serves where there are no native loops."""
+    if not _chained(parameters, dtype, x):
+        return backend.default("chain")(
+            x, matrix, offset, inverse, parameters=parameters, reverse=reverse, scale=scale, alpha=alpha, dtype=dtype,
+            memory=memory, anchor_every=anchor_every, table=table)
+    x = channels_last(x)
+    n, channels, height, width = x.shape
+
+    def empty(channels: int, dtype: torch.dtype = x.dtype) -> Tensor:
+        return x.new_empty((n, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+
+    kept = []
+    for position in range(len(matrix)):
+        k = len(matrix) - 1 - position if reverse else position
+        w1, *_, w3, _, _ = parameters[network.PARAMETERS * k : network.PARAMETERS * (k + 1)]
+        every = 1 if memory != "recompute" else anchor_every
+        states = [empty(channels)] if every and position and position % every == 0 else []
+        kept.append(states + [empty(len(w), dtype) for w in (w3, w1, w1) if memory == "store"])
+    out, logdet = empty(channels), x.new_empty(n)
+    addresses, strides, _owners = _addresses(parameters)
+    hidden = [len(w) for w in parameters[:: network.PARAMETERS]]
+    settings = _TYPES[dtype], n, height, width, channels, _SCALES[scale], alpha, reverse, memory != "recompute"
+    mixes = [t.contiguous() for t in (matrix, offset, inverse)]
+    _native().chain(torch.get_num_threads(), settings, hidden, addresses, strides, *(t.data_ptr() for t in mixes),
+                    x.data_ptr(), _kept(kept, memory), out.data_ptr(), logdet.data_ptr())
+    return out, logdet, kept
+
+
+def chain_vjp(boundary: Tensor, g: Tensor, glogdet: Tensor, kept: list[list[Tensor]], matrix: Tensor, offset: Tensor,
+              inverse: Tensor, *, parameters: Sequence[Tensor], need: Sequence[bool], reverse: bool, scale: str,
+              alpha: float, dtype: torch.dtype, memory: str, table):
+    """The reverse pass of `chain`, as the default in `flowkern.chain`."""
+    if not _chained(parameters, dtype, g):
+        return backend.default("chain_vjp")(
+            boundary, g, glogdet, kept, matrix, offset, inverse, parameters=parameters, need=need, reverse=reverse,
+            scale=scale, alpha=alpha, dtype=dtype, memory=memory, table=table)
+    boundary, g, glogdet = channels_last(boundary), channels_last(g), glogdet.contiguous()
+    n, channels, height, width = g.shape
+    kept = [[channels_last(t) for t in tensors] for tensors in kept]
+    gradients = [torch.empty_like(p) if needed else None for p, needed in zip(parameters, need, strict=True)]
+    dmatrix, doffset, dx = matrix.new_empty(matrix.shape), offset.new_empty(offset.shape), empty_channels_last(g)
+    rebuilt = empty_channels_last(g) if memory == "recompute" else None
+    addresses, strides, _owners = _addresses(parameters)
+    into, into_strides, _ = _addresses(gradients)
+    hidden = [len(w) for w in parameters[:: network.PARAMETERS]]
+    settings = _TYPES[dtype], n, height, width, channels, _SCALES[scale], alpha, reverse, memory != "recompute"
+    mixes = [t.contiguous() for t in (matrix, offset, inverse)]
+    _native().chain_vjp(torch.get_num_threads(), settings, hidden, addresses, strides, into, into_strides,
+                        *(t.data_ptr() for t in mixes), boundary.data_ptr(), g.data_ptr(), glogdet.data_ptr(),
+                        _kept(kept, memory), dmatrix.data_ptr(), doffset.data_ptr(), dx.data_ptr(),
+                        0 if rebuilt is None else rebuilt.data_ptr())
+    return dx, dmatrix, doffset, gradients, rebuilt
+
+
+def _chained(parameters: Sequence[Tensor], dtype: torch.dtype, x: Tensor) -> bool:
+    """Whether the native loop over steps serves: fp32 states and parameters, loops for the networks, some pixels."""
+    single = x.dtype == torch.float32 and all(p.dtype == torch.float32 for p in parameters)
+    return single and x.numel() > 0 and network_tiled(torch.float32, dtype)
+
+
+def _kept(kept: Sequence[Sequence[Tensor]], memory: str) -> list[int]:
+    """What each step keeps as the native loop takes it: addresses of its state, h and two hidden activations, or 0."""
+    outputs = 3 * (memory == "store")
+    pointers = []
+    for tensors in kept:
+        addresses = [t.data_ptr() for t in tensors]
+        pointers += [0] * (1 + outputs - len(tensors)) + addresses + [0] * (3 - outputs)
+    return pointers
+
+
 def _addresses(parameters: Sequence[Tensor | None]) -> tuple[list[int], list[int], list[Tensor | None]]:
-    """The addresses of nine parameters, 0 for what is missing, the strides of the three weights, and what has to live
-    as long as the addresses are used: vectors are copied where they are not dense.
+    """The addresses of one or several steps' nine parameters, 0 for what is missing, the strides of each step's three
+    weights, and what has to live as long as the addresses are used: vectors are copied where they are not dense.
     """
     owners = [p if p is None or p.dim() == 4 else p.contiguous() for p in parameters]
-    strides = [s for i in (0, 3, 6) for s in ((0,) * 4 if owners[i] is None else owners[i].stride())]
+    weights = (p for i, p in enumerate(owners) if i % network.PARAMETERS in (0, 3, 6))
+    strides = [s for w in weights for s in ((0,) * 4 if w is None else w.stride())]
     return [0 if p is None else p.data_ptr() for p in owners], strides, owners
 
 
@@ -273,4 +346,4 @@ def _strides(x: Tensor) -> list[int]:
 
 register(Backend("cpp", devices=("cpu",), probe=probe, load=lambda: sys.modules[__name__],
                  preferred={"cpu": (*OPS, "compose", "compose_vjp", "network_fold", "network_trace", "network_vjp",
-                                    "network_tiled")}))
+                                    "network_tiled", "chain", "chain_vjp")}))
