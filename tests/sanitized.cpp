@@ -3,7 +3,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
+#include <memory>
+#include <vector>
 
+#include "../csrc/cpu/chain.h"
 #include "../csrc/cpu/dispatch.h"
 #include "arrays.h"
 
@@ -84,6 +87,37 @@ void networks(const cpu::InstructionSet& isa, Type type, int64_t samples, int64_
     isa.network->vjp({network, gradient, image(a), image(da), h1.get(), h2.get(), h.get(), samples, height, width, type}, 2);
 }
 
+// A level's steps, forwards and backwards, every way of keeping, with all of what is kept in arrays of its own.
+void chains(Type type, int64_t steps, int64_t samples, int64_t height, int64_t width, int64_t c, int64_t hidden, bool reverse) {
+    const int64_t all = samples * height * width, few = c / 2;
+    Array x(all * c, Type::f32), g(all * c, Type::f32), out(all * c, Type::f32), dx(all * c, Type::f32), logdet(samples, Type::f32),
+        matrix(steps * c * c, Type::f32), offset(steps * c, Type::f32), dmatrix(steps * c * c, Type::f32),
+        doffset(steps * c, Type::f32), w1(hidden * few * 9, Type::f32), w2(hidden * hidden, Type::f32),
+        w3(c * hidden * 9, Type::f32), v(hidden, Type::f32), u(c, Type::f32);
+    const auto numbers = [](const Array& a) { return static_cast<float*>(a.get()); };
+    const Network network{{w1.get(), few * 9, 9, 3, 1}, {w2.get(), hidden, 1, 1, 1}, {w3.get(), hidden * 9, 9, 3, 1}, v.get(),
+                          v.get(), v.get(), v.get(), u.get(), u.get(), few, hidden, c};
+    const std::vector<Network> networks(steps, network), gradients(steps, Network{});
+    for (int mode = 0; mode < 4; mode++) {  // recompute, with anchors, checkpoint, store
+        const bool stored = mode > 1;
+        std::vector<std::unique_ptr<Array>> arrays;
+        const auto array = [&](int64_t channels, Type t) {
+            arrays.push_back(std::make_unique<Array>(all * channels, t));
+            return arrays.back()->get();
+        };
+        std::vector<Kept> kept(steps, Kept{});
+        for (int64_t k = 0; k < steps; k++) {
+            if (mode > 0 && k > 0) kept[k].state = array(c, Type::f32);
+            if (mode == 3) kept[k] = {kept[k].state, array(c, type), array(hidden, type), array(hidden, type)};
+        }
+        const Chain chain{networks.data(), numbers(matrix), numbers(offset), numbers(matrix), steps, samples, height, width, c, 1.0,
+                          Scale::softclamp, reverse, type, stored};
+        cpu::chain({chain, numbers(x), kept.data(), numbers(out), numbers(logdet)}, 2);
+        cpu::chain_vjp({chain, numbers(stored ? x : out), numbers(g), numbers(logdet), kept.data(), gradients.data(), numbers(dmatrix),
+                        numbers(doffset), numbers(dx), stored ? nullptr : numbers(x)}, 2);
+    }
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -118,6 +152,12 @@ int main(int count, char** arguments) {
             for (int64_t hidden : {1, 5, 16, 33, 70}) {
                 for (int64_t few : {1, 3, 6}) networks(isa, type, 1 + hidden % 2, width > 32 ? 2 : 19, width, few, hidden, 2 * few, few != 3);
             }
+        }
+    }
+    for (Type type : {Type::f32, Type::bf16}) {
+        if (!isa.network || (type == Type::bf16 && !isa.network->bf16)) continue;
+        for (int64_t steps : {1, 2, 3}) {
+            for (bool reverse : {false, true}) chains(type, steps, 1 + steps % 2, 7, 5, 2 * steps, 10 * steps, reverse);
         }
     }
     std::printf("%lld couplings on %s\n", static_cast<long long>(calls), isa.name);

@@ -37,7 +37,7 @@ def program(tmp_path_factory):
     sets = flags_of_sets()
     macros = f"{'-DFLOWKERN_X86' if len(sets) > 1 else ''} {'-DFLOWKERN_AMX' if 'amx' in sets else ''}"
     jobs = [("tests/sanitized.cpp", "main", ""), ("csrc/cpu/parallel.cpp", "parallel", ""),
-            ("csrc/cpu/dispatch.cpp", "dispatch", macros)]
+            ("csrc/cpu/chain.cpp", "chain", ""), ("csrc/cpu/dispatch.cpp", "dispatch", macros)]
     jobs += [(f"csrc/cpu/{unit}.cpp", f"{unit}.{isa}", f"-DFLOWKERN_ISA={isa} {flags}")
              for isa, flags in sets.items() for unit in ("mix", "couple", "pointwise", "compose", "network")
              if unit != "network" and isa != "amx" or unit == "network" and isa != "baseline"]

@@ -1,0 +1,116 @@
+"""The native loop over a level's steps against the same ops called one by one from Python: equal to the bit."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import instruction_set
+
+from flowkern import backend as backends
+from flowkern import chain, cpp
+
+SETTINGS = list(itertools.product(("recompute", "store", "checkpoint"), (False, True)))
+NETWORKS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.fixture(autouse=True, params=["amx", "avx512bf16", "avx512", "avx2"])
+def isa(request):
+    if request.param not in cpp.build_config()["isa_supported"]:
+        pytest.skip(f"this machine has no {request.param}")
+    with instruction_set(request.param):
+        yield request.param
+
+
+def level(steps, scale, hidden=(9, 20, 12, 33), n=2, channels=6, size=(6, 5)):
+    """A state, mixes and networks of `steps` steps whose hidden widths differ."""
+    torch.manual_seed(0)
+    outputs = channels // 2 if scale == "additive" else channels
+    x = torch.randn(n, channels, *size).contiguous(memory_format=torch.channels_last)
+    matrix = torch.eye(channels) + 0.1 * torch.randn(steps, channels, channels)
+    parameters = []
+    for width in hidden[:steps]:
+        shapes = [(width, channels // 2, 3, 3), (width,), (width,), (width, width, 1, 1), (width,), (width,),
+                  (outputs, width, 3, 3), (outputs,), (outputs,)]
+        parameters += [0.2 * torch.randn(shape) for shape in shapes]
+    parameters[0] = parameters[0].contiguous(memory_format=torch.channels_last)
+    return x, (matrix, torch.randn(steps, channels), torch.linalg.inv(matrix)), parameters
+
+
+def both(run, default, *arguments, **options):
+    """What a native loop and the default make of the same."""
+    table = backends.table(torch.device("cpu"), "cpp")
+    return [f(*arguments, **options, table=table) for f in (run, backends.default(default))]
+
+
+def assert_same(mine, theirs):
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.stride() == b.stride() and torch.equal(a, b)
+
+
+def flat(kept):
+    return [t for position in kept for t in position]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("scale", ["softclamp", "additive"])
+@pytest.mark.parametrize("dtype", NETWORKS)
+def test_equal_to_the_ops_one_by_one(isa, dtype, scale, steps):
+    dtype = NETWORKS[dtype]
+    if not cpp.network_tiled(torch.float32, dtype):
+        pytest.skip(f"{isa} has no loops for bf16")
+    x, mixes, parameters = level(steps, scale)
+    need = [i % 5 != 3 for i in range(len(parameters))]
+    for (memory, reverse), anchors in itertools.product(SETTINGS, (0, 1, 2)):
+        if anchors and memory != "recompute":
+            continue
+        options = {"parameters": parameters, "reverse": reverse, "scale": scale, "alpha": 0.8, "dtype": dtype,
+                   "memory": memory}
+        mine, theirs = both(cpp.chain, "chain", x, *mixes, anchor_every=anchors, **options)
+        assert_same([mine[0], *flat(mine[2])], [theirs[0], *flat(theirs[2])])
+        torch.testing.assert_close(mine[1], theirs[1])
+        assert [len(k) for k in mine[2]] == chain._sizes(steps, memory, anchors)
+        out, logdet, kept = mine
+        boundary, cotangent = (out if memory == "recompute" else x), torch.randn_like(x)
+        mine, theirs = (
+            f(boundary, cotangent, logdet, [list(k) for k in kept], *mixes, need=need, **options,
+              table=backends.table(x.device, "cpp"))
+            for f in (cpp.chain_vjp, backends.default("chain_vjp"))
+        )
+        assert_same([*mine[:3], *mine[3]], [*theirs[:3], *theirs[3]])
+        if memory == "recompute":
+            assert_same(mine[4:], theirs[4:])
+            assert (mine[4] - x).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "images"), [(torch.float16, 2), (torch.float32, 0)])
+def test_what_it_leaves_to_the_default(monkeypatch, dtype, images):
+    """Other precisions and empty batches are not for the native loop."""
+    x, mixes, parameters = level(2, "sigmoid")
+    called = []
+    monkeypatch.setitem(backends._defaults, "chain", lambda *arguments, **options: called.append(options["dtype"]))
+    cpp.chain(x[:images], *mixes, parameters=parameters, dtype=dtype, reverse=False, scale="sigmoid", alpha=1.0,
+              memory="store", anchor_every=0, table=None)
+    assert called == [dtype]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": [0] * 7}, "a step keeps a state, h and two hidden activations"),
+        ({"kept": [0, 0, 8, 0] * 2}, "either both hidden activations"),
+        ({"kept": [0, 8, 0, 0, 0, 0, 0, 0]}, "every step's h"),
+        ({"parameters": [8] * 17}, "nine parameters"),
+        ({"x": 0}, "null"),
+        ({"settings": (0, 2, 6, 5, 7, 0, 1.0, False, False)}, "even number"),
+        ({"settings": (0, 0, 6, 5, 6, 0, 1.0, False, False)}, "at least one step and one pixel"),
+    ],
+)
+def test_the_binding_checks_what_it_is_given(change, message):
+    given = {"settings": (0, 2, 6, 5, 6, 0, 1.0, False, False), "parameters": [8] * 18, "x": 8, "kept": [0] * 8}
+    given |= change
+    with pytest.raises(ValueError, match=message):
+        cpp._native().chain(1, given["settings"], [4, 4], given["parameters"], [1] * 24, 8, 8, 8, given["x"],
+                            given["kept"], 8, 8)
