@@ -11,6 +11,7 @@ constexpr int64_t BLOCK = 2 * TILE;
 template <class T>
 struct Mixing {
     const T *packed, *init;
+    const Offset<T>* offset;
 };
 
 // Scratch memory of one thread: tiles of rows, and compact arrays of half rows.
@@ -48,7 +49,7 @@ void couple_blocks(const Couple& m, const Mixing<T>& mixing, int64_t blocks, int
     const int64_t channels = K::channels(m.channels), half = channels / 2;
     const bool additive = m.scale == Scale::additive;
     const int64_t row = additive ? half : channels;
-    const T *images = static_cast<const T*>(m.x), *offset = static_cast<const T*>(m.offset), alpha = T(m.alpha);
+    const T *images = static_cast<const T*>(m.x), alpha = T(m.alpha);
     T* y = static_cast<T*>(m.y);
     Workspace<T> workspace(channels);
     T *tile = workspace.tile(0), *mixed = workspace.tile(1);
@@ -73,7 +74,7 @@ void couple_blocks(const Couple& m, const Mixing<T>& mixing, int64_t blocks, int
                 continue;
             }
             join<K>(x, channels, b, channels, tile);
-            if (m.inverse) subtract_offset(tile, channels, offset);
+            if (m.inverse) mixing.offset->subtract_from(tile, channels);
             mix_tile(tile, channels, mixing.packed, mixing.init, mixed);
             store_tile(mixed, valid, channels, y + at);
         }
@@ -139,7 +140,8 @@ void couple(const Couple& m, int threads) {
         if (mixes) pack(m.matrix, channels, packed.data());
         init.clear();
         if (mixes && !m.inverse) memcpy(init.data(), m.offset, channels * sizeof(T));
-        const Mixing<T> mixing{mixes ? packed.data() : nullptr, init.data()};
+        const Offset<T> offset(mixes ? m.offset : init.data(), channels);
+        const Mixing<T> mixing{mixes ? packed.data() : nullptr, init.data(), &offset};
         const int64_t blocks = ceil_div(m.pixels, BLOCK);
         Scratch<double> partial(m.samples * blocks);
         parallel(threads, m.samples * blocks, [&](int64_t begin, int64_t end) {

@@ -5,17 +5,25 @@
 namespace flowkern::FLOWKERN_ISA {
 namespace {
 
+// Tiles over which sums are taken in the numbers' own precision.
+constexpr int TILES_SUMMED = 4;
+
 template <class K, class T>
 void mix_tiles(const Mix& m, const T* packed, const T* init, int64_t begin, int64_t end) {
     const int64_t channels = K::channels(m.channels);
-    const T *x = static_cast<const T*>(m.x), *offset = static_cast<const T*>(m.offset);
+    const T* x = static_cast<const T*>(m.x);
     T* y = static_cast<T*>(m.y);
     Scratch<T> in(tile_size<T>(channels)), out(tile_size<T>(channels));
+    const Offset<T> offset(m.offset, channels);
     for (int64_t first = begin * TILE; first < min(end * TILE, m.pixels); first += TILE) {
         const int64_t valid = min(TILE, m.pixels - first);
-        load_tile(x + first * channels, valid, channels, in.data());
-        if (m.inverse) subtract_offset(in.data(), channels, offset);
-        mix_tile(in.data(), channels, packed, init, out.data());
+        const T* rows = x + first * channels;
+        if (m.inverse || valid < TILE) {
+            load_tile(rows, valid, channels, in.data());
+            if (m.inverse) offset.subtract_from(in.data(), channels);
+            rows = in.data();
+        }
+        mix_tile(rows, channels, packed, init, out.data());
         store_tile(out.data(), valid, channels, y + first * channels);
     }
 }
@@ -31,24 +39,31 @@ struct Reverse {
 template <class K, class T>
 void mix_vjp_tiles(const MixVjp& m, const Reverse<T>& reverse, int64_t begin, int64_t end, double* sums) {
     const int64_t channels = K::channels(m.channels), size = tile_size<T>(channels), width = padded<T>(channels);
-    const T *v = static_cast<const T*>(m.v), *g = static_cast<const T*>(m.g);
+    const T *vs = static_cast<const T*>(m.v), *gs = static_cast<const T*>(m.g);
     T *rebuilt = static_cast<T*>(m.rebuilt), *dv = static_cast<T*>(m.dv);
-    Scratch<T> given(size), mapped(size), gradient(size), back(size);
-    for (int64_t first = begin * TILE; first < min(end * TILE, m.pixels); first += TILE) {
-        const int64_t valid = min(TILE, m.pixels - first), at = first * channels;
-        load_tile(v + at, valid, channels, given.data());
-        load_tile(g + at, valid, channels, gradient.data());
+    Scratch<T> given(size), mapped(size), gradient(size), back(size), some(channels * width + width);
+    some.clear();
+    const Offset<T> offset(m.offset, channels);
+    for (int64_t tile = begin; tile < end; tile++) {
+        const int64_t first = tile * TILE, left = m.pixels - first, valid = min(TILE, left), at = first * channels;
+        const T *v = given.data(), *g = readable(gs + at, left, channels, gradient.data());
+        if (reverse.subtract) {
+            load_tile(vs + at, valid, channels, given.data());
+            offset.subtract_from(given.data(), channels);
+        } else {
+            v = readable(vs + at, left, channels, given.data());
+        }
         if (reverse.map) {
-            if (reverse.subtract) subtract_offset(given.data(), channels, static_cast<const T*>(m.offset));
-            mix_tile(given.data(), channels, reverse.map, reverse.init, mapped.data());
+            mix_tile(v, channels, reverse.map, reverse.init, mapped.data());
             if (rebuilt) store_tile(mapped.data(), valid, channels, rebuilt + at);
         }
-        mix_tile(gradient.data(), channels, reverse.back, reverse.zero, back.data());
+        mix_tile(g, channels, reverse.back, reverse.zero, back.data());
         store_tile(back.data(), valid, channels, dv + at);
-        const T* x = reverse.subtract ? mapped.data() : given.data();
-        const T* weight = m.inverse ? back.data() : gradient.data();
-        outer_tile(weight, x, channels, sums);
-        sum_tile(weight, channels, sums + channels * width);
+        const T* x = reverse.subtract ? mapped.data() : v;
+        const T* weight = m.inverse ? back.data() : g;
+        outer_tile(weight, x, channels, some.data());
+        sum_tile(weight, channels, some.data() + channels * width);
+        if ((tile - begin) % TILES_SUMMED == TILES_SUMMED - 1 || tile + 1 == end) flush(some.data(), channels * width + width, sums);
     }
 }
 
@@ -69,8 +84,8 @@ void mix(const Mix& m, int threads) {
     });
 }
 
-// Sums over pixels are taken tile by tile in registers, then over a chunk of tiles in double precision, then over the
-// chunks in order. How pixels are divided into chunks depends on their number alone, so the thread count changes no bit.
+// Sums over pixels are taken over a few tiles, then over a chunk of tiles in double precision, then over the chunks in
+// order. How pixels are divided into chunks depends on their number alone, so the thread count changes no bit.
 void mix_vjp(const MixVjp& m, int threads) {
     specialise(m.type, m.channels, [&](auto kind) {
         using K = decltype(kind);

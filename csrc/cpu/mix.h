@@ -4,7 +4,7 @@
 // Vectors run along a row of the result, so that rows are padded to whole vectors in the packed matrix only.
 #pragma once
 #include "../params.h"
-#include "vector.h"
+#include "parallel.h"
 
 namespace flowkern::FLOWKERN_ISA {
 
@@ -46,12 +46,30 @@ inline void store_tile(const T* tile, int64_t valid, int64_t channels, T* image)
     memcpy(image, tile, valid * channels * sizeof(T));
 }
 
+// The rows of a tile themselves where vectors may be read beyond the last one, else a copy completed by zeros.
 template <class T>
-inline void subtract_offset(T* tile, int64_t channels, const T* offset) {
-    for (int p = 0; p < TILE; p++) {
-        for (int64_t c = 0; c < channels; c++) tile[p * channels + c] -= offset[c];
-    }
+inline const T* readable(const T* image, int64_t left, int64_t channels, T* tile) {
+    if (left > TILE) return image;
+    load_tile(image, min(left, TILE), channels, tile);
+    return tile;
 }
+
+// An offset as often as a tile has rows, so that whole vectors of it are subtracted whatever the number of channels.
+template <class T>
+class Offset {
+  public:
+    Offset(const void* offset, int64_t channels) : rows_(TILE * channels) {
+        for (int p = 0; p < TILE; p++) memcpy(rows_.data() + p * channels, offset, channels * sizeof(T));
+    }
+    void subtract_from(T* tile, int64_t channels) const {
+        const T* rows = rows_.data();
+#pragma omp simd
+        for (int64_t i = 0; i < TILE * channels; i++) tile[i] -= rows[i];
+    }
+
+  private:
+    Scratch<T> rows_;
+};
 
 // The transpose of a matrix, in rows of padded<T>(channels).
 template <class T>
@@ -119,18 +137,18 @@ inline void mix_tile(const T* x, int64_t channels, const T* packed, const T* ini
     }
 }
 
-// Adds a vector of sums over one tile to sums in double precision over many.
+// Moves n sums, whole vectors, over some tiles to those in double precision over many.
 template <class T>
-inline void flush(Vector<T> sum, double* total) {
-    typedef double Wide __attribute__((vector_size(LANES<T> * sizeof(double))));
-    Wide wide;
-    memcpy(&wide, total, sizeof wide);
-    wide += __builtin_convertvector(sum, Wide);
-    memcpy(total, &wide, sizeof wide);
+inline void flush(T* sums, int64_t n, double* total) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        total[i] += sums[i];
+        sums[i] = 0;
+    }
 }
 
 template <class T, int V, int R>
-inline void outer_rows(const T* g, const T* x, int64_t channels, double* total, int64_t width) {
+inline void outer_rows(const T* g, const T* x, int64_t channels, T* total, int64_t width) {
     constexpr int W = LANES<T>;
     Vector<T> sum[R][V] = {};
     for (int p = 0; p < TILE; p++) {
@@ -147,12 +165,12 @@ inline void outer_rows(const T* g, const T* x, int64_t channels, double* total, 
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
 #pragma GCC unroll 3
-        for (int v = 0; v < V; v++) flush<T>(sum[r][v], total + r * width + v * W);
+        for (int v = 0; v < V; v++) store(total + r * width + v * W, load(total + r * width + v * W) + sum[r][v]);
     }
 }
 
 template <class T, int V>
-inline void outer_columns(const T* g, const T* x, int64_t channels, double* total, int64_t width) {
+inline void outer_columns(const T* g, const T* x, int64_t channels, T* total, int64_t width) {
     constexpr int R = rows_at_once(V);
     for (int64_t r = 0; r < channels;) {
         const int64_t left = channels - r;
@@ -171,7 +189,7 @@ inline void outer_columns(const T* g, const T* x, int64_t channels, double* tota
 
 // total[o][i] += sum over the tile's pixels of g[o] x[i], in rows of padded<T>(channels).
 template <class T>
-inline void outer_tile(const T* g, const T* x, int64_t channels, double* total) {
+inline void outer_tile(const T* g, const T* x, int64_t channels, T* total) {
     const int64_t width = padded<T>(channels);
     for (int64_t end = width / LANES<T>; end > 0;) {
         const int64_t vectors = ceil_div(end, ceil_div(end, GROUP)), first = (end - vectors) * LANES<T>;
@@ -186,11 +204,13 @@ inline void outer_tile(const T* g, const T* x, int64_t channels, double* total) 
 
 // total[c] += sum over the tile's pixels of g[c].
 template <class T>
-inline void sum_tile(const T* g, int64_t channels, double* total) {
+inline void sum_tile(const T* g, int64_t channels, T* total) {
     for (int64_t first = 0; first < channels; first += LANES<T>) {
-        Vector<T> sum = {};
-        for (int p = 0; p < TILE; p++) sum += load(g + p * channels + first);
-        flush<T>(sum, total + first);
+        Vector<T> sum[4] = {};
+        for (int p = 0; p < TILE; p += 4) {
+            for (int i = 0; i < 4; i++) sum[i] += load(g + (p + i) * channels + first);
+        }
+        store(total + first, load(total + first) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
     }
 }
 

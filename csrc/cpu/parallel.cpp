@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <exception>
+#include <new>
 
 namespace flowkern {
 
@@ -39,6 +40,41 @@ void parallel_ranges(int threads, int64_t items, void (*body)(const void*, int64
         }
     }
     if (failure) std::rethrow_exception(failure);
+}
+
+namespace {
+
+constexpr std::align_val_t LINE{64};
+
+struct Reserve {
+    char* data = nullptr;
+    int64_t used = 0;
+    ~Reserve() { ::operator delete(data, LINE); }
+};
+thread_local Reserve reserve;
+
+}  // namespace
+
+void* take_scratch(int64_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+#ifndef __SANITIZE_ADDRESS__  // which would not see one array's end run into the next
+    if (bytes < RESERVE - reserve.used) {
+        if (!reserve.data) reserve.data = static_cast<char*>(::operator new(RESERVE, LINE));
+        char* memory = reserve.data + reserve.used;
+        reserve.used += bytes;
+        return memory;
+    }
+#endif
+    return ::operator new(bytes, LINE);
+}
+
+void give_scratch(void* memory) {
+    const uintptr_t offset = reinterpret_cast<uintptr_t>(memory) - reinterpret_cast<uintptr_t>(reserve.data);
+    if (reserve.data && offset < uintptr_t(RESERVE)) {
+        reserve.used = offset;
+    } else {
+        ::operator delete(memory, LINE);
+    }
 }
 
 }  // namespace flowkern

@@ -2,7 +2,6 @@
 // themselves are ordinary functions of a range, which compilers optimise better than outlined parallel regions.
 #pragma once
 #include <cstdint>
-#include <new>
 
 #include "vector.h"
 
@@ -14,6 +13,13 @@ bool openmp_loaded();  // whether the process holds a runtime; torch brings one
 // Calls body(context, begin, end) for contiguous ranges that cover [0, items), on up to `threads` threads.
 void parallel_ranges(int threads, int64_t items, void (*body)(const void*, int64_t, int64_t), const void* context);
 
+// Memory for scratch arrays, aligned to 64 bytes. A thread gives it back in the opposite order. The first `RESERVE` bytes are
+// the thread's own and stay its own: malloc takes microseconds for arrays of some kilobytes, and their lines stay in cache.
+// Raises std::bad_alloc.
+constexpr int64_t RESERVE = 2 << 20;
+void* take_scratch(int64_t bytes);
+void give_scratch(void* memory);
+
 namespace FLOWKERN_ISA {
 
 template <class F>
@@ -22,13 +28,12 @@ void parallel(int threads, int64_t items, const F& body) {
     parallel_ranges(threads, items, call, &body);
 }
 
-// Memory for one call, aligned to 64 bytes. Raises std::bad_alloc.
+// Memory for one call. Raises std::bad_alloc.
 template <class T>
 class Scratch {
   public:
-    explicit Scratch(int64_t size)
-        : size_(size), data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)))) {}
-    ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+    explicit Scratch(int64_t size) : size_(size), data_(static_cast<T*>(take_scratch(size * sizeof(T)))) {}
+    ~Scratch() { give_scratch(data_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     T* data() const { return data_; }
