@@ -49,7 +49,7 @@ inline void store_tile(const T* tile, int64_t valid, int64_t channels, T* image)
 // The rows of a tile themselves where vectors may be read beyond the last one, else a copy completed by zeros.
 template <class T>
 inline const T* readable(const T* image, int64_t left, int64_t channels, T* tile) {
-    if (left > TILE) return image;
+    if ((left - TILE) * channels >= LANES<T>) return image;
     load_tile(image, min(left, TILE), channels, tile);
     return tile;
 }
