@@ -20,22 +20,24 @@ namespace flowkern {
 // instruction set's copy for all of them.
 namespace {
 
-FLOWKERN_HD inline float power_of_two(int32_t n) {
-    uint32_t bits = uint32_t(n + 127) << 23;
+FLOWKERN_HD inline float of_bits(int32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-// x = n ln 2 + r with |r| <= ln 2 / 2. Returns e^r - 1.
-FLOWKERN_HD inline float reduced_expm1(float x, int32_t& n) {
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-    const float magic = 12582912.0f;
+FLOWKERN_HD inline float power_of_two(int32_t n) { return of_bits(int32_t(uint32_t(n + 127) << 23)); }
+
+// x = n ln 2 + r with |r| <= ln 2 / 2. Returns e^r - 1, and n as EXPONENT + n: the exponent of 2^n and bits above it,
+// which `power` shifts out.
+constexpr int32_t EXPONENT = 0x4B400000 + 127;
+
+FLOWKERN_HD inline float reduced_expm1(float x, int32_t& shifted_n) {
+    // Adding 1.5 * 2^23 + 127 rounds to an integer and leaves it in the low bits.
+    const float magic = 12583039.0f;
     float shifted = x * 1.44269504f + magic;
     float whole = shifted - magic;
-    int32_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    n = bits - 0x4B400000;
+    memcpy(&shifted_n, &shifted, sizeof shifted_n);
     // ln 2 in two parts, the first with few bits so that its multiples are exact.
     float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     float p = 1.392618359e-3f;
@@ -46,12 +48,16 @@ FLOWKERN_HD inline float reduced_expm1(float x, int32_t& n) {
     return p * (r * r) + r;
 }
 
+// 2^n for -127 (then 0) to 128 (then infinity).
+FLOWKERN_HD inline float power(int32_t shifted_n) { return of_bits(int32_t(uint32_t(shifted_n) << 23)); }
+
 // e^x to about one ulp over the whole range: gradual underflow, infinity on overflow, NaN through.
 FLOWKERN_HD inline float exponential(float x) {
     x = x < -104.0f ? -104.0f : x;
     x = x > 89.0f ? 89.0f : x;
     int32_t n;
     float p = 1.0f + reduced_expm1(x, n);
+    n -= EXPONENT;
     // 2^n in two factors: n runs from -150 to 128, beyond the exponents of normal numbers.
     int32_t half = n >> 1;
     return p * power_of_two(half) * power_of_two(n - half);
@@ -59,34 +65,35 @@ FLOWKERN_HD inline float exponential(float x) {
 
 FLOWKERN_HD inline double exponential(double x) { return std::exp(x); }
 
-// The same where results at the very ends of the range don't matter: 0 below e^-87.7, infinity above e^88.3.
+// The same for |x| < 10^6 and where results at the very ends of the range don't matter: 0 below e^-87.7, infinity above
+// e^88.3. Bounding n takes fewer instructions than bounding x.
 FLOWKERN_HD inline float bounded_exponential(float x) {
-    x = x < -88.0f ? -88.0f : x;
-    x = x > 88.7f ? 88.7f : x;
     int32_t n;
-    float p = reduced_expm1(x, n), scale = power_of_two(n);
-    return scale * p + scale;
+    float p = 1.0f + reduced_expm1(x, n);
+    n = n < EXPONENT - 127 ? EXPONENT - 127 : n;
+    n = n > EXPONENT + 128 ? EXPONENT + 128 : n;
+    return power(n) * p;
 }
 
 FLOWKERN_HD inline double bounded_exponential(double x) { return std::exp(x); }
 
-// tanh(u) = -d / (2 + d) and its slope 4 (1 + d) / (2 + d)^2 with d = exp(-2 |u|) - 1, both to relative precision.
+// tanh(v / 2) = -d / (2 + d) and its slope 4 (1 + d) / (2 + d)^2 with d = exp(-|v|) - 1, both to relative precision.
 template <class T>
 struct Tangent {
     T value, slope;
 };
 
-FLOWKERN_HD inline Tangent<float> hyperbolic_tangent(float u) {
-    float x = -2.0f * std::fabs(u);
+FLOWKERN_HD inline Tangent<float> hyperbolic_tangent_of_half(float v) {
+    float x = -std::fabs(v);
     x = x < -87.0f ? -87.0f : x;
     int32_t n;
-    float p = reduced_expm1(x, n), scale = power_of_two(n);
+    float p = reduced_expm1(x, n), scale = power(n);
     float d = scale * p + (scale - 1.0f), sum = 2.0f + d;
-    return {std::copysign(d / sum, u), 4.0f * (scale * p + scale) / (sum * sum)};
+    return {std::copysign(d / sum, v), 4.0f * (scale * p + scale) / (sum * sum)};
 }
 
-FLOWKERN_HD inline Tangent<double> hyperbolic_tangent(double u) {
-    double th = std::tanh(u);
+FLOWKERN_HD inline Tangent<double> hyperbolic_tangent_of_half(double v) {
+    double th = std::tanh(v / 2);
     return {th, 1 - th * th};
 }
 
@@ -115,7 +122,7 @@ struct ScaleTerms {
 template <Scale S, class T>
 FLOWKERN_HD inline ScaleTerms<T> scale_terms(T raw, T alpha, T inverse_alpha) {
     if constexpr (S == Scale::softclamp) {
-        const Tangent<T> th = hyperbolic_tangent(raw * inverse_alpha);
+        const Tangent<T> th = hyperbolic_tangent_of_half(raw * (2 * inverse_alpha));
         const T log_s = alpha * th.value;
         return {log_s, bounded_exponential(log_s), bounded_exponential(-log_s), th.slope};
     } else {

@@ -37,10 +37,10 @@ const T* complete(const T* image, int64_t valid, int64_t channels, T* tile) {
     return tile;
 }
 
-// Rows joined from halves, in the image; by way of a tile where the image is incomplete.
+// Rows with new second halves, in the image; by way of a tile where the image is incomplete.
 template <class K, class T>
-void join_into(const T* first, int64_t stride, const T* second, int64_t valid, int64_t channels, T* tile, T* image) {
-    join<K>(first, stride, second, channels, valid == TILE ? image : tile);
+void join_into(const T* first, const T* second, int64_t valid, int64_t channels, T* tile, T* image) {
+    join<K, true>(first, second, channels, valid == TILE ? image : tile);
     if (valid < TILE) store_tile(tile, valid, channels, image);
 }
 
@@ -61,19 +61,18 @@ void couple_blocks(const Couple& m, const Mixing<T>& mixing, int64_t blocks, int
             const int64_t valid = min(TILE, m.pixels - p), at = (sample + p) * channels;
             const T* t = network_rows(m.h, m.h_type, (sample + p) * row, valid, row, m.scale, workspace.tile(2));
             if (!additive) {
-                gather<K>(t, channels, raw);
-                gather<K>(t + half, channels, shift);
+                split<K>(t, channels, raw, shift);
                 t = shift;
             }
             const T* x = complete(images + at, valid, channels, mixed);
-            gather<K>(x + half, channels, b);
+            second_halves<K>(x, channels, b);
             sum += m.inverse ? couple_halves<true>(b, raw, t, workspace.half(), m.scale, alpha)
                              : couple_halves<false>(b, raw, t, workspace.half(), m.scale, alpha);
             if (!mixing.packed) {
-                join_into<K>(x, channels, b, valid, channels, tile, y + at);
+                join_into<K>(x, b, valid, channels, tile, y + at);
                 continue;
             }
-            join<K>(x, channels, b, channels, tile);
+            join<K, true>(x, b, channels, tile);
             if (m.inverse) mixing.offset->subtract_from(tile, channels);
             mix_tile(tile, channels, mixing.packed, mixing.init, mixed);
             store_tile(mixed, valid, channels, y + at);
@@ -102,13 +101,12 @@ void couple_vjp_blocks(const CoupleVjp& m, int64_t blocks, int64_t begin, int64_
             if (additive) {
                 memcpy(t, h, size * sizeof(T));
             } else {
-                gather<K>(h, channels, raw);
-                gather<K>(h + half, channels, t);
+                split<K>(h, channels, raw, t);
             }
             const T* v = complete(vs + at, valid, channels, tile);
             const T* g = complete(gs + at, valid, channels, workspace.tile(1));
-            gather<K>(v + half, channels, b);
-            gather<K>(g + half, channels, gb);
+            second_halves<K>(v, channels, b);
+            second_halves<K>(g, channels, gb);
             if (m.inverse) {
                 m.given_input ? couple_vjp_halves<true, true>(b, gb, raw, t, size, m.scale, alpha, gl)
                               : couple_vjp_halves<true, false>(b, gb, raw, t, size, m.scale, alpha, gl);
@@ -116,11 +114,11 @@ void couple_vjp_blocks(const CoupleVjp& m, int64_t blocks, int64_t begin, int64_
                 m.given_input ? couple_vjp_halves<false, true>(b, gb, raw, t, size, m.scale, alpha, gl)
                               : couple_vjp_halves<false, false>(b, gb, raw, t, size, m.scale, alpha, gl);
             }
-            if (rebuilt) join_into<K>(v, channels, b, valid, channels, network, rebuilt + at);
-            join_into<K>(g, channels, gb, valid, channels, network, dv + at);
+            if (rebuilt) join_into<K>(v, b, valid, channels, network, rebuilt + at);
+            join_into<K>(g, gb, valid, channels, network, dv + at);
             with_network_type<T>(m.h_type, [&](auto number) {
                 auto* dh = static_cast<decltype(number)*>(m.dh) + pixel * row;
-                if (!additive) join<K>(raw, half, t, channels, network);
+                if (!additive) join<K, false>(raw, t, channels, network);
                 const T* rows = additive ? t : network;
                 for (int64_t j = 0; j < valid * row; j++) convert(rows[j], dh[j]);
             });

@@ -3,39 +3,9 @@
 #pragma once
 #include "../formulas.h"
 #include "convert.h"
-#include "mix.h"
+#include "halves.h"
 
 namespace flowkern::FLOWKERN_ISA {
-
-// How many elements a copy of half a row moves: where C is known, one whole vector rather than an odd number. What that
-// reads and writes too much belongs to the same tile, and rows are written in order, so the next one puts it right.
-template <class K>
-constexpr int64_t copied(int64_t half) {
-    using T = typename K::Element;
-    int64_t power = 1;
-    while (power < K::channels(0) / 2) power *= 2;
-    return K::channels(0) > 0 && power <= LANES<T> ? power : half;
-}
-
-// Halves of rows, `rows` pointing at the first of them, into a compact array.
-template <class K, class T>
-inline void gather(const T* rows, int64_t channels, T* compact) {
-    const int64_t row = K::channels(channels), half = row / 2, wide = copied<K>(half);
-    for (int p = 0; p < TILE - 1; p++) memcpy(compact + p * half, rows + p * row, wide * sizeof(T));
-    memcpy(compact + (TILE - 1) * half, rows + (TILE - 1) * row, half * sizeof(T));
-}
-
-// Rows from their two halves: the first ones `stride` elements apart, the second ones compact.
-template <class K, class T>
-inline void join(const T* first, int64_t stride, const T* second, int64_t channels, T* rows) {
-    const int64_t row = K::channels(channels), half = row / 2, wide = copied<K>(half);
-    for (int p = 0; p < TILE - 1; p++) {
-        memcpy(rows + p * row, first + p * stride, wide * sizeof(T));
-        memcpy(rows + p * row + half, second + p * half, wide * sizeof(T));
-    }
-    memcpy(rows + (TILE - 1) * row, first + (TILE - 1) * stride, half * sizeof(T));
-    memcpy(rows + (TILE - 1) * row + half, second + (TILE - 1) * half, half * sizeof(T));
-}
 
 // Calls f with a number of the network's element type. In double precision the network has no other.
 template <class T, class F>
