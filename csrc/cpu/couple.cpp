@@ -74,8 +74,7 @@ void couple_blocks(const Couple& m, const Mixing<T>& mixing, int64_t blocks, int
             }
             join<K, true>(x, b, channels, tile);
             if (m.inverse) mixing.offset->subtract_from(tile, channels);
-            mix_tile(tile, channels, mixing.packed, mixing.init, mixed);
-            store_tile(mixed, valid, channels, y + at);
+            mix_into<K>(tile, channels, mixing.packed, mixing.init, valid, mixed, y + at);
         }
         logdet[item] = sum;
     }

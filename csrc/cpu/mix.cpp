@@ -23,8 +23,7 @@ void mix_tiles(const Mix& m, const T* packed, const T* init, int64_t begin, int6
             if (m.inverse) offset.subtract_from(in.data(), channels);
             rows = in.data();
         }
-        mix_tile(rows, channels, packed, init, out.data());
-        store_tile(out.data(), valid, channels, y + first * channels);
+        mix_into<K>(rows, channels, packed, init, valid, out.data(), y + first * channels);
     }
 }
 
@@ -54,15 +53,19 @@ void mix_vjp_tiles(const MixVjp& m, const Reverse<T>& reverse, int64_t begin, in
             v = readable(vs + at, left, channels, given.data());
         }
         if (reverse.map) {
-            mix_tile(v, channels, reverse.map, reverse.init, mapped.data());
+            mix_tile<K>(v, channels, reverse.map, reverse.init, mapped.data());
             if (rebuilt) store_tile(mapped.data(), valid, channels, rebuilt + at);
         }
-        mix_tile(g, channels, reverse.back, reverse.zero, back.data());
-        store_tile(back.data(), valid, channels, dv + at);
+        if (m.inverse) {
+            mix_tile<K>(g, channels, reverse.back, reverse.zero, back.data());
+        } else {
+            mix_into<K>(g, channels, reverse.back, reverse.zero, valid, back.data(), dv + at);
+        }
         const T* x = reverse.subtract ? mapped.data() : v;
         const T* weight = m.inverse ? back.data() : g;
         outer_tile(weight, x, channels, some.data());
         sum_tile(weight, channels, some.data() + channels * width);
+        if (m.inverse) store_tile(back.data(), valid, channels, dv + at);
         if ((tile - begin) % TILES_SUMMED == TILES_SUMMED - 1 || tile + 1 == end) flush(some.data(), channels * width + width, sums);
     }
 }

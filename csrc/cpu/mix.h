@@ -87,16 +87,20 @@ inline Matrix transposed(const Matrix& m) { return {m.data, m.column, m.row}; }
 
 // How many vectors of a row are computed together, and for how many pixels, so that the sums stay in registers.
 constexpr int GROUP = ACCUMULATORS >= 12 ? 3 : 2;
-constexpr int pixels_at_once(int vectors) { return 8 * vectors <= ACCUMULATORS ? 8 : 4; }
+constexpr int pixels_at_once(int vectors) {
+    return 8 * vectors <= ACCUMULATORS ? 8 : 4;
+}
 constexpr int rows_at_once(int vectors) { return ACCUMULATORS / vectors < 12 ? ACCUMULATORS / vectors : 12; }
 
-template <class T, int V>
-inline void mix_columns(const T* x, int64_t channels, const T* packed, int64_t width, const T* init, T* y) {
+// V vectors of every row from column `first` on, which is a constant where the number of channels is.
+template <class K, int V, class T>
+__attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, int64_t first, const T* packed, const T* init, T* y) {
     constexpr int PIXELS = pixels_at_once(V), W = LANES<T>;
-    for (int first = 0; first < TILE; first += PIXELS) {
-        const T* px = x + first * channels;
+    const int64_t channels = K::channels(n), width = padded<T>(channels), beyond = first + V * W - channels;
+    packed += first, init += first, y += first;
+    for (int pixel = 0; pixel < TILE; pixel += PIXELS, x += PIXELS * channels, y += PIXELS * channels) {
         Vector<T> sum[PIXELS][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int p = 0; p < PIXELS; p++) {
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) sum[p][v] = load(init + v * W);
@@ -105,36 +109,51 @@ inline void mix_columns(const T* x, int64_t channels, const T* packed, int64_t w
             Vector<T> row[V];
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) row[v] = load(packed + i * width + v * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int p = 0; p < PIXELS; p++) {
-                const T value = px[p * channels + i];
+                const T value = x[p * channels + i];
 #pragma GCC unroll 3
                 for (int v = 0; v < V; v++) sum[p][v] += value * row[v];
             }
         }
-        T* py = y + first * channels;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int p = 0; p < PIXELS; p++) {
 #pragma GCC unroll 3
-            for (int v = 0; v < V; v++) store(py + p * channels + v * W, sum[p][v]);
+            for (int v = 0; v < V; v++) {
+                T* to = y + p * channels + v * W;
+                // Behind the tile's last row there may be another's.
+                if (p + 1 == PIXELS && v + 1 == V && beyond > 0 && pixel + PIXELS == TILE) {
+                    const Vector<T> last = sum[p][v];
+                    memcpy(to, &last, (W - beyond) * sizeof(T));
+                } else {
+                    store(to, sum[p][v]);
+                }
+            }
         }
     }
 }
 
 // y = M x + init at every pixel of a tile, from pack(M). Columns run from last to first and pixels forward, so that what
-// a row's last vector writes past the row's end is overwritten by the next row.
-template <class T>
+// a row's last vector writes past the row's end is overwritten by the next row. Nothing is written past the last row.
+template <class K, class T>
 inline void mix_tile(const T* x, int64_t channels, const T* packed, const T* init, T* y) {
-    const int64_t width = padded<T>(channels);
-    for (int64_t end = width / LANES<T>; end > 0;) {
+#pragma GCC unroll 4
+    for (int64_t end = padded<T>(K::channels(channels)) / LANES<T>; end > 0;) {
         const int64_t vectors = ceil_div(end, ceil_div(end, GROUP)), first = (end - vectors) * LANES<T>;
-        if (vectors == 1) mix_columns<T, 1>(x, channels, packed + first, width, init + first, y + first);
-        if (vectors == 2) mix_columns<T, 2>(x, channels, packed + first, width, init + first, y + first);
+        if (vectors == 1) mix_columns<K, 1>(x, channels, first, packed, init, y);
+        if (vectors == 2) mix_columns<K, 2>(x, channels, first, packed, init, y);
         if constexpr (GROUP > 2) {
-            if (vectors == 3) mix_columns<T, 3>(x, channels, packed + first, width, init + first, y + first);
+            if (vectors == 3) mix_columns<K, 3>(x, channels, first, packed, init, y);
         }
         end -= vectors;
     }
+}
+
+// The same into an image, of which the tile's first `valid` rows are there.
+template <class K, class T>
+inline void mix_into(const T* x, int64_t channels, const T* packed, const T* init, int64_t valid, T* tile, T* image) {
+    mix_tile<K>(x, channels, packed, init, valid == TILE ? image : tile);
+    if (valid < TILE) store_tile(tile, valid, channels, image);
 }
 
 // Moves n sums, whole vectors, over some tiles to those in double precision over many.
