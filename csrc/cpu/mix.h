@@ -96,7 +96,7 @@ constexpr int rows_at_once(int vectors) { return ACCUMULATORS / vectors < 12 ? A
 template <class K, int V, class T>
 __attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, int64_t first, const T* packed, const T* init, T* y) {
     constexpr int PIXELS = pixels_at_once(V), W = LANES<T>;
-    const int64_t channels = K::channels(n), width = padded<T>(channels), beyond = first + V * W - channels;
+    const int64_t channels = K::channels(n), width = padded<T>(channels);
     packed += first, init += first, y += first;
     for (int pixel = 0; pixel < TILE; pixel += PIXELS, x += PIXELS * channels, y += PIXELS * channels) {
         Vector<T> sum[PIXELS][V];
@@ -121,10 +121,13 @@ __attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, in
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) {
                 T* to = y + p * channels + v * W;
-                // Behind the tile's last row there may be another's.
-                if (p + 1 == PIXELS && v + 1 == V && beyond > 0 && pixel + PIXELS == TILE) {
+                // Behind the tile's last row there may be another's. Usual rows are so long that vectors only of the last
+                // pixels reach there.
+                constexpr bool usual = K::channels(0) > 0;
+                const int64_t left = (usual ? PIXELS - p : TILE - pixel - p) * channels - first - v * W;
+                if (left < W && (!usual || pixel + PIXELS == TILE)) {
                     const Vector<T> last = sum[p][v];
-                    memcpy(to, &last, (W - beyond) * sizeof(T));
+                    memcpy(to, &last, left * sizeof(T));
                 } else {
                     store(to, sum[p][v]);
                 }
