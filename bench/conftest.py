@@ -1,7 +1,8 @@
 """`pytest bench --benchmark-only`: quick, or everything with `--full`; results go to bench/results/<machine>-*.json.
 
 Rows of a group are measured taking turns, before the first of them is reported; pytest-benchmark is then told the
-times.
+times. With FLOWKERN_CPU_ISA=avx2 in the environment PyTorch and its libraries are held to AVX2, too; the files are then
+<machine>-avx2-*.json.
 """
 
 import os
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import results
+if os.environ.get("FLOWKERN_CPU_ISA") == "avx2":    # before anything imports torch
+    os.environ.update(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2")
+
+from bench import results  # noqa: E402
 
 
 def pytest_addoption(parser):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -52,10 +53,11 @@ def _readable(value):
 
 
 def machine() -> str:
-    """A short name of this machine for its result files, from its processor and the threads in use."""
+    """A short name of this machine for its result files: processor, threads in use, and a chosen instruction set."""
     words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", "", _processor().split(" x ")[-1])
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unknown"
-    return f"{slug}-{torch.get_num_threads()}"
+    chosen = os.environ.get("FLOWKERN_CPU_ISA")
+    return f"{slug}-{torch.get_num_threads()}" + (f"-{chosen}" if chosen else "")
 
 
 def _processor() -> str:

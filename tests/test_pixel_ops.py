@@ -107,15 +107,16 @@ def test_any_layout_of_the_operands(implementation):
                 torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("scale", "alpha"), [*((scale, 1.0) for scale in SCALES), ("softclamp", 100.0)])
 @pytest.mark.parametrize("raw", [-200.0, -88.5, -30.0, 0.0, 1e-30, 30.0, 200.0, float("inf"), float("nan")])
-def test_special_raw_values(implementation, scale, raw):
-    """Overflow and NaN come out where the reference has them: nothing is clamped in silence."""
+def test_special_raw_values(implementation, scale, alpha, raw):
+    """Overflow and NaN come out where the reference has them: nothing is clamped in silence. With a large alpha scales
+    overflow, too."""
     make = Inputs((1, 4, 3, 3), FLOAT, FLOAT)
     x, h = make.state(), make.network(scale)
     h[:, :1] = raw
     for inverse in (False, True):
-        args = (x, h, scale, 1.0, inverse)
+        args = (x, h, scale, alpha, inverse)
         for got, expected in zip(implementation.couple(*args), reference.couple(*args), strict=True):
             assert torch.equal(got.isnan(), expected.isnan())
             torch.testing.assert_close(got, expected, rtol=3e-5, atol=1e-5, equal_nan=True)
