@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import flowkern
+from flowkern import cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
@@ -53,11 +54,14 @@ def _readable(value):
 
 
 def machine() -> str:
-    """A short name of this machine for its result files: processor, threads in use, and a chosen instruction set."""
+    """A short name of this machine for its result files: processor, threads in use, and the instruction set where it
+    was chosen, or multiplies bf16 on tiles, which some hosts keep from their guests.
+    """
     words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", "", _processor().split(" x ")[-1])
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unknown"
-    chosen = os.environ.get("FLOWKERN_CPU_ISA")
-    return f"{slug}-{torch.get_num_threads()}" + (f"-{chosen}" if chosen else "")
+    tiles = cpp.probe() is None and "amx" in cpp.build_config()["isa_supported"]
+    isa = os.environ.get("FLOWKERN_CPU_ISA") or ("amx" if tiles else None)
+    return f"{slug}-{torch.get_num_threads()}" + (f"-{isa}" if isa else "")
 
 
 def _processor() -> str:
