@@ -118,7 +118,8 @@ def scaling_tables(groups: dict) -> str:
 
 
 def draw(topics: dict[str, dict], folder: Path, suffix: str = "svg") -> list[Path]:
-    """Every plot that the figures allow."""
+    """Every plot that the figures allow, into a folder that is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     scaling, models = (topics.get(t, {}).get("groups", {}) for t in ("scaling", "models"))
     sweeps = [scaling[s] for s in ("depth", "batch", "size") if s in scaling]
     plans = [("bench-memory-depth", plots.memory_against_depth, scaling.get("memory")),
