@@ -3,10 +3,12 @@
 Copies move whole vectors where that is faster, so that bounds are worth a proof of their own.
 """
 
+import os
 import re
 import shlex
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,10 +43,10 @@ def program(tmp_path_factory):
     jobs += [(f"csrc/cpu/{unit}.cpp", f"{unit}.{isa}", f"-DFLOWKERN_ISA={isa} {flags}")
              for isa, flags in sets.items() for unit in ("mix", "couple", "pointwise", "compose", "network")
              if unit != "network" and isa != "amx" or unit == "network" and isa != "baseline"]
-    for source, name, flags in jobs:
-        command = [*compiler, *SANITIZE.split(), "-fno-sanitize-recover=all", *flags.split(), "-c", ROOT / source, "-o",
-                   folder / f"{name}.o"]
-        run(command)
+    commands = [[*compiler, *SANITIZE.split(), "-fno-sanitize-recover=all", *flags.split(), "-c", ROOT / source, "-o",
+                 folder / f"{name}.o"] for source, name, flags in jobs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, commands))
     run([*compiler, *SANITIZE.split(), *folder.glob("*.o"), "-o", folder / "program"])
     return folder / "program"
 
