@@ -1,10 +1,12 @@
 """Models and comparisons that several test files share."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 import flowkern
+from bench import memory
 
 VARIANTS = {
     "softclamp": {},
@@ -51,3 +53,15 @@ def gradients(function, x, parameters, seed=1):
     out, logdet = function(x)
     w, v = (torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in (out, logdet))
     return torch.autograd.grad((out * w).sum() + (logdet * v).sum(), [x, *parameters])
+
+
+def footprints_of(function, cases: dict) -> dict:
+    """Name -> what `bench.memory.measure` of `function` gives for its case: in two processes at a time, for much of a
+    counted step is Python.
+    """
+    names = list(cases)
+    halves = [names[::2], names[1::2]]
+    with ThreadPoolExecutor(len(halves)) as pool:
+        seen = pool.map(lambda half: memory.measure(function, cases=[cases[name] for name in half]), halves)
+        return {name: found for half, results in zip(halves, seen, strict=True)
+                for name, found in zip(half, results, strict=True)}

@@ -1,8 +1,7 @@
 """What a training step of the unfolded network keeps for backward: an image a fold, whatever the depth and operator."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
+from helpers import footprints_of
 
 from bench import folds, memory
 
@@ -17,13 +16,7 @@ def kept():
     keys += [(name, "exact", "recompute", k, 2) for name in EXACT for k in (2, 4)]
     keys += [("blur", "gradient", "store", k, depth) for k, depth in sizes]
     names = ("operator", "consistency", "memory", "folds", "depth")
-    # Mostly Python, so that two processes are nearly twice as fast as one.
-    with ThreadPoolExecutor() as pool:
-        halves = [keys[::2], keys[1::2]]
-        seen = pool.map(lambda half: memory.measure(folds.per_image, cases=[dict(zip(names, key, strict=True))
-                                                                            for key in half]), halves)
-        return {key: images for half, found in zip(halves, seen, strict=True)
-                for key, images in zip(half, found, strict=True)}
+    return footprints_of(folds.per_image, {key: dict(zip(names, key, strict=True)) for key in keys})
 
 
 @pytest.mark.parametrize("name", folds.OPERATORS)

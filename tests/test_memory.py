@@ -6,8 +6,8 @@ bounded here too, so that nothing can hide among them. Native scratch is counted
 
 import pytest
 import torch
+from helpers import footprints_of
 
-from bench import memory
 from bench.workload import Setup, footprints
 
 MIB = 1 << 20
@@ -43,7 +43,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, dict]:
-    return dict(zip(CASES, memory.measure(footprints, cases=list(CASES.values())), strict=True))
+    return footprints_of(footprints, CASES)
 
 
 def state_bytes() -> int:
