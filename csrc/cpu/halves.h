@@ -1,7 +1,7 @@
 // The two halves of a tile's rows taken apart into compact arrays, and put together again.
 //
-// For the usual numbers of channels by whole vectors: halves of rows copied one by one overlap in vectors that are
-// loaded next, which waits for the copies to leave the store buffer, and took longer than the coupling itself.
+// For the usual numbers of channels by whole vectors. Halves of rows copied one by one overlap in the vectors that are
+// loaded next, so that loads wait for the copies to leave the store buffer: a fifth of a coupling's time.
 #pragma once
 #include <utility>
 
