@@ -56,16 +56,12 @@ void mix_vjp_tiles(const MixVjp& m, const Reverse<T>& reverse, int64_t begin, in
             mix_tile<K>(v, channels, reverse.map, reverse.init, mapped.data());
             if (rebuilt) store_tile(mapped.data(), valid, channels, rebuilt + at);
         }
-        if (m.inverse) {
-            mix_tile<K>(g, channels, reverse.back, reverse.zero, back.data());
-        } else {
-            mix_into<K>(g, channels, reverse.back, reverse.zero, valid, back.data(), dv + at);
-        }
+        mix_tile<K>(g, channels, reverse.back, reverse.zero, back.data());
+        store_tile(back.data(), valid, channels, dv + at);
         const T* x = reverse.subtract ? mapped.data() : v;
         const T* weight = m.inverse ? back.data() : g;
         outer_tile(weight, x, channels, some.data());
         sum_tile(weight, channels, some.data() + channels * width);
-        if (m.inverse) store_tile(back.data(), valid, channels, dv + at);
         if ((tile - begin) % TILES_SUMMED == TILES_SUMMED - 1 || tile + 1 == end) flush(some.data(), channels * width + width, sums);
     }
 }

@@ -100,7 +100,7 @@ __attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, in
     packed += first, init += first, y += first;
     for (int pixel = 0; pixel < TILE; pixel += PIXELS, x += PIXELS * channels, y += PIXELS * channels) {
         Vector<T> sum[PIXELS][V];
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int p = 0; p < PIXELS; p++) {
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) sum[p][v] = load(init + v * W);
@@ -109,14 +109,14 @@ __attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, in
             Vector<T> row[V];
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) row[v] = load(packed + i * width + v * W);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
             for (int p = 0; p < PIXELS; p++) {
                 const T value = x[p * channels + i];
 #pragma GCC unroll 3
                 for (int v = 0; v < V; v++) sum[p][v] += value * row[v];
             }
         }
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int p = 0; p < PIXELS; p++) {
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) {
