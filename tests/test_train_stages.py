@@ -64,6 +64,20 @@ def test_noise_is_drawn_from_the_range_or_fixed(pictures, tmp_path):
     assert (tiny(pictures, "").trained_at(), config.trained_at()) == ("0.20", "0.10 to 0.30")
 
 
+def test_the_loss_is_the_squared_error_or_the_mean_psnr_of_images(pictures, tmp_path):
+    """In dB an image with a tenth of the error counts as much as another, and a perfect one is finite."""
+    clean, noise = torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8)
+    batch = {"clean": clean, "noise": noise, "level": torch.tensor([0.0, 1.0, 0.0])}
+    losses = {}
+    for loss in ("mse", "psnr"):
+        config = tiny(pictures, tmp_path, sigma=0.1, sigma_max=1.0, loss=loss)
+        stage = stages.UnfoldedStage(torch.nn.Identity(), config, budget.Budget(None, None))
+        losses[loss] = stage.loss(batch).item()
+    assert losses["mse"] == pytest.approx((0.01 + 1 + 0.01) / 3)
+    assert losses["psnr"] == pytest.approx(-(20 + 0 + 20) / 3, rel=1e-5)
+    assert stage.error(clean, clean).item() == pytest.approx(-90)
+
+
 @pytest.mark.parametrize("bits", [5, 8])
 def test_the_prior_is_trained_on_bits_per_dimension_of_its_bits(bits, pictures, tmp_path):
     glow = flowkern.Glow((3, 8, 8), levels=1, depth=1, hidden=4)

@@ -122,10 +122,16 @@ class Config(MeasurementSettings):
     sigma_max: float | None = setting(
         "denoising", None, "Train for a range: each image's noise level is drawn between sigma and this."
     )
+    loss: Literal["mse", "psnr"] = setting(
+        "denoising",
+        "mse",
+        "What is minimised: the mean squared error, as in the paper; or minus the mean of the images' PSNR in dB, as "
+        "tables score, in which an image that is easy counts as much as one that is hard.",
+    )
     likelihood: float = setting(
         "denoising",
         0.0,
-        "Weight, beside the mean squared error, of the negative log-likelihood (nats per number) of each fold's image "
+        "Weight, beside the loss, of the negative log-likelihood (nats per number) of each fold's image "
         "under its flow. It holds the latents' scale, which the error leaves free; without it (0, as in the paper) "
         "learning rates must be far smaller.",
     )

@@ -15,6 +15,8 @@ from train.budget import Budget
 from train.config import Config
 
 CALIBRATION_BATCHES = 8
+# A mean squared error below that of rounding to 8 bits by far: 90 dB. It keeps the logarithm of a perfect image finite.
+PERFECT = 1e-9
 
 
 class _Stage(L.LightningModule):
@@ -96,8 +98,8 @@ class PriorStage(_Stage):
 
 
 class UnfoldedStage(_Stage):
-    """End-to-end training of the unfolded network: minimises the mean squared error, and with it the flows' negative
-    log-likelihood as much as `--likelihood` says.
+    """End-to-end training of the unfolded network: minimises `--loss`, and with it the flows' negative log-likelihood
+    as much as `--likelihood` says.
 
     calibration: makes the training batches on which batch norms' statistics are measured.
     """
@@ -169,14 +171,20 @@ class UnfoldedStage(_Stage):
         """What training minimises on a batch."""
         return sum(self._losses(self.estimate(batch), batch["clean"]))
 
+    def error(self, estimate: Tensor, clean: Tensor) -> Tensor:
+        """How far the estimates are from the clean images: the mean squared error, or minus the mean PSNR in dB."""
+        if self.config.loss == "mse":
+            return nn.functional.mse_loss(estimate, clean)
+        squares = (estimate - clean).square().mean((1, 2, 3))
+        return 10 * torch.log10(squares + PERFECT).mean()
+
     def _losses(self, found: tuple[Tensor, ...], clean: Tensor) -> list[Tensor]:
-        """The mean squared error and, where it is trained along, the weighted likelihood."""
+        """The error and, where it is trained along, the weighted likelihood."""
         estimate, *log_prob = found
-        error = nn.functional.mse_loss(estimate, clean)
-        return [error, *(-self.config.likelihood * d.mean() / clean[0].numel() for d in log_prob)]
+        return [self.error(estimate, clean), *(-self.config.likelihood * d.mean() / clean[0].numel() for d in log_prob)]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """The loss; and the squared error alone, which can be compared with validation's."""
+        """The loss; and the error alone, which can be compared with validation's."""
         found, clean = self.estimate(batch), batch["clean"]
         losses = self._losses(found, clean)
         self.log("loss", losses[0], prog_bar=True)
@@ -185,7 +193,7 @@ class UnfoldedStage(_Stage):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         (estimate,), clean = self.estimate(batch), batch["clean"]
-        self.log("val_loss", self.check_finite(nn.functional.mse_loss(estimate, clean)), batch_size=len(clean))
+        self.log("val_loss", self.check_finite(self.error(estimate, clean)), batch_size=len(clean))
         self.val_psnr(estimate.clamp(0, 1), clean)
         self.val_ssim(estimate.clamp(0, 1), clean)
         self.log("val_psnr", self.val_psnr, prog_bar=True, batch_size=len(clean))
