@@ -95,7 +95,12 @@ class Config(MeasurementSettings):
     mu: float | None = setting(
         "unfolded", None, "Start value of the step sizes (default: 0.5 / |A|^2, which for denoising is 0.5)."
     )
-    lam: float = setting("unfolded", 0.05, "Start value of the shrinkage.")
+    lam: float | list[float] = setting(
+        "unfolded",
+        0.05,
+        "Start value of the shrinkage: one number for all latents, as in the paper, or one per level, from fine to "
+        "coarse, each of which then learns its own.",
+    )
     resnet_width: int = setting("unfolded", 128, "Maps of the ResNet.")
     resnet_blocks: int = setting("unfolded", 2, "Residual blocks of the ResNet.")
     unet_width: int = setting("unfolded", 64, "Maps of the U-Net at full resolution.")
@@ -209,8 +214,13 @@ class Config(MeasurementSettings):
         for name in ("epoch_images", "val_images", "test_images", *limits):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "positive")
-        for name in ("lr", "lr_steps", "prior_lr", "sigma", "lam", "alpha"):
+        for name in ("lr", "lr_steps", "prior_lr", "sigma", "alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
+        if isinstance(self.lam, list):
+            fits = len(self.lam) == self.levels and all(value > 0 for value in self.lam)
+            _require("lam", self.lam, fits, f"positive, one number or one for each of {self.levels} levels")
+        else:
+            _require("lam", self.lam, self.lam > 0, "positive")
         if self.sigma_max is not None and self.sigma_max < self.sigma:
             raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")
         if self.prox == "unet" and min(self.size, self.eval_size or self.size) < 16:
