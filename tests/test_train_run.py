@@ -322,6 +322,42 @@ def test_prior_from_a_checkpoint_skips_pre_training(pictures, finished, tmp_path
         run.prepare(tiny(pictures, out, prior_checkpoint=str(source), depth=7, hidden=5, steps=3)).folder.unlock()
 
 
+@pytest.mark.parametrize("prox", ["glow", "unet"])
+def test_a_network_starts_from_the_proxes_of_another_measurement_s(prox, pictures, finished, tmp_path):
+    source = finished
+    if prox == "unet":
+        made = run.prepare(tiny(pictures, tmp_path / "unet", prox="unet", references=["tv"], steps=3))
+        source = made.train()
+    given = {"network_checkpoint": str(source), "operator": "inpaint", "sigma": 0.05, "init": "adjoint"}
+    started = run.prepare(tiny(pictures, tmp_path / "out", **given, folds=5, hidden=5, steps=1, lr=1e-9, lr_steps=1e-9))
+    assert (started.config.prox, started.config.folds, started.config.hidden) == (prox, 2, 8)
+    net = started.holding(started.trained_network)
+    assert {r["stage"] for r in rows(tmp_path / "out")} == {"unfolded"}
+    before = flowkern.Unfolded.from_pretrained(source / "checkpoints" / "unfolded")
+    weights = dict(before.proxes.named_parameters())
+    for name, p in net.proxes.named_parameters():
+        torch.testing.assert_close(p, weights[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(net.mu, torch.full((2,), 0.5))  # a step size belongs to the operator
+    own = [r["seconds"] for s in (source, tmp_path / "out") for r in report.training(folder.Folder(s)).values()]
+    settings = config.load(tmp_path / "out" / "config.yaml")
+    assert run.training_seconds(settings, folder.Folder(tmp_path / "out")) == pytest.approx(sum(own))
+    assert ", from a network trained at σ = 0.20;" in run.trained_as(settings)
+    # The same command continues.
+    run.prepare(tiny(pictures, tmp_path / "out", **given, folds=5, hidden=5, steps=1, lr=1e-9, lr_steps=1e-9)).folder.unlock()
+
+
+@pytest.mark.parametrize("missing", ["folder", "network"])
+def test_an_unusable_network_to_start_from_is_one_sentence(missing, pictures, tmp_path):
+    message = "is not the folder of a run: it has no config.yaml"
+    if missing == "network":
+        made = run.prepare(tiny(pictures, tmp_path / "source"))
+        made.holding(made.trained_prior)
+        message = "is not a saved Unfolded"
+    with pytest.raises(FileNotFoundError, match=message) as caught:
+        run.prepare(tiny(pictures, tmp_path / "out", network_checkpoint=str(tmp_path / "source")))
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
 def damaged(finished, tmp_path, how):
     """A copy of the finished prior with something wrong."""
     path = tmp_path / "prior"

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"({', '.join(VARIANTS)}). The same command continues where an interruption left off.",
             hidden=("start", "comparison"),
         ).parse(arguments)
-        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None)
+        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None, network_checkpoint=None)
         if "map" in settings.references:
             raise ValueError("the reference 'map' belongs to one prior; ablations have several")
         settings.check_schedule("prior", "unfolded")

@@ -15,6 +15,8 @@ from train.options import add_settings, setting
 
 PRESETS = Path(__file__).parent / "presets"
 FLOW = ("levels", "depth", "hidden", "coupling", "scale", "alpha", "split_prior")
+# What the weights of an unfolded network's proxes fit.
+STRUCTURE = ("prox", "folds", "tied", "lam", "resnet_width", "resnet_blocks", "unet_width", *FLOW)
 
 
 @dataclass
@@ -110,6 +112,12 @@ class Config(MeasurementSettings):
         None,
         "A Glow saved with save_pretrained, or the prior of an earlier run; "
         "skips pre-training and takes the place of the flow settings above.",
+    )
+    network_checkpoint: str | None = setting(
+        "start",
+        None,
+        "The folder of an earlier run, for whatever measurement, a denoiser say: training starts from its proxes instead "
+        "of new ones. Its prior, and its settings of flow, prox and folds, take the place of those above.",
     )
     pretrain: bool = setting("start", True, "Pre-train the Glow; otherwise its ActNorms are initialised, no more.")
 
@@ -260,7 +268,7 @@ class Config(MeasurementSettings):
     @property
     def has_prior_stage(self) -> bool:
         """Whether a Glow is pre-trained before end-to-end training."""
-        return self.prox == "glow" and self.pretrain and not self.prior_checkpoint
+        return self.prox == "glow" and self.pretrain and not (self.prior_checkpoint or self.network_checkpoint)
 
     def trained_at(self) -> str:
         """The noise levels of training, for people."""

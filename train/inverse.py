@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             hidden=("start", "measurement", "comparison"),
             preset="inverse",
         ).parse(arguments)
-        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None)
+        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None, network_checkpoint=None)
         if not settings.measurement.is_identity:
             raise ValueError(f"train.inverse has its own operators; got operator {settings.operator!r}")
         for of_it in PROBLEMS.values():

@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         ).parse(arguments)
         if settings.prox != "glow":
             raise ValueError(f"only a Glow can be pre-trained; prox is {settings.prox!r}")
-        settings = replace(settings, prior_checkpoint=None, pretrain=True)
+        settings = replace(settings, prior_checkpoint=None, network_checkpoint=None, pretrain=True)
         settings.check_schedule("prior")
         from train import run
 

@@ -16,7 +16,7 @@ from train import baselines, checkpoints, data, evaluation, figures, likelihood,
 from train import config as configuration
 from train import folder as folders
 from train.budget import Budget
-from train.config import FLOW, Config
+from train.config import FLOW, STRUCTURE, Config
 from train.data import Data
 from train.evaluation import Method
 from train.fitting import discard_state, fit
@@ -37,7 +37,9 @@ def prepare(config: Config, kind: str = "unfolded", pictures: Pictures | None = 
     Raises OSError, ValueError, TypeError or RuntimeError with one sentence: settings, folder, pictures or prior.
     """
     torch.manual_seed(config.seed)
-    prior = None
+    prior = start = None
+    if config.network_checkpoint:
+        config, start = _load_start(Path(config.network_checkpoint), config)
     if config.prox == "glow":
         prior = _load_prior(Path(config.prior_checkpoint), config) if config.prior_checkpoint else new_prior(config)
         config = replace(config, **{name: prior.config[name] for name in FLOW})
@@ -47,17 +49,20 @@ def prepare(config: Config, kind: str = "unfolded", pictures: Pictures | None = 
     samples = data.arrange(pictures, config) if pictures else data.prepare(config)
     data.training_loader(samples, config)  # raises what is wrong with the batch
     ranks.from_first(lambda: folders.create(folder, config))
-    return Run(config, folder, samples, prior, report.commit())
+    return Run(config, folder, samples, prior, start, report.commit())
 
 
 @dataclass
 class Run:
-    """A run that is ready to start or to continue. prior: of a Glow. commit: of the code that it starts with."""
+    """A run that is ready to start or to continue. prior: of a Glow. start: the network whose proxes it starts from.
+    commit: of the code that it starts with.
+    """
 
     config: Config
     folder: Folder
     data: Data
     prior: Glow | None
+    start: Unfolded | None
     commit: str | None
 
     def train(self) -> Path:
@@ -110,6 +115,8 @@ class Run:
         operator = config.measurement.operator(config.size)
         names = ("tied", "init", "final", "consistency", "mu")
         net = Unfolded(prox, config.folds, operator, **{name: getattr(config, name) for name in names})
+        if self.start is not None:
+            net.proxes.load_state_dict(self.start.proxes.state_dict())
         budget, samples = Budget(config.steps, config.seconds), self.data
         fit(UnfoldedStage(net, config, budget, lambda: data.training_loader(samples, config)), samples, folder)
         self._save(net, "unfolded")
@@ -178,12 +185,9 @@ def load_network(config: Config, folder: Folder) -> Unfolded:
 
 def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:
     """A run's network as a method to evaluate, with what its training took."""
-    stages = report.training(folder)
-    if config.prior_checkpoint:
-        stages |= {k: v for k, v in report.training(Folder(Path(config.prior_checkpoint))).items() if k == "prior"}
     facts = {
         "parameters": sum(p.numel() for p in net.parameters()),
-        "training_minutes": sum(stage["seconds"] for stage in stages.values()) / 60,
+        "training_minutes": training_seconds(config, folder) / 60,
     }
     try:
         facts["training_mib"] = training_mib(net, config)
@@ -191,6 +195,17 @@ def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:
         pass
     estimate = evaluation.network(net, data.part(config))
     return Method("unfolded", TITLES[config.prox], estimate, trained_as(config), facts=facts)
+
+
+def training_seconds(config: Config, folder: Folder) -> float:
+    """How long a run's network was trained, what it started from included as far as its run's folder is there."""
+    seconds = sum(stage["seconds"] for stage in report.training(folder).values())
+    if config.network_checkpoint:
+        source = Folder(Path(config.network_checkpoint))
+        return seconds + (training_seconds(configuration.load(source.config), source) if source.config.is_file() else 0)
+    if config.prior_checkpoint:
+        seconds += report.training(Folder(Path(config.prior_checkpoint))).get("prior", {"seconds": 0})["seconds"]
+    return seconds
 
 
 def references(config: Config, folder: Folder) -> list[Method]:
@@ -217,11 +232,19 @@ def trained_as(config: Config) -> str:
     prior = ""
     if config.prox == "glow":
         prior = f", {pretrained_as(config)}"
-    what = "" if config.measurement.is_identity else f"for {config.measurement.describe()} "
+    start = ""
+    if config.network_checkpoint:
+        source = Folder(Path(config.network_checkpoint)).config
+        start = f", from a network {_trained_for(configuration.load(source))}" if source.is_file() else ", from another"
     return (
-        f"{config.folds} {'tied' if config.tied else 'untied'} folds trained {what}at σ = {config.trained_at()}{prior};"
+        f"{config.folds} {'tied' if config.tied else 'untied'} folds {_trained_for(config)}{prior}{start};"
         f" {ends} of {config.batch} images of {config.size}x{config.size}, learning rate {config.lr:g}"
     )
+
+
+def _trained_for(config: Config) -> str:
+    what = "" if config.measurement.is_identity else f"for {config.measurement.describe()} "
+    return f"trained {what}at σ = {config.trained_at()}"
 
 
 def pretrained_as(config: Config) -> str:
@@ -269,3 +292,14 @@ def _load_prior(path: Path, config: Config) -> Glow:
     if prior.size[0] != 3:
         raise ValueError(f"the prior in {path} is for images of {prior.size[0]} channels; training wants 3")
     return prior
+
+
+def _load_start(path: Path, config: Config) -> tuple[Config, Unfolded]:
+    """The network of the run in `path`, and these settings with that run's structure and prior."""
+    folder = Folder(path)
+    if not folder.config.is_file():
+        raise FileNotFoundError(f"{path} is not the folder of a run: it has no {folder.config.name}")
+    source = configuration.load(folder.config)
+    net = load_network(source, folder)
+    given = {name: getattr(source, name) for name in STRUCTURE}
+    return replace(config, **given, prior_checkpoint=str(path) if source.prox == "glow" else None), net

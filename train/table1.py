@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             "continues where an interruption left off.",
             hidden=("start", "measurement"),
         ).parse(arguments)
-        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None)
+        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None, network_checkpoint=None)
         if not settings.measurement.is_identity:
             raise ValueError(f"Table 1 is about denoising; the operator is {settings.operator!r}: see train.inverse")
         settings.check_schedule("prior", "unfolded")
