@@ -327,7 +327,10 @@ def test_mistakes_of_evaluating_measurements(words, message, blurred, tmp_path, 
 # All of them
 
 
-def test_inverse_trains_each_problem_once_and_writes_one_table(pictures, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("denoise_steps", [None, 3])
+def test_inverse_trains_each_problem_once_and_writes_one_table(
+    denoise_steps, pictures, tmp_path, monkeypatch, capsys
+):
     problems = {name: CASES[name] for name in ("hole", "cs")}
     monkeypatch.setattr(inverse, "PROBLEMS", problems)
     monkeypatch.setattr(variational.MeasuredTotalVariation.__init__, "__defaults__", (5, 2))
@@ -335,12 +338,14 @@ def test_inverse_trains_each_problem_once_and_writes_one_table(pictures, tmp_pat
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | LITTLE | {"warmup": 0, "val_images": None, "test_images": None}))
     words = options(config=path, data=pictures, out=tmp_path / "run")
+    words += options(denoise_steps=denoise_steps) if denoise_steps else []
     fits = Fits(interrupted="cs-unet")
     monkeypatch.setattr(run, "fit", fits)
     with pytest.raises(Interrupted):
         inverse.main(words)
     assert inverse.main(words) == 0
-    assert fits.done == ["prior", "hole-unet", "hole-glow", "cs-unet", "cs-glow"]
+    denoisers = ["denoising-unet", "denoising-glow"] if denoise_steps else []
+    assert fits.done == ["prior", *denoisers, "hole-unet", "hole-glow", "cs-unet", "cs-glow"]
     assert names(tmp_path / "run") == {
         "config.yaml", "checkpoints", "runs", "table.md", "results.json", "reconstructed.png"
     }  # fmt: skip
@@ -355,3 +360,8 @@ def test_inverse_trains_each_problem_once_and_writes_one_table(pictures, tmp_pat
     for name, settings in problems.items():
         saved = run.configuration.load(tmp_path / "run" / "runs" / f"{name}-glow" / "config.yaml")
         assert saved.measurement == measured(**settings) and saved.prior_checkpoint
+        assert bool(saved.network_checkpoint) == bool(denoise_steps)
+    if denoise_steps:
+        last = rows(tmp_path / "run" / "runs" / "denoising-glow", "unfolded")[-1]
+        assert int(last["step"]) == denoise_steps
+        assert ", from a network trained at σ = 0.02;" in results["protocol"]["Unfolded U-Net, hole"]

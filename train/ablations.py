@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             "Train the unfolded Glow with the settings given and with one of them changed at a time: pre-training, its "
             f"noise, the coupling's scale, tied folds, the start, the readout, the loss, memory "
             f"({', '.join(VARIANTS)}). The same command continues where an interruption left off.",
-            hidden=("start", "comparison"),
+            hidden=("start", "comparison", "problems"),
         ).parse(arguments)
         settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None, network_checkpoint=None)
         if "map" in settings.references:

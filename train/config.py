@@ -202,6 +202,13 @@ class Config(MeasurementSettings):
     seeds: list[int] = setting("comparison", (0,), "Everything is trained from scratch with each of these seeds.")
     figure_sigmas: list[float] = setting("comparison", (0.20, 0.25), "Noise levels of the figure.")
 
+    denoise_steps: int | None = setting(
+        "problems",
+        None,
+        "Each kind of prox is first trained in so many steps to denoise at the same sigma, once, and all problems start "
+        "from there (default: they start from the prior).",
+    )
+
     out: str | None = setting("run", None, "The run's folder (default: the next free number in runs/).")
     resume: bool = setting("run", False, "Continue the latest run of this command in runs/, or the one in --out.")
 
@@ -219,6 +226,7 @@ class Config(MeasurementSettings):
         for name in ("batch", "folds", "levels", "hidden", "patience", "figure_images", "accumulate", *widths):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         limits = ("steps", "seconds", "prior_steps", "prior_seconds", "clip", "checkpoint_steps", "trial_steps")
+        limits += ("denoise_steps",)
         for name in ("epoch_images", "val_images", "test_images", *limits):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "positive")
@@ -303,7 +311,7 @@ class Command:
 
     name: str
     description: str
-    hidden: tuple[str, ...] = ("comparison",)
+    hidden: tuple[str, ...] = ("comparison", "problems")
     preset: str = "demo"
 
     def parser(self, preset: str) -> jsonargparse.ArgumentParser:

@@ -17,12 +17,22 @@ PROBLEMS: dict[str, dict] = {
 PROXES = ("unet", "glow")
 
 
+DENOISING = {"operator": "identity", "init": "adjoint"}
+
+
 def work(campaign, settings: Config) -> Path:
-    """The prior, both networks for every problem, then one table and figure: what is trained already is left alone."""
+    """The prior, a denoiser of each kind if asked for, both networks for every problem, then one table and figure: what
+    is trained already is left alone.
+    """
     from train import problems, ranks
 
     prior = campaign.prior("prior")
     start = {"glow": {"prior_checkpoint": str(prior)}, "unet": {"references": ["tv"]}}
+    if settings.denoise_steps:
+        for prox in PROXES:
+            given = start[prox] | DENOISING | {"steps": settings.denoise_steps}
+            denoiser = campaign.network(f"denoising-{prox}", prox=prox, **given)
+            start[prox]["network_checkpoint"] = str(denoiser.folder.path)
     runs = {
         problem: [campaign.network(f"{problem}-{prox}", prox=prox, **of_it, **start[prox]) for prox in PROXES]
         for problem, of_it in PROBLEMS.items()

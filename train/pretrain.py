@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
             "Train a Glow by likelihood on dequantised images, report bits per dimension of held-out images and show "
             "samples at several temperatures. The run's folder serves `train.unfolded --prior-checkpoint`. The same "
             "command continues a run that was interrupted.",
-            hidden=("measurement", "unfolded", "start", "denoising", "evaluation", "comparison"),
+            hidden=("measurement", "unfolded", "start", "denoising", "evaluation", "comparison", "problems"),
         ).parse(arguments)
         if settings.prox != "glow":
             raise ValueError(f"only a Glow can be pre-trained; prox is {settings.prox!r}")
