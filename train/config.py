@@ -208,6 +208,7 @@ class Config(MeasurementSettings):
         "Each kind of prox is first trained in so many steps to denoise at the same sigma, once, and all problems start "
         "from there (default: they start from the prior).",
     )
+    unet_lr: float | None = setting("problems", None, "Learning rate of the U-Net's weights (default: that of --lr).")
 
     out: str | None = setting("run", None, "The run's folder (default: the next free number in runs/).")
     resume: bool = setting("run", False, "Continue the latest run of this command in runs/, or the one in --out.")
@@ -237,6 +238,7 @@ class Config(MeasurementSettings):
             _require("lam", self.lam, fits, f"positive, one number or one for each of {self.levels} levels")
         else:
             _require("lam", self.lam, self.lam > 0, "positive")
+        _require("unet_lr", self.unet_lr, self.unet_lr is None or self.unet_lr > 0, "positive")
         if self.sigma_max is not None and self.sigma_max < self.sigma:
             raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")
         if self.prox == "unet" and min(self.size, self.eval_size or self.size) < 16:
