@@ -6,7 +6,6 @@ says so with `multiple`. `GlowProx` is the paper's; the other two are the networ
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,35 +19,27 @@ class GlowProx(nn.Module):
     """The proximal map of a flow prior: `g(f(x) / (1 + lambda))` (Wei et al., equations 8-10).
 
     glow: the flow, used as it is (`Unfolded` copies it for each fold). lam: where the learnt lambda starts, > 0;
-    lambda = softplus(raw_lam) stays positive. One number is the paper's, for all latents; one a level of the flow, from
-    fine to coarse, gives each level's latents a lambda of their own: what the finest say beyond the rest may be shrunk,
-    and brightness, which the coarsest hold, be left as it is.
-
-    In recompute mode only the result is kept for backward, which rebuilds the latent and then the levels of f from it
-    (`flowkern.shrinkage`); so the drift of g is added to that of f. A Glow with anchors, a budget, learned priors, networks of its own, or another memory mode keeps also the latent and each
+    lambda = softplus(raw_lam) stays positive. In recompute mode only the result is kept for backward, which rebuilds
+    the latent and then the levels of f from it (`flowkern.shrinkage`); so the drift of g is added to that of f. A Glow
+    with anchors, a budget, learned priors, networks of its own, or another memory mode keeps also the latent and each
     level's output, where drift starts anew. A `memory_budget` of the Glow is for each of f and g alone: both keep
     activations at the same time, and so do all folds.
 
-    Raises TypeError when `glow` is no `flowkern.Glow`, ValueError when `lam` is not positive and finite, or not one
-    number or one a level.
+    Raises TypeError when `glow` is no `flowkern.Glow`, ValueError when `lam` is not positive and finite.
     """
 
-    def __init__(self, glow: Glow, lam: float | Sequence[float] = 0.05):
+    def __init__(self, glow: Glow, lam: float = 0.05):
         super().__init__()
         if not isinstance(glow, Glow):
             raise TypeError(f"glow must be a flowkern.Glow, got {type(glow).__name__}")
-        several = isinstance(lam, Sequence) and not isinstance(lam, str)
-        if not all(isinstance(value, int | float) and 0 < value < math.inf for value in (lam if several else [lam])):
-            raise ValueError(f"lam must be a positive number{' for each level' if several else ''}, got {lam!r}")
-        if several and len(lam) != glow.levels_count:
-            raise ValueError(f"lam must be one number or one for each of {glow.levels_count} levels, got {lam!r}")
+        if not (isinstance(lam, int | float) and 0 < lam < math.inf):
+            raise ValueError(f"lam must be a positive number, got {lam!r}")
         self.glow = glow
-        raw = [inverse_softplus(value) for value in lam] if several else inverse_softplus(lam)
-        self.raw_lam = nn.Parameter(torch.tensor(raw))
+        self.raw_lam = nn.Parameter(torch.tensor(inverse_softplus(lam)))
 
     @property
     def lam(self) -> Tensor:
-        """The shrinkage parameter lambda: a scalar tensor, or (levels,)."""
+        """The shrinkage parameter lambda, a scalar tensor."""
         return F.softplus(self.raw_lam)
 
     @property
@@ -59,7 +50,7 @@ class GlowProx(nn.Module):
     @property
     def config(self) -> dict:
         """What a saved network needs to make this prox again, beside its weights."""
-        return {"glow": self.glow.config, "by_level": self.raw_lam.ndim > 0}
+        return {"glow": self.glow.config}
 
     @classmethod
     def from_config(cls, config: dict, **options) -> "GlowProx":
@@ -67,27 +58,20 @@ class GlowProx(nn.Module):
         glow = dict(config["glow"])
         if glow.pop("network") != "standard":
             raise ValueError("a GlowProx whose Glow has its own coupling network can't be made from its configuration")
-        made = Glow(**glow, **options)
-        return cls(made, [0.05] * made.levels_count) if config.get("by_level") else cls(made)
+        return cls(Glow(**glow, **options))
 
     def forward(self, x: Tensor, scale: float | Tensor | None = None, return_log_prob: bool = False):
         """x (N, C, H, W) -> (N, C, H, W). scale: a factor of lambda, >= 0: a number or a tensor of one, or one an image
         (N,). return_log_prob: return log p(x) (N,) in nats under the flow as well, which f has found on the way.
         """
-        lam = self.lam.expand(self.glow.levels_count)
-        if scale is not None:
-            lam = (lam[:, None] if isinstance(scale, Tensor) and scale.ndim else lam) * scale
+        lam = self.lam if scale is None else self.lam * scale
         if shrinkage.is_reversible(self.glow):
             x, log_prob = shrinkage.shrunk(self.glow, self.glow.ready(x), lam)
             return (x, log_prob) if return_log_prob else x
         z, logdet = self.glow(x)
         log_prob = standard_log_prob(z, logdet) if return_log_prob else None
-        if self.raw_lam.ndim or lam.ndim > 1:
-            # The op and its kernels know one lambda for all; this keeps the same for backward, the latent.
-            parts = zip(lam, self.glow.split_latent(z, x.shape[2:]), strict=True)
-            z = z / (1 + torch.cat([own[..., None].expand(*own.shape, part[0].numel()) for own, part in parts], -1))
-        else:
-            z = ops.shrink(z, lam[0], self.glow.backend)
+        # The op and its kernels know one lambda for all; this keeps the same for backward, the latent.
+        z = z / (1 + lam[:, None]) if lam.ndim else ops.shrink(z, lam, self.glow.backend)
         x = self.glow.inverse(z, x.shape[2:])
         return (x, log_prob) if return_log_prob else x
 

@@ -1,7 +1,5 @@
 """The proximal map of a Glow as one reversible map: `g(f(x) / (1 + lambda))`, of which only the result is kept.
 
-Each level's latents have a lambda of their own, which may be the same.
-
 Backward starts from the result. Undoing g, level by level, rebuilds the shrunk latent; times 1 + lambda it is the
 latent, from which f is undone. This is for Glows that lose and keep nothing on the way (`is_reversible`).
 """
@@ -46,8 +44,7 @@ def is_reversible(glow: Glow) -> bool:
 
 
 def shrunk(glow: Glow, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """g(f(x) / (1 + lam)) by a Glow that `is_reversible`. x (N, C, H, W), as `Glow.ready` returns it; lam (levels,) or
-    (levels, N).
+    """g(f(x) / (1 + lam)) by a Glow that `is_reversible`. x (N, C, H, W), as `Glow.ready` returns it; lam () or (N,).
 
     Returns the image (N, C, H, W) and log p(x) (N,) in nats, differentiable once in x, lam and the Glow's parameters.
     Raises ValueError for latents that are not finite, where the Glow looks.
@@ -88,10 +85,10 @@ class _Shrunk(Function):
                 log_probs.append(logdet)
             return [x]
 
-        def shrink(i, parts):
+        def shrink(parts):
             (z,) = parts
             log_probs.append(-0.5 * z.square().sum(dim=(1, 2, 3)))
-            z = z / _factor(lam[i])
+            z = z / _factor(lam)
             if checks:
                 refuse_non_finite(z, "latent")
             return [z]
@@ -130,30 +127,31 @@ class _Shrunk(Function):
             found[i] = gradients if found[i] is None else [a.add_(b) for a, b in zip(found[i], gradients, strict=True)]
             return [v, g]
 
-        def unshrink(i, parts):
+        def unshrink(parts):
             z, g = parts
-            # z is what was divided by 1 + lambda already.
-            products.append(((g * z).sum(dim=(1, 2, 3)) / (1 + lam[i])).sum_to_size(lam[i].shape))
-            z, g = z * _factor(lam[i]), g / _factor(lam[i])
+            products.append((g * z).sum(dim=(1, 2, 3)))
+            z, g = z * _factor(lam), g / _factor(lam)
             return [z, g if dlog_prob is None else g - z * dlog_prob[:, None, None, None]]
 
         latents = _descend([out - shift, g], partial(undo, True), unshrink, ctx.counts)
         _, dx = _ascend(latents, partial(undo, False))
-        return dx, -torch.stack(products), None, None, *_gradients(found, needed)
+        # z is what was divided by 1 + lambda already.
+        dlam = -(sum(products) / (1 + lam)).sum_to_size(lam.shape)
+        return dx, dlam, None, None, *_gradients(found, needed)
 
 
 def _descend(images: list[Tensor], run, emit, counts: Sequence, enter=squeeze) -> list[list[Tensor]]:
-    """Images through the levels, from fine to coarse: what each level emits, one a level and image.
+    """Images through the levels, from fine to coarse: what `emit` makes of each level's latents, one a level and image.
 
-    run(i, states): the steps of level i, on images that `enter` has squeezed. emit(i, parts): of its latents.
+    run(i, states): the steps of level i, on images that `enter` has squeezed.
     """
     latents = []
     for i in range(len(counts)):
         images = run(i, [enter(x) for x in images])
         if i + 1 < len(counts):
             images, emitted = zip(*(x.chunk(2, dim=1) for x in images), strict=True)
-            latents.append(emit(i, emitted))
-    return [*latents, emit(len(latents), images)]
+            latents.append(emit(emitted))
+    return [*latents, emit(images)]
 
 
 def _ascend(latents: list[list[Tensor]], run) -> list[Tensor]:

@@ -70,22 +70,6 @@ def test_couplings_and_a_gradient_in_the_scale(variant):
     assert torch.autograd.gradcheck(lambda s: prox(x.detach(), s).mean(), scale)
 
 
-@pytest.mark.parametrize("scale", [None, 0.7, EACH_ITS_OWN.double()], ids=str)
-def test_each_level_s_latents_shrink_by_their_own_lambda(scale):
-    prox = flowkern.GlowProx(small_glow(SIZE, dtype=torch.float64), [0.9, 0.1]).double()
-    x = images().requires_grad_()
-    check_against_stored(prox, x, scale)
-    assert torch.autograd.grad(prox(x, scale).sum(), prox.raw_lam)[0].abs().min() > 0
-    factors = (1 + torch.tensor([0.9, 0.1], dtype=torch.float64)[:, None] * (1 if scale is None else scale)).expand(2, 3)
-    with torch.no_grad():
-        parts = prox.glow.split_latent(prox.glow(x)[0])
-        z = [(part / by[:, None, None, None]).movedim(1, -1).flatten(1) for part, by in zip(parts, factors, strict=True)]
-        torch.testing.assert_close(prox(x, scale), prox.glow.inverse(torch.cat(z, 1)))
-    # Equal lambdas are the paper's one.
-    alike = flowkern.GlowProx(prox.glow, [0.3, 0.3]).double()
-    torch.testing.assert_close(alike(x, scale), flowkern.GlowProx(prox.glow, 0.3).double()(x, scale))
-
-
 @pytest.mark.parametrize("used", [("image", "log_prob"), ("log_prob",)], ids=str)
 @pytest.mark.parametrize("scale", [None, EACH_ITS_OWN.double()], ids=["one lambda", "one an image"])
 def test_the_density_and_its_gradients_are_the_glow_s(scale, used):

@@ -579,27 +579,12 @@ def aware(prox, sigma):
         (lambda p: flowkern.GlowProx(nn.Identity()), TypeError, "glow must be a flowkern.Glow, got Identity"),
         (lambda p: flowkern.GlowProx(p.glow, lam=0), ValueError, "lam must be a positive number, got 0"),
         (lambda p: flowkern.GlowProx(p.glow, lam="x"), ValueError, "lam must be a positive number, got 'x'"),
-        (lambda p: flowkern.GlowProx(p.glow, lam=[0.1, 0]), ValueError, "a positive number for each level, got .0.1, 0."),
-        (lambda p: flowkern.GlowProx(p.glow, lam=[0.1] * 5), ValueError, "one number or one for each of . levels"),
     ],
 )
 def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message) as caught:
         make(flowkern.GlowProx(make_glow(dtype=torch.float32)))
     assert "\n" not in str(caught.value)
-
-
-def test_a_lambda_a_level_is_saved_and_noise_scales_each(tmp_path):
-    glow = make_glow(dtype=torch.float32)
-    start = [0.4 / (i + 1) for i in range(glow.levels_count)]
-    net = flowkern.Unfolded(flowkern.GlowProx(glow, start), folds=2, tied=True, noise_aware=True)
-    assert all(torch.allclose(prox.lam, torch.tensor(start)) for prox in net.proxes)
-    net.save_pretrained(tmp_path)
-    y = torch.rand(2, 3, 8, 8)
-    loaded = flowkern.Unfolded.from_pretrained(tmp_path)
-    assert torch.equal(loaded(y, sigma=0.3), net(y, sigma=0.3))
-    apart = torch.cat([net(y[i : i + 1], sigma=sigma) for i, sigma in enumerate((0.1, 0.3))])
-    torch.testing.assert_close(net(y, sigma=torch.tensor([0.1, 0.3])), apart)
 
 
 def test_saved_and_loaded_is_bitwise_the_same(tmp_path):

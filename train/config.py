@@ -16,7 +16,7 @@ from train.options import add_settings, setting
 PRESETS = Path(__file__).parent / "presets"
 FLOW = ("levels", "depth", "hidden", "coupling", "scale", "alpha", "split_prior")
 # What the weights of an unfolded network's proxes fit.
-STRUCTURE = ("prox", "folds", "tied", "lam", "resnet_width", "resnet_blocks", "unet_width", *FLOW)
+STRUCTURE = ("prox", "folds", "tied", "resnet_width", "resnet_blocks", "unet_width", *FLOW)
 
 
 @dataclass
@@ -97,12 +97,7 @@ class Config(MeasurementSettings):
     mu: float | None = setting(
         "unfolded", None, "Start value of the step sizes (default: 0.5 / |A|^2, which for denoising is 0.5)."
     )
-    lam: float | list[float] = setting(
-        "unfolded",
-        0.05,
-        "Start value of the shrinkage: one number for all latents, as in the paper, or one per level, from fine to "
-        "coarse, each of which then learns its own.",
-    )
+    lam: float = setting("unfolded", 0.05, "Start value of the shrinkage.")
     resnet_width: int = setting("unfolded", 128, "Maps of the ResNet.")
     resnet_blocks: int = setting("unfolded", 2, "Residual blocks of the ResNet.")
     unet_width: int = setting("unfolded", 64, "Maps of the U-Net at full resolution.")
@@ -231,13 +226,8 @@ class Config(MeasurementSettings):
         for name in ("epoch_images", "val_images", "test_images", *limits):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "positive")
-        for name in ("lr", "lr_steps", "prior_lr", "sigma", "alpha"):
+        for name in ("lr", "lr_steps", "prior_lr", "sigma", "lam", "alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        if isinstance(self.lam, list):
-            fits = len(self.lam) == self.levels and all(value > 0 for value in self.lam)
-            _require("lam", self.lam, fits, f"positive, one number or one for each of {self.levels} levels")
-        else:
-            _require("lam", self.lam, self.lam > 0, "positive")
         _require("unet_lr", self.unet_lr, self.unet_lr is None or self.unet_lr > 0, "positive")
         if self.sigma_max is not None and self.sigma_max < self.sigma:
             raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")

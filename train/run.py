@@ -141,7 +141,7 @@ class Run:
     def _report(self, net: Unfolded) -> None:
         config, folder = self.config, self.folder
         figures.curves(folder.curves, folder.metrics)
-        lam = [prox.lam.tolist() for prox in net.proxes if hasattr(prox, "lam")]
+        lam = [prox.lam.item() for prox in net.proxes if hasattr(prox, "lam")]
         steps = {"mu": net.mu.tolist()} if net.rho is None else {"rho": net.rho.tolist()}
         more = {
             "network": steps | {"lambda": lam},
