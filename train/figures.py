@@ -79,7 +79,7 @@ def panels(path: Path, rows: list[tuple[str, Evaluation, float, int]]) -> None:
             axis.imshow(error.numpy(), cmap="inferno", norm=scale, interpolation="nearest")
             axis.axis("off")
     bar = figure.colorbar(ScalarMappable(scale, "inferno"), ax=axes, extend="max", shrink=0.6, aspect=40)
-    bar.set_label("error |estimate − truth|, mean over colours; pixels in [0, 1]", fontsize=8)
+    bar.set_label("error |estimate − truth|,\nmean over colours; pixels in [0, 1]", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=200 if len(rows) < 8 else 130)
     plt.close(figure)
