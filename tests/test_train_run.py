@@ -329,7 +329,8 @@ def test_a_network_starts_from_the_proxes_of_another_measurement_s(prox, picture
         made = run.prepare(tiny(pictures, tmp_path / "unet", prox="unet", references=["tv"], steps=3))
         source = made.train()
     given = {"network_checkpoint": str(source), "operator": "inpaint", "sigma": 0.05, "init": "adjoint"}
-    started = run.prepare(tiny(pictures, tmp_path / "out", **given, folds=5, hidden=5, steps=1, lr=1e-9, lr_steps=1e-9))
+    given |= {"folds": 5, "hidden": 5, "steps": 1, "lr": 1e-9, "lr_steps": 1e-9}
+    started = run.prepare(tiny(pictures, tmp_path / "out", **given))
     assert (started.config.prox, started.config.folds, started.config.hidden) == (prox, 2, 8)
     net = started.holding(started.trained_network)
     assert {r["stage"] for r in rows(tmp_path / "out")} == {"unfolded"}
@@ -343,7 +344,7 @@ def test_a_network_starts_from_the_proxes_of_another_measurement_s(prox, picture
     assert run.training_seconds(settings, folder.Folder(tmp_path / "out")) == pytest.approx(sum(own))
     assert ", from a network trained at σ = 0.20;" in run.trained_as(settings)
     # The same command continues.
-    run.prepare(tiny(pictures, tmp_path / "out", **given, folds=5, hidden=5, steps=1, lr=1e-9, lr_steps=1e-9)).folder.unlock()
+    run.prepare(tiny(pictures, tmp_path / "out", **given)).folder.unlock()
 
 
 @pytest.mark.parametrize("missing", ["folder", "network"])

@@ -111,8 +111,8 @@ class Config(MeasurementSettings):
     network_checkpoint: str | None = setting(
         "start",
         None,
-        "The folder of an earlier run, for whatever measurement, a denoiser say: training starts from its proxes instead "
-        "of new ones. Its prior, and its settings of flow, prox and folds, take the place of those above.",
+        "The folder of an earlier run, for whatever measurement, a denoiser say: training starts from its proxes, not "
+        "from new ones. Its prior, and its settings of flow, prox and folds, take the place of those above.",
     )
     pretrain: bool = setting("start", True, "Pre-train the Glow; otherwise its ActNorms are initialised, no more.")
 
@@ -200,8 +200,8 @@ class Config(MeasurementSettings):
     denoise_steps: int | None = setting(
         "problems",
         None,
-        "Each kind of prox is first trained in so many steps to denoise at the same sigma, once, and all problems start "
-        "from there (default: they start from the prior).",
+        "Each kind of prox is first trained in so many steps to denoise at the same sigma, once, and all problems "
+        "start from there (default: they start from the prior).",
     )
     unet_lr: float | None = setting("problems", None, "Learning rate of the U-Net's weights (default: that of --lr).")
 

@@ -27,7 +27,10 @@ def work(campaign, settings: Config) -> Path:
     from train import problems, ranks
 
     prior = campaign.prior("prior")
-    start = {"glow": {"prior_checkpoint": str(prior)}, "unet": {"references": ["tv"], "lr": settings.unet_lr or settings.lr}}
+    start = {
+        "glow": {"prior_checkpoint": str(prior)},
+        "unet": {"references": ["tv"], "lr": settings.unet_lr or settings.lr},
+    }
     if settings.denoise_steps:
         for prox in PROXES:
             given = start[prox] | DENOISING | {"steps": settings.denoise_steps}
