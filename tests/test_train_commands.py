@@ -46,10 +46,10 @@ def words(pictures, tmp_path_factory):
 @pytest.mark.parametrize(
     ("command", "hidden"),
     [
-        ("unfolded", {"comparison"}),
-        ("pretrain", {"measurement", "unfolded", "start", "denoising", "evaluation", "comparison"}),
-        ("table1", {"start", "measurement"}),
-        ("ablations", {"start", "comparison"}),
+        ("unfolded", {"comparison", "problems"}),
+        ("pretrain", {"measurement", "unfolded", "start", "denoising", "evaluation", "comparison", "problems"}),
+        ("table1", {"start", "measurement", "problems"}),
+        ("ablations", {"start", "comparison", "problems"}),
         ("inverse", {"start", "measurement", "comparison"}),
         ("evaluate", set()),
     ],
