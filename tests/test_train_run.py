@@ -343,6 +343,11 @@ def test_a_network_starts_from_the_proxes_of_another_measurement_s(prox, picture
     settings = config.load(tmp_path / "out" / "config.yaml")
     assert run.training_seconds(settings, folder.Folder(tmp_path / "out")) == pytest.approx(sum(own))
     assert ", from a network trained at σ = 0.20;" in run.trained_as(settings)
+    config.save(tiny(pictures, "", prior_noise=0.07), tmp_path / "config.yaml")  # a prior behind the network's own
+    config.save(tiny(pictures, "", prior_checkpoint=str(tmp_path)), tmp_path / "out" / "config.yaml")
+    chained = replace(settings, prior_checkpoint=str(tmp_path / "out"))
+    assert run.pretrained_as(chained) == "pre-trained on images with noise of sigma up to 0.07"
+    config.save(settings, tmp_path / "out" / "config.yaml")
     # The same command continues.
     run.prepare(tiny(pictures, tmp_path / "out", **given)).folder.unlock()
 

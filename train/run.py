@@ -253,7 +253,7 @@ def pretrained_as(config: Config) -> str:
         source = Folder(Path(config.prior_checkpoint)).config
         if not source.is_file():
             return "with a Glow trained before"
-        config = configuration.load(source)
+        return pretrained_as(configuration.load(source))
     if not config.pretrain:
         return "not pre-trained"
     images = f"images with noise of sigma up to {config.prior_noise:g}" if config.prior_noise else "clean images"
