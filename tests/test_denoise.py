@@ -11,10 +11,11 @@ import tifffile
 import torch
 import yaml
 from PIL import Image, ImageCms, ImageOps
+from skimage import data
 from torch import nn
 
 import flowkern
-from train import denoise, denoising, picture_files, tiling
+from train import denoise, denoising, noise_level, picture_files, tiling
 
 SIZES = {"tile": 32, "overlap": 16, "batch": 3, "multiple": 16}
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -364,6 +365,72 @@ def test_the_first_of_several_pictures_is_taken_and_said(tmp_path):
         )
 
 
+# Noise levels
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.25])
+def test_the_noise_of_a_picture_is_estimated(sigma):
+    """Of a photograph within 0.01, of slopes and flat colours within 5 %; what is saturated does not count."""
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.from_numpy(data.coffee()).permute(2, 0, 1) / 255
+    found = noise_level.estimate(photo + sigma * torch.randn(photo.shape, generator=generator))
+    assert found == pytest.approx(sigma, abs=0.01)
+    slopes = torch.linspace(0, 1, 200)[:, None] * torch.linspace(-3, 2, 201)
+    noisy = slopes + sigma * torch.randn(3, 200, 201, generator=generator)
+    assert noise_level.estimate(noisy) == pytest.approx(sigma, rel=0.05)
+    noisy[:, :150] = 1
+    assert noise_level.estimate(noisy) == pytest.approx(sigma, rel=0.1)
+    assert noise_level.estimate(torch.ones(1, 4, 4)) == 0
+    with pytest.raises(ValueError, match="smaller than 4x4"):
+        noise_level.estimate(torch.ones(3, 3, 9))
+
+
+class Knowing(nn.Module):
+    """A network that knows the noise level by itself."""
+
+    def __init__(self, net, sigma):
+        super().__init__()
+        self.net, self.sigma = net, sigma
+
+    def forward(self, y):
+        return self.net(y, sigma=self.sigma)
+
+
+def test_a_network_that_wants_the_noise_level_is_told(network, photo, tmp_path, capsys):
+    """The level that was given, in every tile, or that of the picture."""
+    aware = flowkern.Unfolded(list(network.proxes), folds=2, noise_aware=True)
+    aware.save_pretrained(tmp_path / "aware")
+    image = torch.from_numpy(read_plain(photo).transpose(2, 0, 1) / np.float32(255))
+    level = noise_level.estimate(image)
+    for words, sigma, said in (
+        (["--sigma", "0.3"], 0.3, ", sigma 0.300, 2 tiles"),
+        (["--sigma", "0"], 0.0, ", sigma 0.000, 2 tiles"),
+        ([], level, f", sigma {level:.3f} (estimated), 2 tiles"),
+    ):
+        tiles = ["--tile", "32", "--overlap", "16"]
+        assert denoise.main([str(tmp_path / "aware"), str(photo), "--out", str(tmp_path / said), *tiles, *words]) == 0
+        assert said in capsys.readouterr().out
+        wanted = tiling.denoise_tiled(Knowing(aware, sigma), image, **SIZES)
+        found = read_plain(tmp_path / said / "photo-denoised.png") / np.float32(255)
+        assert np.abs(found - wanted.clamp(0, 1).permute(1, 2, 0).numpy()).max() < 0.51 / 255
+
+
+def test_what_can_t_be_told_is_one_sentence(network, saved, photo, tmp_path, capsys):
+    aware = flowkern.Unfolded(list(network.proxes), folds=2, noise_aware=True)
+    aware.save_pretrained(tmp_path / "aware")
+    for checkpoint, level, message in (
+        (saved, "0.1", "--sigma is for a network trained with --noise-aware, and this one was not"),
+        (tmp_path / "aware", "-1", "--sigma must be a number of at least 0, got -1"),
+        (tmp_path / "aware", "nan", "--sigma must be a number of at least 0, got nan"),
+    ):
+        assert denoise.main([str(checkpoint), str(photo), "--sigma", level]) == 2
+        assert message in capsys.readouterr().err
+    Image.fromarray(noise(3, 9, 3)).save(tmp_path / "tiny.png")
+    assert denoise.main([str(tmp_path / "aware"), str(tmp_path / "tiny.png")]) == 2
+    assert "tiny.png: smaller than 4x4, give its noise with --sigma" in capsys.readouterr().err
+    assert denoise.main([str(tmp_path / "aware"), str(tmp_path / "tiny.png"), "--sigma", "0.1"]) == 0
+
+
 # Nothing overwritten, no half files
 
 
@@ -606,6 +673,6 @@ def test_help_documents_everything(capsys):
     with pytest.raises(SystemExit) as caught:
         denoise.main(["--help"])
     said = capsys.readouterr().out
-    options = ("--out", "--device", "--tile", "--overlap", "--batch", "checkpoint", "image")
+    options = ("--out", "--sigma", "--device", "--tile", "--overlap", "--batch", "checkpoint", "image")
     assert caught.value.code == 0 and all(f"  {name} " in said for name in options)
     assert all(word in said for word in ("exit status", "16-bit", "Grey", "Alpha", "config.yaml", "overwritten"))

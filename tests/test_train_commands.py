@@ -149,6 +149,8 @@ def test_mistakes_end_in_one_sentence(command, arguments, message, capsys, tmp_p
         ("unfolded", ["--seconds", "null", "--steps", "null"], "schedule='cosine' needs steps or seconds"),
         ("unfolded", ["--prior-checkpoint", "nowhere"], "nowhere is not a saved Glow"),
         ("unfolded", ["--accumulate", "5"], "a batch of 16 can't be divided among 1 processes in 5 parts each"),
+        ("unfolded", ["--prox", "resnet", "--noise-aware"], "noise_aware scales the lambda of a Glow; prox is"),
+        ("table1", ["--noise-aware"], "noise_aware scales the lambda of a Glow; prox is 'resnet'"),
         ("unfolded", ["--prox", "unet", "--init", "mode"], "init='mode' needs the most likely image of a Glow"),
         ("unfolded", ["--prox", "unet", "--references", "[map]"], "the reference 'map' needs a run with a Glow"),
         ("pretrain", ["--prox", "resnet"], "only a Glow can be pre-trained; prox is 'resnet'"),

@@ -352,6 +352,34 @@ def test_a_network_starts_from_the_proxes_of_another_measurement_s(prox, picture
     run.prepare(tiny(pictures, tmp_path / "out", **given)).folder.unlock()
 
 
+def test_a_noise_aware_network_is_told_the_level_wherever_it_runs(pictures, tmp_path, monkeypatch):
+    """In training, in the drift's measurement, in evaluation; and lambda keeps its meaning in a run that goes on."""
+    seen = []
+    forward = flowkern.Unfolded.forward
+
+    def listening(net, y, *, sigma=None, **options):
+        seen.append(sigma)
+        return forward(net, y, sigma=sigma, **options)
+
+    monkeypatch.setattr(flowkern.Unfolded, "forward", listening)
+    given = {"noise_aware": True, "sigma": 0.1, "sigma_max": 0.3, "lam": 0.4, "lr_steps": 1e-9, "steps": 2}
+    made = run.prepare(tiny(pictures, tmp_path / "source", **given))
+    source = made.train()
+    net = network(source)
+    assert (net.noise_aware, net.sigma_ref) == (True, 0.3)
+    assert all(prox.lam.item() == pytest.approx(0.4) for prox in net.proxes)
+    ranges = [s for s in seen if isinstance(s, torch.Tensor) and len(s) == 4]
+    assert ranges and all(bool(((s >= 0.1) & (s <= 0.3)).all()) for s in ranges) and len(set(ranges[0].tolist())) == 4
+    assert {s for s in seen if isinstance(s, float)} == {0.1, *TINY["eval_sigmas"]}  # the first is the drift's, too
+    assert "at σ = 0.10 to 0.30, which it is told" in json.loads((source / "results.json").read_text())["protocol"][
+        "Unfolded Glow"
+    ]
+    on = tiny(pictures, tmp_path / "on", network_checkpoint=str(source), sigma=0.05, steps=1)
+    started = run.prepare(on)
+    net = started.holding(started.trained_network)
+    assert (started.config.noise_aware, net.noise_aware, net.sigma_ref) == (True, True, 0.3)
+
+
 @pytest.mark.parametrize("missing", ["folder", "network"])
 def test_an_unusable_network_to_start_from_is_one_sentence(missing, pictures, tmp_path):
     message = "is not the folder of a run: it has no config.yaml"

@@ -16,7 +16,7 @@ from train.options import add_settings, setting
 PRESETS = Path(__file__).parent / "presets"
 FLOW = ("levels", "depth", "hidden", "coupling", "scale", "alpha", "split_prior")
 # What the weights of an unfolded network's proxes fit.
-STRUCTURE = ("prox", "folds", "tied", "resnet_width", "resnet_blocks", "unet_width", *FLOW)
+STRUCTURE = ("prox", "folds", "tied", "noise_aware", "resnet_width", "resnet_blocks", "unet_width", *FLOW)
 
 
 @dataclass
@@ -98,6 +98,12 @@ class Config(MeasurementSettings):
         "unfolded", None, "Start value of the step sizes (default: 0.5 / |A|^2, which for denoising is 0.5)."
     )
     lam: float = setting("unfolded", 0.05, "Start value of the shrinkage.")
+    noise_aware: bool = setting(
+        "unfolded",
+        False,
+        "The network is told the noise level of each image and scales its lambdas, those of a Glow, by its square; "
+        "--lam is lambda at the largest level. For one network that serves a range.",
+    )
     resnet_width: int = setting("unfolded", 128, "Maps of the ResNet.")
     resnet_blocks: int = setting("unfolded", 2, "Residual blocks of the ResNet.")
     unet_width: int = setting("unfolded", 64, "Maps of the U-Net at full resolution.")
@@ -248,6 +254,8 @@ class Config(MeasurementSettings):
         _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1")
         differ = self.seeds and len(set(self.seeds)) == len(self.seeds)
         _require("seeds", self.seeds, differ and min(self.seeds) >= 0, "different numbers, 0 or more")
+        if self.noise_aware and self.prox != "glow":
+            raise ValueError(f"noise_aware scales the lambda of a Glow; prox is {self.prox!r}")
         if self.init == "mode" and self.prox != "glow":
             raise ValueError(f"init='mode' needs the most likely image of a Glow; prox is {self.prox!r}")
         if "map" in self.references and self.prox != "glow":

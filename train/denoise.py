@@ -22,8 +22,10 @@ pictures:
   CMYK and the like become RGB.
 
 noise:
-  The network is not told how strong the noise is: it removes noise of the strength that it was trained for, which is
-  printed if the run's config.yaml is there. Weaker noise comes out too smooth, stronger noise is left in.
+  A network trained with --noise-aware is told how strong the noise is: by --sigma, or as estimated from each picture.
+  The estimate takes fine texture for noise; it is printed. Any other network removes noise of the strength that it was
+  trained for: weaker noise comes out too smooth, stronger noise is left in. What it was trained for is printed if the
+  run's config.yaml is there.
 
 exit status:
   0  every picture was denoised
@@ -45,6 +47,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "image", nargs="+", help="a picture, or a folder: all pictures in it and in its folders but NAME-denoised ones"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write results here; made if missing")
+    parser.add_argument(
+        "--sigma",
+        type=float,
+        help="standard deviation of the noise on pixels in [0, 1], for a network that is told (default: estimated from "
+        "each picture)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is")
     parser.add_argument(
         "--tile", type=int, default=256, help="side of the tiles that the network sees, in pixels (default: 256)"
@@ -61,10 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         extras.require()
-        from train import denoising, picture_files, tiling  # take seconds to import, so --help comes first
+        from train import denoising, noise_level, picture_files, tiling  # take seconds to import, so --help comes first
 
         files = picture_files.find(options.image)
         net = denoising.load(options.checkpoint, options.device)
+        denoising.check_level(net, options.sigma)
         settings = {name: getattr(options, name) for name in ("tile", "overlap", "batch")}
         settings["multiple"] = tiling.grid(net)
         tiling.check(**settings)
@@ -78,11 +87,11 @@ def main(arguments: list[str] | None = None) -> int:
     except MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(denoising.trained_for(options.checkpoint), flush=True)
+    print(denoising.trained_for(options.checkpoint, noise_level.is_told(net)), flush=True)
     failed = 0
     for file in files:
         try:
-            print(denoising.denoise(net, file, options.out or file.parent, **settings), flush=True)
+            print(denoising.denoise(net, file, options.out or file.parent, options.sigma, **settings), flush=True)
         except KeyboardInterrupt:
             print(f"interrupted at {file}", file=sys.stderr)
             return 130

@@ -13,7 +13,7 @@ from torch import nn
 from flowkern import Unfolded
 from flowkern.operators import Identity
 from train import config as configuration
-from train import picture_files, tiling
+from train import noise_level, picture_files, tiling
 from train.folder import Folder
 
 # What can go wrong with one picture, and leaves the others to be done.
@@ -36,20 +36,22 @@ def load(checkpoint: Path, device: str) -> Unfolded:
     net = Unfolded.from_pretrained(run.model("unfolded") if run.checkpoints.is_dir() else checkpoint)
     if not isinstance(net.operator, Identity):
         raise ValueError(f"{checkpoint} was trained for {type(net.operator).__name__} measurements, not for denoising")
-    if net.noise_aware:
-        raise ValueError(f"{checkpoint} wants to be told the noise level, which this command does not know")
     net = net.to(device).eval()
     side = tiling.grid(net)
     try:
         with torch.no_grad():
-            net(next(net.parameters()).new_zeros(1, 3, side, side))
+            net(next(net.parameters()).new_zeros(1, 3, side, side), **noise_level.told(net, 0.1))
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{checkpoint} can't denoise images of three channels: {error}") from error
     return net
 
 
-def trained_for(checkpoint: Path) -> str:
-    """For which noise the network was trained, in a sentence, as far as the run's config.yaml is there."""
+def trained_for(checkpoint: Path, told: bool = False) -> str:
+    """For which noise the network was trained, in a sentence, as far as the run's config.yaml is there.
+
+    told: whether the network is told the level of the noise.
+    """
+    beyond = "it is told each picture's" if told else "other noise is left in or oversmoothed"
     for run in (checkpoint, *checkpoint.resolve().parents[1:2]):
         config = Folder(run).config
         if config.is_file():
@@ -57,12 +59,22 @@ def trained_for(checkpoint: Path) -> str:
                 sigma = configuration.load(config).trained_at()
             except (OSError, ValueError):
                 return f"trained for unknown noise: {config} is not the configuration of a run"
-            return f"trained for noise of sigma {sigma} on pixels in [0, 1]; other noise is left in or oversmoothed"
+            return f"trained for noise of sigma {sigma} on pixels in [0, 1]; {beyond}"
     return f"trained for unknown noise: {checkpoint} comes without its run's config.yaml"
 
 
-def denoise(net: nn.Module, file: Path, folder: Path, **settings: int) -> str:
+def check_level(net: nn.Module, sigma: float | None) -> None:
+    """Raise ValueError in one sentence if a network can't be told this noise level; None is none given."""
+    if sigma is not None and not noise_level.is_told(net):
+        raise ValueError("--sigma is for a network trained with --noise-aware, and this one was not")
+    if sigma is not None and not 0 <= sigma < math.inf:
+        raise ValueError(f"--sigma must be a number of at least 0, got {sigma}")
+
+
+def denoise(net: nn.Module, file: Path, folder: Path, sigma: float | None = None, **settings: int) -> str:
     """Denoise the picture in `file` into `folder`. settings: `denoise_tiled`'s. Returns a line that says what was done.
+
+    sigma: of the noise, for a network that wants to be told; None: estimated from the picture.
 
     Raises one of FAILURES, its message to follow the file's name; then nothing was written.
     """
@@ -71,15 +83,27 @@ def denoise(net: nn.Module, file: Path, folder: Path, **settings: int) -> str:
     full = np.iinfo(picture.pixels.dtype).max
     image = torch.from_numpy(picture.pixels.transpose(2, 0, 1).astype(np.float32)).div_(full)
     grey = len(image) == 1
-    estimate = tiling.denoise_tiled(net, image.expand(3, -1, -1), progress=_bar(file.name), **settings)
+    strength, known = "", {}
+    if noise_level.is_told(net):
+        level = _estimated(image) if sigma is None else sigma
+        strength = f", sigma {level:.3f}{' (estimated)' if sigma is None else ''}"
+        known = noise_level.told(net, level)
+    estimate = tiling.denoise_tiled(net, image.expand(3, -1, -1), progress=_bar(file.name), **settings, **known)
     estimate = estimate.mean(0, keepdim=True) if grey else estimate
     pixels = estimate.clamp_(0, 1).mul_(full).round_().permute(1, 2, 0).numpy()
     picture.pixels = np.ascontiguousarray(pixels, dtype=picture.pixels.dtype)
     written = picture_files.write(picture, file, folder)
     sizes = [settings[name] for name in ("tile", "overlap", "multiple")]
     tiles = math.prod(len(tiling.starts(side, *sizes)) for side in image.shape[1:])
-    told = f"{tiles} tile{'s' if tiles > 1 else ''}"
-    return f"{file}: {picture.describe()}, {told}, {time.monotonic() - start:.1f} s -> {written}"
+    tiled = f"{tiles} tile{'s' if tiles > 1 else ''}"
+    return f"{file}: {picture.describe()}{strength}, {tiled}, {time.monotonic() - start:.1f} s -> {written}"
+
+
+def _estimated(image: torch.Tensor) -> float:
+    smallest = noise_level.SMALLEST
+    if min(image.shape[1:]) < smallest:
+        raise picture_files.PictureError(f"smaller than {smallest}x{smallest}, give its noise with --sigma")
+    return noise_level.estimate(image)
 
 
 def _bar(name: str):

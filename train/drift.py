@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flowkern import Glow
 from flowkern.audit import DRIFT_LIMIT, drift
 from train.data import FixedSamples
+from train.noise_level import told
 
 IMAGES = 4
 
@@ -32,7 +33,7 @@ class DriftWatch(L.Callback):
             inputs = [("", stage.model, images["prior"])]
         else:
             y, options = stage.measurement.measure(images, stage.config.sigma)
-            found = fold_inputs(stage.model, y, **options)
+            found = fold_inputs(stage.model, y, **options, **told(stage.model, stage.config.sigma))
             inputs = [(f"fold {k}, ", prox.glow, x) for k, (prox, x) in enumerate(found, 1)]
         for where, glow, x in inputs:
             for level, found in enumerate(drift(glow, x), 1):

@@ -14,6 +14,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from train import measurement
 from train.data import FixedSamples
 from train.measurement import Measurement
+from train.noise_level import told
 from train.stages import channels_last, psnr
 
 TUNING_IMAGES = 48
@@ -133,13 +134,14 @@ def device() -> torch.device:
 
 
 def network(net: nn.Module, batch: int) -> Callable[..., Tensor]:
-    """A network as a method's `estimate`, in batches, on the GPU if there is one. It is not told sigma."""
+    """A network as a method's `estimate`, in batches, on the GPU if there is one; told sigma if it wants it."""
     net = net.to(device()).eval()
 
     def estimate(y: Tensor, sigma: float, operator=None) -> Tensor:
         there = copy.deepcopy(operator).to(device()) if operator is not None else None
         batches = measurement.parts(channels_last(y).to(device()), there, batch)
-        return torch.cat([net(part, **options).float().cpu() for part, options in batches]).contiguous()
+        known = told(net, sigma)
+        return torch.cat([net(part, **options, **known).float().cpu() for part, options in batches]).contiguous()
 
     return estimate
 

@@ -113,8 +113,11 @@ class Run:
             return load_network(config, folder)
         prox = self.make_prox()
         operator = config.measurement.operator(config.size)
-        names = ("tied", "init", "final", "consistency", "mu")
-        net = Unfolded(prox, config.folds, operator, **{name: getattr(config, name) for name in names})
+        names = ("tied", "init", "final", "consistency", "mu", "noise_aware")
+        options = {name: getattr(config, name) for name in names}
+        # A lambda means what it did where it was learnt.
+        level = self.start.sigma_ref if self.start is not None else config.sigma_max or config.sigma
+        net = Unfolded(prox, config.folds, operator, sigma_ref=level, **options)
         if self.start is not None:
             net.proxes.load_state_dict(self.start.proxes.state_dict())
         budget, samples = Budget(config.steps, config.seconds), self.data
@@ -244,7 +247,7 @@ def trained_as(config: Config) -> str:
 
 def _trained_for(config: Config) -> str:
     what = "" if config.measurement.is_identity else f"for {config.measurement.describe()} "
-    return f"trained {what}at σ = {config.trained_at()}"
+    return f"trained {what}at σ = {config.trained_at()}{', which it is told' if config.noise_aware else ''}"
 
 
 def pretrained_as(config: Config) -> str:

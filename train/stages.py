@@ -13,6 +13,7 @@ from flowkern import Glow, Unfolded
 from train import data, graphs, ranks
 from train.budget import Budget
 from train.config import Config
+from train.noise_level import told
 
 CALIBRATION_BATCHES = 8
 # A mean squared error below that of rounding to 8 bits by far: 90 dB. It keeps the logarithm of a perfect image finite.
@@ -123,16 +124,17 @@ class UnfoldedStage(_Stage):
         self.val_ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
 
     def inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """The measurements, and the masks where every image has its own."""
+        """The measurements, their noise levels, and the masks where every image has its own."""
         low, high = self.config.sigma, self.config.sigma_max or self.config.sigma
-        y, _ = self.measurement.measure(batch, low + (high - low) * batch["level"])
-        return (y, batch["mask"]) if self.measurement.varies else (y,)
+        sigma = low + (high - low) * batch["level"]
+        y, _ = self.measurement.measure(batch, sigma)
+        return (y, sigma, batch["mask"]) if self.measurement.varies else (y, sigma)
 
-    def run(self, y: Tensor, mask: Tensor | None = None, side: int | None = None) -> tuple[Tensor, ...]:
+    def run(self, y: Tensor, sigma: Tensor, mask: Tensor | None = None, side: int | None = None) -> tuple[Tensor, ...]:
         """The estimate and, where the likelihood is trained along, its log_prob. side: of the images, default that of
         training.
         """
-        given = self.measurement.given(side or self.config.size, mask, y.device)
+        given = self.measurement.given(side or self.config.size, mask, y.device) | told(self.model, sigma)
         if self.training and self.with_likelihood:
             return self.model(channels_last(y), return_log_prob=True, **given)
         return (self.model(channels_last(y), **given),)

@@ -70,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None, network_checkpoint=None)
         if not settings.measurement.is_identity:
             raise ValueError(f"Table 1 is about denoising; the operator is {settings.operator!r}: see train.inverse")
+        for prox in PROXES:
+            replace(settings, **_options(prox))  # raises what another prox can't
         settings.check_schedule("prior", "unfolded")
         trial = settings.trial_steps or settings.steps
         if len(settings.trial_lrs) > 1 and trial and trial <= settings.warmup:

@@ -72,13 +72,14 @@ def denoise_tiled(
     batch: int = 4,
     progress: Callable = lambda batches, total: batches,
     multiple: int = GRID,
+    **known: float,
 ) -> Tensor:
     """What `net` makes of `image`, (C, H, W) -> (C, H, W) of the same dtype, on the CPU; not clipped.
 
     net: maps (N, C, h, w) to the same shape, for all h and w that are multiples of `multiple`. It runs where its
     parameters are, in their precision. image: floating point, H and W at least 1; it is continued by reflection to the
     next multiple. tile, overlap: in pixels; a picture that is smaller than a tile is one tile of its own size.
-    batch: tiles at once. progress: wraps the iteration over the batches.
+    batch: tiles at once. progress: wraps the iteration over the batches. known: what the network is told, by name.
 
     Memory: the result and one batch of tiles; the picture is neither copied nor padded.
 
@@ -99,7 +100,7 @@ def denoise_tiled(
             image[:, _reflected(tops[i], down.shape[1], height)[:, None], _reflected(lefts[j], across.shape[1], width)]
             for i, j in group
         ]
-        estimates = net(torch.stack(tiles).to(like)).to(image)
+        estimates = net(torch.stack(tiles).to(like), **known).to(image)
         if not torch.isfinite(estimates).all():
             raise FloatingPointError("the network's result is not finite")
         for (i, j), estimate in zip(group, estimates, strict=True):
