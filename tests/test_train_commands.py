@@ -187,6 +187,7 @@ def test_mistakes_end_in_one_sentence(command, arguments, message, capsys, tmp_p
         ),
         ("table1", ["--operator", "sr"], "Table 1 is about denoising; the operator is 'sr': see train.inverse"),
         ("inverse", ["--operator", "sr"], "train.inverse has its own operators; got operator 'sr'"),
+        ("inverse", ["--denoise-size", "24"], "denoise_size must be a multiple of 8 that divides size = 64, got 24"),
         ("inverse", ["--size", "16"], "inpaint_hole must be smaller than the images of 16x16, got 20"),
         ("inverse", ["--references", "[denoiser]"], "the reference 'denoiser' only denoises"),
         ("ablations", ["--references", "[map]"], "the reference 'map' belongs to one prior; ablations have several"),

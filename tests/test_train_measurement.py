@@ -338,7 +338,8 @@ def test_inverse_trains_each_problem_once_and_writes_one_table(
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | LITTLE | {"warmup": 0, "val_images": None, "test_images": None}))
     words = options(config=path, data=pictures, out=tmp_path / "run")
-    words += options(denoise_steps=denoise_steps) if denoise_steps else []
+    if denoise_steps:
+        words += options(denoise_steps=denoise_steps, denoise_size=8, denoise_lr=1e-4, denoise_lam=0.2, unet_lr=2e-4)
     fits = Fits(interrupted="cs-unet")
     monkeypatch.setattr(run, "fit", fits)
     with pytest.raises(Interrupted):
@@ -364,4 +365,9 @@ def test_inverse_trains_each_problem_once_and_writes_one_table(
     if denoise_steps:
         last = rows(tmp_path / "run" / "runs" / "denoising-glow", "unfolded")[-1]
         assert int(last["step"]) == denoise_steps
+        saved = run.configuration.load(tmp_path / "run" / "runs" / "denoising-glow" / "config.yaml")
+        assert (saved.size, saved.eval_size, saved.batch, saved.epoch_images) == (8, 16, 4 * TINY["batch"], 48)
+        assert (saved.lr, saved.lam, saved.init) == (1e-4, 0.2, "adjoint")
+        saved = run.configuration.load(tmp_path / "run" / "runs" / "denoising-unet" / "config.yaml")
+        assert (saved.size, saved.batch, saved.lr) == (16, TINY["batch"], 2e-4)
         assert ", from a network trained at σ = 0.02;" in results["protocol"]["Unfolded U-Net, hole"]

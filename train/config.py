@@ -209,6 +209,16 @@ class Config(MeasurementSettings):
         "Each kind of prox is first trained in so many steps to denoise at the same sigma, once, and all problems "
         "start from there (default: they start from the prior).",
     )
+    denoise_size: int | None = setting(
+        "problems",
+        None,
+        "The Glow learns to denoise on crops of this side, as many pixels a step as otherwise (default: as size). A "
+        "U-Net learns from whole images, as small crops make it worse.",
+    )
+    denoise_lr: float | None = setting("problems", None, "Learning rate of the Glow's denoiser (default: --lr).")
+    denoise_lam: float | None = setting(
+        "problems", None, "Start value of the denoiser's shrinkage, with which its problems go on (default: --lam)."
+    )
     unet_lr: float | None = setting("problems", None, "Learning rate of the U-Net's weights (default: that of --lr).")
 
     out: str | None = setting("run", None, "The run's folder (default: the next free number in runs/).")
@@ -228,15 +238,17 @@ class Config(MeasurementSettings):
         for name in ("batch", "folds", "levels", "hidden", "patience", "figure_images", "accumulate", *widths):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         limits = ("steps", "seconds", "prior_steps", "prior_seconds", "clip", "checkpoint_steps", "trial_steps")
-        limits += ("denoise_steps",)
+        limits += ("denoise_steps", "denoise_lr", "denoise_lam", "unet_lr")
         for name in ("epoch_images", "val_images", "test_images", *limits):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "positive")
         for name in ("lr", "lr_steps", "prior_lr", "sigma", "lam", "alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        _require("unet_lr", self.unet_lr, self.unet_lr is None or self.unet_lr > 0, "positive")
         if self.sigma_max is not None and self.sigma_max < self.sigma:
             raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")
+        side = self.denoise_size
+        if side is not None and (side < 1 or side % unit or self.size % side):
+            raise ValueError(f"denoise_size must be a multiple of {unit} that divides size = {self.size}, got {side}")
         if self.prox == "unet" and min(self.size, self.eval_size or self.size) < 16:
             raise ValueError(f"a U-Net wants size and eval_size of at least 16, got {self.size}, {self.eval_size}")
         _require("mu", self.mu, self.mu is None or math.isfinite(self.mu), "a finite number")

@@ -17,9 +17,6 @@ PROBLEMS: dict[str, dict] = {
 PROXES = ("unet", "glow")
 
 
-DENOISING = {"operator": "identity", "init": "adjoint"}
-
-
 def work(campaign, settings: Config) -> Path:
     """The prior, a denoiser of each kind if asked for, both networks for every problem, then one table and figure: what
     is trained already is left alone.
@@ -33,8 +30,7 @@ def work(campaign, settings: Config) -> Path:
     }
     if settings.denoise_steps:
         for prox in PROXES:
-            given = start[prox] | DENOISING | {"steps": settings.denoise_steps}
-            denoiser = campaign.network(f"denoising-{prox}", prox=prox, **given)
+            denoiser = campaign.network(f"denoising-{prox}", prox=prox, **start[prox] | denoising(settings, prox))
             start[prox]["network_checkpoint"] = str(denoiser.folder.path)
     runs = {
         problem: [campaign.network(f"{problem}-{prox}", prox=prox, **of_it, **start[prox]) for prox in PROXES]
@@ -43,6 +39,20 @@ def work(campaign, settings: Config) -> Path:
     if ranks.is_first():
         problems.report_runs(campaign, PROBLEMS, runs, prior)
     return campaign.folder.path
+
+
+def denoising(settings: Config, prox: str) -> dict:
+    """What differs in the settings of the denoiser that the problems of a prox start from."""
+    given = {"operator": "identity", "init": "adjoint", "steps": settings.denoise_steps}
+    if prox != "glow":
+        return given
+    given |= {"lr": settings.denoise_lr or settings.lr, "lam": settings.denoise_lam or settings.lam}
+    if settings.denoise_size:
+        more = (settings.size // settings.denoise_size) ** 2  # images, for the same number of pixels
+        given |= {"size": settings.denoise_size, "eval_size": settings.eval_size or settings.size}
+        given |= {"batch": settings.batch * more}
+        given |= {"epoch_images": settings.epoch_images * more} if settings.epoch_images else {}
+    return given
 
 
 def main(arguments: list[str] | None = None) -> int:
