@@ -217,6 +217,16 @@ def test_divergence_is_recognised_wherever_it_shows_first(prox, step, pictures, 
         made.trained_network()
 
 
+@pytest.mark.parametrize("loss", ["mse", "psnr"])
+def test_a_finite_error_past_all_hope_ends_the_run(loss, pictures, tmp_path, monkeypatch):
+    """Training could go on for hours; images a thousand times too bright are found at the next validation."""
+    made = run.prepare(tiny(pictures, tmp_path, prox="resnet", references=["tv"], loss=loss, lr=1e-9, steps=6))
+    estimate = stages.UnfoldedStage.estimate
+    monkeypatch.setattr(stages.UnfoldedStage, "estimate", lambda *given: (estimate(*given)[0] + 2000,))
+    with pytest.raises(FloatingPointError, match=r"loss became (3\.99\d*e\+06|66\.\d+) at step 3: lower the"):
+        made.trained_network()
+
+
 # What is watched
 
 

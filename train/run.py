@@ -68,7 +68,7 @@ class Run:
     def train(self) -> Path:
         """The stages that are not complete yet, then evaluation and report. Returns the run's folder.
 
-        Raises FloatingPointError when a loss is no longer finite.
+        Raises FloatingPointError when a loss is no longer finite, or past all hope.
         """
         return self.holding(lambda: self._do(self.trained_network, self._report))
 

@@ -1,6 +1,7 @@
 """The two stages of training as Lightning modules: the flow by likelihood, then the unfolded network end to end."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 
 import lightning as L
@@ -18,6 +19,8 @@ from train.noise_level import told
 CALIBRATION_BATCHES = 8
 # A mean squared error below that of rounding to 8 bits by far: 90 dB. It keeps the logarithm of a perfect image finite.
 PERFECT = 1e-9
+# Validation errors of pixels in [0, 1] from which no run has come back: what follows would be wasted.
+LOST = {"mse": 1e6, "psnr": 60.0}
 
 
 class _Stage(L.LightningModule):
@@ -59,13 +62,14 @@ class _Stage(L.LightningModule):
         fused = self.config.precision == "32"
         return torch.optim.Adam([{"params": p, "lr": lr, "initial_lr": lr} for p, lr in groups], fused=fused)
 
-    def check_finite(self, loss: Tensor) -> Tensor:
-        """The loss. Raises FloatingPointError if it is not finite, in all processes if it is so in one."""
-        finite = bool(torch.isfinite(loss))
-        if ranks.count() > 1:
-            finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
-        if not finite:
-            value = loss.item() if not torch.isfinite(loss) else "infinite or NaN in another process"
+    def check_finite(self, loss: Tensor, most: float = math.inf) -> Tensor:
+        """The loss. Raises FloatingPointError if it is not finite, or more than `most`, in all processes if it is so in
+        one.
+        """
+        own = bool(torch.isfinite(loss) & (loss <= most))
+        sound = self.trainer.strategy.reduce_boolean_decision(own, all=True) if ranks.count() > 1 else own
+        if not sound:
+            value = f"{loss.item():g}" if not own else "infinite or NaN in another process"
             raise FloatingPointError(
                 f"the {self.name} loss became {value} at step {self.global_step}: lower the "
                 f"learning rate, raise --likelihood, or keep --scale softclamp"
@@ -195,7 +199,8 @@ class UnfoldedStage(_Stage):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         (estimate,), clean = self.estimate(batch), batch["clean"]
-        self.log("val_loss", self.check_finite(self.error(estimate, clean)), batch_size=len(clean))
+        error = self.check_finite(self.error(estimate, clean), LOST[self.config.loss])
+        self.log("val_loss", error, batch_size=len(clean))
         self.val_psnr(estimate.clamp(0, 1), clean)
         self.val_ssim(estimate.clamp(0, 1), clean)
         self.log("val_psnr", self.val_psnr, prog_bar=True, batch_size=len(clean))
