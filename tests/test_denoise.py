@@ -165,8 +165,7 @@ def test_the_grid_suits_every_kind_of_prox(network):
     for prox, grid in [
         (SimpleNamespace(multiple=32), 32),
         (SimpleNamespace(multiple=2), 16),
-        (SimpleNamespace(glow=SimpleNamespace(levels_count=6)), 64),
-        (SimpleNamespace(), 16),
+        (SimpleNamespace(multiple=64), 64),
     ]:
         assert tiling.grid(SimpleNamespace(proxes=[prox])) == grid
 

@@ -262,7 +262,8 @@ def test_as_many_held_out_images_as_asked_for(fit, tmp_path):
 
 def test_an_epoch_smaller_than_a_batch_is_refused(tmp_path):
     with pytest.raises(ValueError, match="an epoch of 3 training images is smaller than a batch of 16"):
-        data.prepare(config(data=str(folder_of(tmp_path, 5)), batch=16))
+        settings = config(data=str(folder_of(tmp_path, 5)), batch=16)
+        data.training_loader(data.prepare(settings), settings)
 
 
 # Pixels

@@ -309,6 +309,21 @@ def test_evaluate_as_trained_and_out_of_distribution(blurred, finished, pictures
     assert "Unfolded Glow (net), trained on a Gaussian blur of 1 pixels (circular)" in rows_
 
 
+def test_a_network_for_another_measurement_is_tested_on_the_image_itself(blurred, tmp_path, monkeypatch):
+    """Told that every pixel is there as it is: it would take its own operator for what measured them."""
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([str(blurred), "--operator", "identity", "--references", "[tv]"]) == 0
+    found = json.loads((tmp_path / "runs" / "evaluate-001" / "results.json").read_text())
+    config = run.configuration.load(blurred / "config.yaml")
+    held_out = data.prepare(run.replace(config, operator="identity", blur_sigma=None)).test
+    samples = [held_out[i] for i in range(len(held_out))]
+    clean, noise = (torch.stack([s[name] for s in samples]) for name in ("clean", "noise"))
+    with torch.no_grad():
+        x = network(blurred)(clean + 0.02 * noise, operator=Identity()).clamp(0, 1)
+    wanted = psnr(x, clean).mean().item()
+    assert found["methods"]["glow-0"]["levels"][0]["psnr"] == pytest.approx(wanted, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -337,9 +352,9 @@ def test_inverse_trains_each_problem_once_and_writes_one_table(
     monkeypatch.setattr(baselines.MapPrior.__init__, "__defaults__", ((1, 3), 2, "adam", 0.1, 2, 16))
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(TINY | LITTLE | {"warmup": 0, "val_images": None, "test_images": None}))
-    words = options(config=path, data=pictures, out=tmp_path / "run")
+    words = options(config=path, data=pictures, out=tmp_path / "run", denoise_steps=denoise_steps or "null")
     if denoise_steps:
-        words += options(denoise_steps=denoise_steps, denoise_size=8, denoise_lr=1e-4, denoise_lam=0.2, unet_lr=2e-4)
+        words += options(denoise_size=8, denoise_lr=1e-4, denoise_lam=0.2, unet_lr=2e-4)
     fits = Fits(interrupted="cs-unet")
     monkeypatch.setattr(run, "fit", fits)
     with pytest.raises(Interrupted):

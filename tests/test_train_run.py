@@ -352,6 +352,17 @@ def test_a_network_starts_from_the_proxes_of_another_measurement_s(prox, picture
     run.prepare(tiny(pictures, tmp_path / "out", **given)).folder.unlock()
 
 
+def test_the_time_of_training_follows_priors_through_the_runs_that_they_come_from(pictures, finished, tmp_path):
+    for name, source in (("second", finished), ("third", tmp_path / "second")):
+        made = run.prepare(tiny(pictures, tmp_path / name, prior_checkpoint=str(source), steps=1))
+        made.holding(made.trained_network)
+    own = report.training(folder.Folder(tmp_path / "third"))
+    first = report.training(folder.Folder(finished))["prior"]["seconds"]
+    found = run.training_seconds(config.load(tmp_path / "third" / "config.yaml"), folder.Folder(tmp_path / "third"))
+    assert set(own) == {"unfolded"} and first > 0
+    assert found == pytest.approx(own["unfolded"]["seconds"] + first)
+
+
 def test_a_noise_aware_network_is_told_the_level_wherever_it_runs(pictures, tmp_path, monkeypatch):
     """In training, in the drift's measurement, in evaluation; and lambda keeps its meaning in a run that goes on."""
     seen = []
@@ -378,6 +389,12 @@ def test_a_noise_aware_network_is_told_the_level_wherever_it_runs(pictures, tmp_
     started = run.prepare(on)
     net = started.holding(started.trained_network)
     assert (started.config.noise_aware, net.noise_aware, net.sigma_ref) == (True, True, 0.3)
+    blind = run.prepare(tiny(pictures, tmp_path / "blind", sigma=0.1, sigma_max=0.25, steps=1))
+    blind.holding(blind.trained_network)
+    on = tiny(pictures, tmp_path / "aware", network_checkpoint=str(tmp_path / "blind"), noise_aware=True, steps=1)
+    started = run.prepare(on)
+    net = started.holding(started.trained_network)
+    assert (net.noise_aware, net.sigma_ref) == (True, 0.25)
 
 
 @pytest.mark.parametrize("missing", ["folder", "network"])

@@ -18,6 +18,7 @@ VARIANTS: dict[str, dict] = {
     "ends with data consistency": {"final": "consistency"},
     "lambda starts at 0.05": {"lam": 0.05},
     "likelihood trained along": {"likelihood": 1e-3},
+    "likelihood not trained along": {"likelihood": 0.0},
     "activations stored": {"memory": "store"},
 }
 # The settings on which pre-training depends: variants that agree in them share a prior.
@@ -66,8 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"noise, the coupling's scale, tied folds, the start, the readout, the loss, memory "
             f"({', '.join(VARIANTS)}). The same command continues where an interruption left off.",
             hidden=("start", "comparison", "problems"),
+            glow=True,
         ).parse(arguments)
-        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None, network_checkpoint=None)
+        settings = replace(settings, pretrain=True, prior_checkpoint=None, network_checkpoint=None)
         if "map" in settings.references:
             raise ValueError("the reference 'map' belongs to one prior; ablations have several")
         settings.check_schedule("prior", "unfolded")

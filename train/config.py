@@ -16,7 +16,7 @@ from train.options import add_settings, setting
 PRESETS = Path(__file__).parent / "presets"
 FLOW = ("levels", "depth", "hidden", "coupling", "scale", "alpha", "split_prior")
 # What the weights of an unfolded network's proxes fit.
-STRUCTURE = ("prox", "folds", "tied", "noise_aware", "resnet_width", "resnet_blocks", "unet_width", *FLOW)
+STRUCTURE = ("prox", "folds", "tied", "resnet_width", "resnet_blocks", "unet_width", *FLOW)
 
 
 @dataclass
@@ -97,7 +97,9 @@ class Config(MeasurementSettings):
     mu: float | None = setting(
         "unfolded", None, "Start value of the step sizes (default: 0.5 / |A|^2, which for denoising is 0.5)."
     )
-    lam: float = setting("unfolded", 0.05, "Start value of the shrinkage.")
+    lam: float = setting(
+        "unfolded", 0.05, "Start value of the shrinkage; a network that starts from another's proxes keeps theirs."
+    )
     noise_aware: bool = setting(
         "unfolded",
         False,
@@ -194,10 +196,11 @@ class Config(MeasurementSettings):
     eval_sigmas: list[float] = setting("evaluation", (0.10, 0.15, 0.20, 0.25), "Noise levels to evaluate at.")
     figure_images: int = setting("evaluation", 4, "Test images shown in the figure.")
 
-    trial_lrs: list[float] = setting(
+    trial_lrs: list[float] | None = setting(
         "comparison",
-        (1e-5,),
-        "Learning rates tried with every prox; the one with the best validation loss is used. A single one: no trials.",
+        None,
+        "Learning rates tried with every prox; the one with the best validation loss is used. A single one: no trials "
+        "(default: --lr).",
     )
     trial_steps: int | None = setting("comparison", None, "Steps of a trial (default: those of a run).")
     seeds: list[int] = setting("comparison", (0,), "Everything is trained from scratch with each of these seeds.")
@@ -207,7 +210,7 @@ class Config(MeasurementSettings):
         "problems",
         None,
         "Each kind of prox is first trained in so many steps to denoise at the same sigma, once, and all problems "
-        "start from there (default: they start from the prior).",
+        "start from there (null: they start from the prior).",
     )
     denoise_size: int | None = setting(
         "problems",
@@ -226,6 +229,8 @@ class Config(MeasurementSettings):
 
     def __post_init__(self):
         for name in ("eval_sigmas", "figure_sigmas", "trial_lrs"):
+            if getattr(self, name) is None:
+                continue
             values = [float(value) for value in getattr(self, name)]
             _require(name, values, values and min(values) > 0, "one or more positive numbers")
             setattr(self, name, values)
@@ -238,7 +243,7 @@ class Config(MeasurementSettings):
         for name in ("batch", "folds", "levels", "hidden", "patience", "figure_images", "accumulate", *widths):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         limits = ("steps", "seconds", "prior_steps", "prior_seconds", "clip", "checkpoint_steps", "trial_steps")
-        limits += ("denoise_steps", "denoise_lr", "denoise_lam", "unet_lr")
+        limits += ("denoise_steps", "denoise_size", "denoise_lr", "denoise_lam", "unet_lr")
         for name in ("epoch_images", "val_images", "test_images", *limits):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "positive")
@@ -246,9 +251,6 @@ class Config(MeasurementSettings):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         if self.sigma_max is not None and self.sigma_max < self.sigma:
             raise ValueError(f"sigma_max must be at least sigma = {self.sigma}, got {self.sigma_max}")
-        side = self.denoise_size
-        if side is not None and (side < 1 or side % unit or self.size % side):
-            raise ValueError(f"denoise_size must be a multiple of {unit} that divides size = {self.size}, got {side}")
         if self.prox == "unet" and min(self.size, self.eval_size or self.size) < 16:
             raise ValueError(f"a U-Net wants size and eval_size of at least 16, got {self.size}, {self.eval_size}")
         _require("mu", self.mu, self.mu is None or math.isfinite(self.mu), "a finite number")
@@ -318,13 +320,14 @@ def _require(name: str, value, holds, wanted: str) -> None:
 @dataclass(frozen=True)
 class Command:
     """A command that trains: its name after `python -m train.`, what it does, the groups of settings it ignores,
-    and the preset that it starts from by default.
+    the preset that it starts from by default, and whether it starts from a Glow, so that --prox is not for the user.
     """
 
     name: str
     description: str
     hidden: tuple[str, ...] = ("comparison", "problems")
     preset: str = "demo"
+    glow: bool = False
 
     def parser(self, preset: str) -> jsonargparse.ArgumentParser:
         """The command line: an option per setting, over the settings of --config, over the preset's."""
@@ -337,7 +340,7 @@ class Command:
             "--preset", type=str, default=preset, help=f"Named settings to start from: {', '.join(presets())}."
         )
         result.add_argument("--config", action="config", help="YAML file of settings, over the preset's.")
-        add_settings(result, Config, self.hidden)
+        add_settings(result, Config, (*self.hidden, "prox") if self.glow else self.hidden)
         return result
 
     def parse(self, arguments: list[str] | None = None) -> Config:
@@ -348,6 +351,8 @@ class Command:
         if preset not in presets():
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(presets())}")
         values = self.parser(preset).parse_args(arguments)
+        if self.glow and values["prox"] != "glow":
+            raise ValueError(f"train.{self.name} starts from a Glow; --prox {values['prox']} is for train.unfolded")
         return Config(**{f.name: values[f.name] for f in fields(Config)})
 
 

@@ -248,12 +248,6 @@ def prepare(config: Config, splits: tuple[str, ...] = images.SPLITS) -> Data:
             tiles(held_out, eval_size, getattr(config, name) or CROPS[name])
             for held_out, name in ((val, "val_images"), (test, "test_images"))
         )
-    epoch_images = config.epoch_images or len(pictures.train)
-    if "train" in splits and epoch_images < config.batch:
-        raise ValueError(
-            f"an epoch of {epoch_images} training images is smaller than a batch of {config.batch}; "
-            f"set --batch or --epoch-images"
-        )
     return arrange(Pictures(pictures.train, val, test, pictures.skipped), config)
 
 
@@ -270,7 +264,15 @@ def arrange(pictures: Pictures, config: Config) -> Data:
 
 
 def training_loader(data: Data, config: Config) -> TrainingLoader:
-    """Batches of training samples, this process's part of them; an epoch has whole batches only."""
+    """Batches of training samples, this process's part of them; an epoch has whole batches only.
+
+    Raises ValueError in one sentence for an epoch without one, or a batch that can't be shared.
+    """
+    if data.epoch_images < config.batch:
+        raise ValueError(
+            f"an epoch of {data.epoch_images} training images is smaller than a batch of {config.batch}; "
+            f"set --batch or --epoch-images"
+        )
     return TrainingLoader(data.train, data.epoch_images, config.batch, config.accumulate, config.workers)
 
 

@@ -11,6 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from flowkern.operators import Identity
 from train import measurement
 from train.data import FixedSamples
 from train.measurement import Measurement
@@ -138,6 +139,8 @@ def network(net: nn.Module, batch: int) -> Callable[..., Tensor]:
     net = net.to(device()).eval()
 
     def estimate(y: Tensor, sigma: float, operator=None) -> Tensor:
+        if operator is None and not isinstance(getattr(net, "operator", None), Identity | None):
+            operator = Identity()  # the network would take its own
         there = copy.deepcopy(operator).to(device()) if operator is not None else None
         batches = measurement.parts(channels_last(y).to(device()), there, batch)
         known = told(net, sigma)

@@ -110,14 +110,17 @@ def samples(path: Path, rows: dict[float, Tensor]) -> None:
     plt.close(figure)
 
 
-def curves(path: Path, metrics: Path) -> None:
-    """Loss of each stage and validation PSNR over steps."""
+LOSSES = {"mse": "mean squared error", "psnr": "minus PSNR in dB"}
+
+
+def curves(path: Path, metrics: Path, loss: str) -> None:
+    """Loss of each stage and validation PSNR over steps. loss: of end-to-end training, one of LOSSES."""
     rows = read_metrics(metrics)
     panels = [
         (stage, column, title)
         for stage, column, title in (
             ("prior", "loss", "Pre-training: bits per dimension"),
-            ("unfolded", "loss", "End to end: mean squared error"),
+            ("unfolded", "loss", f"End to end: {LOSSES[loss]}"),
             ("unfolded", "val_psnr", "End to end: validation PSNR in dB"),
         )
         if any(r["stage"] == stage for r in rows)

@@ -30,7 +30,8 @@ def work(campaign, settings: Config) -> Path:
     }
     if settings.denoise_steps:
         for prox in PROXES:
-            denoiser = campaign.network(f"denoising-{prox}", prox=prox, **start[prox] | denoising(settings, prox))
+            given = start[prox] | denoising(settings, prox, campaign.images.epoch_images)
+            denoiser = campaign.network(f"denoising-{prox}", prox=prox, **given)
             start[prox]["network_checkpoint"] = str(denoiser.folder.path)
     runs = {
         problem: [campaign.network(f"{problem}-{prox}", prox=prox, **of_it, **start[prox]) for prox in PROXES]
@@ -41,7 +42,14 @@ def work(campaign, settings: Config) -> Path:
     return campaign.folder.path
 
 
-def denoising(settings: Config, prox: str) -> dict:
+def check_denoiser(settings: Config) -> None:
+    """Raise ValueError in one sentence if a denoiser is to be trained and its crops don't fit."""
+    side, unit = settings.denoise_size, 2**settings.levels
+    if settings.denoise_steps and side and (side % unit or settings.size % side):
+        raise ValueError(f"denoise_size must be a multiple of {unit} that divides size = {settings.size}, got {side}")
+
+
+def denoising(settings: Config, prox: str, epoch_images: int) -> dict:
     """What differs in the settings of the denoiser that the problems of a prox start from."""
     given = {"operator": "identity", "init": "adjoint", "steps": settings.denoise_steps}
     if prox != "glow":
@@ -50,8 +58,7 @@ def denoising(settings: Config, prox: str) -> dict:
     if settings.denoise_size:
         more = (settings.size // settings.denoise_size) ** 2  # images, for the same number of pixels
         given |= {"size": settings.denoise_size, "eval_size": settings.eval_size or settings.size}
-        given |= {"batch": settings.batch * more}
-        given |= {"epoch_images": settings.epoch_images * more} if settings.epoch_images else {}
+        given |= {"batch": settings.batch * more, "epoch_images": epoch_images * more}
     return given
 
 
@@ -66,14 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
             "images: one table, one figure. The same command continues where an interruption left off.",
             hidden=("start", "measurement", "comparison"),
             preset="inverse",
+            glow=True,
         ).parse(arguments)
-        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None, network_checkpoint=None)
+        settings = replace(settings, pretrain=True, prior_checkpoint=None, network_checkpoint=None)
         if not settings.measurement.is_identity:
             raise ValueError(f"train.inverse has its own operators; got operator {settings.operator!r}")
         for of_it in PROBLEMS.values():
             for prox in PROXES:
                 references = settings.references if prox == "glow" else ["tv"]
                 replace(settings, **of_it, prox=prox, references=references)
+        check_denoiser(settings)
         settings.check_schedule("prior", "unfolded")
         from train import campaign
 

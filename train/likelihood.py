@@ -43,7 +43,7 @@ def write(glow: Glow, data: Data, config: Config, folder: Folder, commit: str | 
     """samples.png, curves.png, table.md and results.json, and the figures on the terminal."""
     glow = glow.to(evaluation.device()).eval()
     figures.samples(folder.samples, samples(glow, config))
-    figures.curves(folder.curves, folder.metrics)
+    figures.curves(folder.curves, folder.metrics, config.loss)
     found = {"val": bits_per_dim(glow, data.val, config), "test": bits_per_dim(glow, data.test, config)}
     header = ["", f"bits per dimension ({config.bits}-bit images)"]
     rows = [[{"val": "Validation", "test": "Test"}[split], f"{value:.3f}"] for split, value in found.items()]

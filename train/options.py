@@ -11,14 +11,17 @@ def setting(group: str, default, text: str):
 
 
 def add_settings(result: jsonargparse.ArgumentParser, settings: type, hidden: tuple[str, ...] = ()) -> None:
-    """An option per field of a dataclass of settings. Those of `hidden` groups are accepted, but not in --help."""
+    """An option per field of a dataclass of settings. Those of `hidden` groups or names are accepted, but not in
+    --help.
+    """
     groups = {}
     for f in fields(settings):
         group = f.metadata["group"]
+        unseen = group in hidden or f.name in hidden
         # An empty group would print its title: settings that are not shown go to the parser itself.
-        place = result if group in hidden else groups.setdefault(group, result.add_argument_group(group))
+        place = result if unseen else groups.setdefault(group, result.add_argument_group(group))
         option = "--" + f.name.replace("_", "-")
-        text = jsonargparse.SUPPRESS if group in hidden else f.metadata["help"]
+        text = jsonargparse.SUPPRESS if unseen else f.metadata["help"]
         default = list(f.default) if isinstance(f.default, tuple) else f.default
         if f.type is bool:
             switch = jsonargparse.ActionYesNo(yes_prefix="", no_prefix="no-")

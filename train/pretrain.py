@@ -18,9 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
             "samples at several temperatures. The run's folder serves `train.unfolded --prior-checkpoint`. The same "
             "command continues a run that was interrupted.",
             hidden=("measurement", "unfolded", "start", "denoising", "evaluation", "comparison", "problems"),
+            glow=True,
         ).parse(arguments)
-        if settings.prox != "glow":
-            raise ValueError(f"only a Glow can be pre-trained; prox is {settings.prox!r}")
         settings = replace(settings, prior_checkpoint=None, network_checkpoint=None, pretrain=True)
         settings.check_schedule("prior")
         from train import run

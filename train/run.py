@@ -143,7 +143,7 @@ class Run:
 
     def _report(self, net: Unfolded) -> None:
         config, folder = self.config, self.folder
-        figures.curves(folder.curves, folder.metrics)
+        figures.curves(folder.curves, folder.metrics, config.loss)
         lam = [prox.lam.item() for prox in net.proxes if hasattr(prox, "lam")]
         steps = {"mu": net.mu.tolist()} if net.rho is None else {"rho": net.rho.tolist()}
         more = {
@@ -202,13 +202,23 @@ def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:
 
 def training_seconds(config: Config, folder: Folder) -> float:
     """How long a run's network was trained, what it started from included as far as its run's folder is there."""
-    seconds = sum(stage["seconds"] for stage in report.training(folder).values())
+    seconds = _seconds("unfolded", folder)
     if config.network_checkpoint:
         source = Folder(Path(config.network_checkpoint))
         return seconds + (training_seconds(configuration.load(source.config), source) if source.config.is_file() else 0)
-    if config.prior_checkpoint:
-        seconds += report.training(Folder(Path(config.prior_checkpoint))).get("prior", {"seconds": 0})["seconds"]
-    return seconds
+    return seconds + _prior_seconds(config, folder)
+
+
+def _prior_seconds(config: Config, folder: Folder) -> float:
+    seconds = _seconds("prior", folder)
+    if not config.prior_checkpoint:
+        return seconds
+    source = Folder(Path(config.prior_checkpoint))
+    return seconds + (_prior_seconds(configuration.load(source.config), source) if source.config.is_file() else 0)
+
+
+def _seconds(stage: str, folder: Folder) -> float:
+    return report.training(folder).get(stage, {"seconds": 0.0})["seconds"]
 
 
 def references(config: Config, folder: Folder) -> list[Method]:
@@ -305,4 +315,5 @@ def _load_start(path: Path, config: Config) -> tuple[Config, Unfolded]:
     source = configuration.load(folder.config)
     net = load_network(source, folder)
     given = {name: getattr(source, name) for name in STRUCTURE}
+    given["noise_aware"] = source.noise_aware or config.noise_aware
     return replace(config, **given, prior_checkpoint=str(path) if source.prox == "glow" else None), net

@@ -16,11 +16,11 @@ def work(campaign, settings: Config) -> Path:
 
     priors = {seed: campaign.prior(f"prior-seed{seed}", seed=seed) for seed in settings.seeds}
     start = {"glow": lambda seed: {"prior_checkpoint": str(priors[seed])}}
-    rates, trials = {}, {}
+    rates, trials, tried = {}, {}, settings.trial_lrs or [settings.lr]
     for prox in PROXES:
         options = _options(prox) | start.get(prox, lambda seed: {})(settings.seeds[0])
-        trials[prox] = _trials(campaign, settings, prox, options) if len(settings.trial_lrs) > 1 else {}
-        rates[prox] = min(trials[prox], key=trials[prox].get, default=settings.trial_lrs[0])
+        trials[prox] = _trials(campaign, settings, prox, options) if len(tried) > 1 else {}
+        rates[prox] = min(trials[prox], key=trials[prox].get, default=tried[0])
     runs = {
         prox: [
             campaign.network(
@@ -66,15 +66,16 @@ def main(arguments: list[str] | None = None) -> int:
             "equal budgets, and compare them with reference methods on the same test images. The same command "
             "continues where an interruption left off.",
             hidden=("start", "measurement", "problems"),
+            glow=True,
         ).parse(arguments)
-        settings = replace(settings, prox="glow", pretrain=True, prior_checkpoint=None, network_checkpoint=None)
+        settings = replace(settings, pretrain=True, prior_checkpoint=None, network_checkpoint=None)
         if not settings.measurement.is_identity:
             raise ValueError(f"Table 1 is about denoising; the operator is {settings.operator!r}: see train.inverse")
         for prox in PROXES:
             replace(settings, **_options(prox))  # raises what another prox can't
         settings.check_schedule("prior", "unfolded")
         trial = settings.trial_steps or settings.steps
-        if len(settings.trial_lrs) > 1 and trial and trial <= settings.warmup:
+        if len(settings.trial_lrs or []) > 1 and trial and trial <= settings.warmup:
             raise ValueError(f"a trial of {trial} steps ends within a warm-up of {settings.warmup}: set --trial-steps")
         from train import campaign
 

@@ -13,10 +13,7 @@ GRID = 16
 
 def grid(net: nn.Module) -> int:
     """What heights, widths and positions of tiles must be multiples of, for an `Unfolded`: of `GRID` at least."""
-    prox = net.proxes[0]
-    if hasattr(prox, "multiple"):
-        return math.lcm(GRID, prox.multiple)
-    return math.lcm(GRID, 2**prox.glow.levels_count) if hasattr(prox, "glow") else GRID
+    return math.lcm(GRID, net.proxes[0].multiple)
 
 
 def check(tile: int, overlap: int, batch: int, multiple: int = GRID) -> None:
