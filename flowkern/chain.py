@@ -355,7 +355,7 @@ class _LocalChain(Function):
             reverse,
             scale,
             alpha,
-            backends.table(g.device, backend),
+            backends.table(g.device, backend, g.dtype),
             memory,
         )
         return dx, dmatrix, doffset, None, nets.dcontext, None, None, *dparameters

@@ -1,8 +1,8 @@
 """The `cpp` backend: the pixel ops and the coupling network by the native extension, on the CPU.
 
-Functions have the reference's names, arguments and results. They expect what the op layer guarantees: CPU tensors of
-one dtype (fp32 or fp64; beside fp32, h may be bf16 or fp16), states in channels-last memory. Small operands may have
-any strides, and a tensor in another layout than its op needs is copied into it.
+Functions have the reference's names, arguments and results. States are fp32 or fp64 (beside fp32, h may be bf16 or
+fp16); a tensor in another memory layout than its op needs is copied into it, and small operands may have any strides.
+Tensors elsewhere or of unsuitable dtypes raise ValueError.
 """
 
 import functools
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowkern import backend, network
 from flowkern.backend import OPS, Backend, register
-from flowkern.layout import channels_last, empty_channels_last, in_order_of
+from flowkern.layout import channels_last, check_alike, empty_channels_last, in_order_of
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
@@ -62,6 +62,7 @@ def _native():
 
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False) -> Tensor:
+    check_alike("channel_mix", x, matrix, offset)
     n, c, height, width = x.shape
     x, offset, y = channels_last(x), offset.contiguous(), empty_channels_last(x)
     _native().mix(torch.get_num_threads(), _TYPES[x.dtype], n * height * width, c, inverse, x.data_ptr(),
@@ -74,16 +75,19 @@ def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False
 
 
 def couple_mix(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
+    check_alike("couple_mix", x, matrix, offset)
     offset = offset.contiguous()
     return _couple(x, h, scale, alpha, False, (matrix.data_ptr(), *matrix.stride(), offset.data_ptr()))
 
 
 def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
+    check_alike("mix_couple", y, matrix, offset)
     offset = offset.contiguous()
     return _couple(y, h, scale, alpha, True, (matrix.data_ptr(), *matrix.stride(), offset.data_ptr()))
 
 
 def _couple(x, h, scale, alpha, inverse, mix) -> tuple[Tensor, Tensor]:
+    check_alike("couple", x, h=h)
     n, c, height, width = x.shape
     x, h, y, logdet = channels_last(x), channels_last(h), empty_channels_last(x), x.new_empty(n)
     _native().couple(torch.get_num_threads(), _TYPES[x.dtype], _TYPES[h.dtype], n, height * width, c, _SCALES[scale],
@@ -93,6 +97,7 @@ def _couple(x, h, scale, alpha, inverse, mix) -> tuple[Tensor, Tensor]:
 
 def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alpha: float,
                inverse: bool = False, given_input: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    check_alike("couple_vjp", v, g, glogdet, h=h)
     n, c, height, width = v.shape
     v, g, h, glogdet = channels_last(v), channels_last(g), channels_last(h), glogdet.contiguous()
     rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
@@ -106,6 +111,7 @@ def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alp
 def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset: Tensor,
             inverse: bool = False, given_input: bool = False,
             into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_alike("mix_vjp", v, g, matrix, inverse_matrix, offset, *(into or ()))
     n, c, height, width = v.shape
     v, g, offset = channels_last(v), channels_last(g), offset.contiguous()
     rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
@@ -124,12 +130,14 @@ def _shrink(z, g, lam, result, dlam) -> None:
 
 
 def shrink(z: Tensor, lam: Tensor) -> Tensor:
+    check_alike("shrink", z, lam)
     result = torch.empty_like(z)
     _shrink(in_order_of(z, result), 0, lam, result, 0)
     return result
 
 
 def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    check_alike("shrink_vjp", z, g, lam)
     dz, dlam = torch.empty_like(z), torch.empty_like(lam)
     z, g = in_order_of(z, dz), in_order_of(g, dz)
     _shrink(z, g.data_ptr(), lam, dz, dlam.data_ptr())
@@ -137,6 +145,7 @@ def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
+    check_alike("data_consistency", x, y, mu)
     result = torch.empty_like(x)
     x, y = in_order_of(x, result), in_order_of(y, result)
     _native().consistency(torch.get_num_threads(), _TYPES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(), 0,
@@ -145,6 +154,7 @@ def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
 
 
 def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_alike("data_consistency_vjp", x, y, g, mu)
     dx, dy, dmu = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)
     x, y, g = in_order_of(x, dx), in_order_of(y, dx), in_order_of(g, dx)
     _native().consistency(torch.get_num_threads(), _TYPES[x.dtype], x.numel(), x.data_ptr(), y.data_ptr(),
@@ -155,6 +165,7 @@ def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[T
 def compose(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, bias: Tensor, sign: Tensor,
             permutation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `flowkern.mix.mixes`, in one call."""
+    check_alike("compose", lower, upper, log_s, log_scale, bias, sign)
     operands = [p.contiguous() for p in (lower, upper, log_s, log_scale, bias, sign, permutation)]
     results = [lower.new_empty(shape) for shape in (lower.shape, log_s.shape, lower.shape, ())]
     _native().compose(torch.get_num_threads(), _TYPES[lower.dtype], *log_s.shape,
@@ -166,6 +177,7 @@ def compose_vjp(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, 
                 permutation: Tensor, dmatrix: Tensor, doffset: Tensor, dlogdet: Tensor) -> tuple[Tensor, ...]:
     """As `flowkern.mix.mixes_vjp`, in one call."""
     parameters = [lower, upper, log_s, log_scale, bias]
+    check_alike("compose_vjp", *parameters, sign, dmatrix, doffset, dlogdet)
     operands = [t.contiguous() for t in (*parameters, sign, permutation, dmatrix, doffset, dlogdet)]
     results = tuple(p.new_empty(p.shape) for p in parameters)
     _native().compose_vjp(torch.get_num_threads(), _TYPES[lower.dtype], *log_s.shape,
@@ -250,7 +262,7 @@ def network_vjp(parameters: Sequence[Tensor], folded, a: Tensor, hidden: list[Te
 def chain(x: Tensor, matrix: Tensor, offset: Tensor, inverse: Tensor, *, parameters: Sequence[Tensor], reverse: bool,
           scale: str, alpha: float, dtype: torch.dtype, memory: str, anchor_every: int, table):
     """A level's steps in one call, as the default in `flowkern.chain`, which serves where there are no native loops."""
-    if not _chained(parameters, dtype, x):
+    if not _chained([matrix, offset, inverse, *parameters], dtype, x):
         return backend.default("chain")(
             x, matrix, offset, inverse, parameters=parameters, reverse=reverse, scale=scale, alpha=alpha, dtype=dtype,
             memory=memory, anchor_every=anchor_every, table=table)
@@ -281,7 +293,7 @@ def chain_vjp(boundary: Tensor, g: Tensor, glogdet: Tensor, kept: list[list[Tens
               inverse: Tensor, *, parameters: Sequence[Tensor], need: Sequence[bool], reverse: bool, scale: str,
               alpha: float, dtype: torch.dtype, memory: str, table):
     """The reverse pass of `chain`, as the default in `flowkern.chain`."""
-    if not _chained(parameters, dtype, g):
+    if not _chained([matrix, offset, inverse, boundary, *parameters], dtype, g):
         return backend.default("chain_vjp")(
             boundary, g, glogdet, kept, matrix, offset, inverse, parameters=parameters, need=need, reverse=reverse,
             scale=scale, alpha=alpha, dtype=dtype, memory=memory, table=table)
@@ -303,9 +315,9 @@ def chain_vjp(boundary: Tensor, g: Tensor, glogdet: Tensor, kept: list[list[Tens
     return dx, dmatrix, doffset, gradients, rebuilt
 
 
-def _chained(parameters: Sequence[Tensor], dtype: torch.dtype, x: Tensor) -> bool:
-    """Whether the native loop over steps serves: fp32 states and parameters, loops for the networks, some pixels."""
-    single = x.dtype == torch.float32 and all(p.dtype == torch.float32 for p in parameters)
+def _chained(others: Sequence[Tensor], dtype: torch.dtype, x: Tensor) -> bool:
+    """Whether the native loop over steps serves: fp32 throughout, loops for the networks, some pixels."""
+    single = all(t.dtype == torch.float32 for t in (x, *others))
     return single and x.numel() > 0 and network_tiled(torch.float32, dtype)
 
 

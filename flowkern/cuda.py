@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from flowkern import backend, cpp, triton  # noqa: F401  registers first: "auto" prefers a later one
-from flowkern.layout import channels_last, empty_channels_last, in_order_of
+from flowkern.layout import channels_last, check_alike, empty_channels_last, in_order_of
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
-_NETWORK = {torch.float32: (torch.float32, torch.bfloat16, torch.float16), torch.float64: (torch.float64,)}
 
 
 @functools.cache
@@ -64,18 +63,6 @@ def _launching(op: str, *tensors: Tensor):
             raise RuntimeError(f"the cuda backend could not launch {op} on {shapes}: {error}") from error
 
 
-def _check(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None) -> None:
-    """All on one device and of the state's dtype, h of one that goes with it."""
-    if state.dtype not in _NETWORK:
-        raise ValueError(f"{op}: a state must be float32 or float64, got {state.dtype}")
-    for t in others:
-        if t.dtype != state.dtype or t.device != state.device:
-            raise ValueError(f"{op}: expected {state.dtype} on {state.device} throughout, got {t.dtype} on {t.device}")
-    if h is not None and (h.dtype not in _NETWORK[state.dtype] or h.device != state.device):
-        wanted = " or ".join(str(d) for d in _NETWORK[state.dtype])
-        raise ValueError(f"{op}: h must be {wanted} on {state.device}, got {h.dtype} on {h.device}")
-
-
 def _rows(x: Tensor) -> Tensor:
     """x with a pixel's channels contiguous, pixel after pixel, and at an address that suits accesses of 16 bytes."""
     x = channels_last(x)
@@ -83,7 +70,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False) -> Tensor:
-    _check("channel_mix", x, matrix, offset)
+    check_alike("channel_mix", x, matrix, offset)
     n, c, height, width = x.shape
     x, offset, y = _rows(x), offset.contiguous(), empty_channels_last(x)
     with _launching("channel_mix", x, matrix) as (native, where):
@@ -93,19 +80,19 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
 
 
 def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    _check("couple", x, h=h)
+    check_alike("couple", x, h=h)
     return _couple("couple", x, h, scale, alpha, inverse, (0, 0, 0, 0))
 
 
 def couple_mix(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
-    _check("couple_mix", x, matrix, offset, h=h)
+    check_alike("couple_mix", x, matrix, offset, h=h)
     offset = offset.contiguous()
     mix = (matrix.data_ptr(), *matrix.stride(), offset.data_ptr())
     return _couple("couple_mix", x, h, scale, alpha, False, mix)
 
 
 def mix_couple(y: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
-    _check("mix_couple", y, matrix, offset, h=h)
+    check_alike("mix_couple", y, matrix, offset, h=h)
     offset = offset.contiguous()
     mix = (matrix.data_ptr(), *matrix.stride(), offset.data_ptr())
     return _couple("mix_couple", y, h, scale, alpha, True, mix)
@@ -123,7 +110,7 @@ def _couple(op, x, h, scale, alpha, inverse, mix) -> tuple[Tensor, Tensor]:
 
 def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alpha: float,
                inverse: bool = False, given_input: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    _check("couple_vjp", v, g, glogdet, h=h)
+    check_alike("couple_vjp", v, g, glogdet, h=h)
     n, c, height, width = v.shape
     v, g, h, glogdet = _rows(v), _rows(g), _rows(h), glogdet.contiguous()
     rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
@@ -139,7 +126,7 @@ def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset
             inverse: bool = False, given_input: bool = False,
             into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dmatrix, doffset = into or (v.new_empty(v.shape[1], v.shape[1]), v.new_empty(v.shape[1]))
-    _check("mix_vjp", v, g, matrix, inverse_matrix, offset, dmatrix, doffset)
+    check_alike("mix_vjp", v, g, matrix, inverse_matrix, offset, dmatrix, doffset)
     if not (dmatrix.is_contiguous() and doffset.is_contiguous()):
         raise ValueError("mix_vjp: `into` must be dense tensors")
     n, c, height, width = v.shape
@@ -161,7 +148,7 @@ def _partial_sums(x: Tensor) -> Tensor:
 
 
 def shrink(z: Tensor, lam: Tensor) -> Tensor:
-    _check("shrink", z, lam)
+    check_alike("shrink", z, lam)
     result = torch.empty_like(z)
     z = in_order_of(z, result)
     with _launching("shrink", z) as (native, where):
@@ -170,7 +157,7 @@ def shrink(z: Tensor, lam: Tensor) -> Tensor:
 
 
 def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    _check("shrink_vjp", z, g, lam)
+    check_alike("shrink_vjp", z, g, lam)
     dz, dlam, sums = torch.empty_like(z), torch.empty_like(lam), _partial_sums(z)
     z, g = in_order_of(z, dz), in_order_of(g, dz)
     with _launching("shrink_vjp", z) as (native, where):
@@ -180,7 +167,7 @@ def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
-    _check("data_consistency", x, y, mu)
+    check_alike("data_consistency", x, y, mu)
     result = torch.empty_like(x)
     x, y = in_order_of(x, result), in_order_of(y, result)
     with _launching("data_consistency", x) as (native, where):
@@ -190,7 +177,7 @@ def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
 
 
 def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check("data_consistency_vjp", x, y, g, mu)
+    check_alike("data_consistency_vjp", x, y, g, mu)
     dx, dy, dmu, sums = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu), _partial_sums(x)
     x, y, g = in_order_of(x, dx), in_order_of(y, dx), in_order_of(g, dx)
     with _launching("data_consistency_vjp", x) as (native, where):
@@ -206,7 +193,7 @@ def compose(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, bias
     steps, channels = log_s.shape
     if channels > _native().COMPOSE_CHANNELS:
         return backend.default("compose")(*parameters, permutation)
-    _check("compose", *parameters)
+    check_alike("compose", *parameters)
     _check_permutation("compose", permutation, lower)
     parameters, permutation = [p.contiguous() for p in parameters], permutation.contiguous()
     results = (torch.empty_like(parameters[0]), torch.empty_like(parameters[2]), torch.empty_like(parameters[0]),
@@ -220,7 +207,7 @@ def compose(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, bias
 def compose_vjp(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, bias: Tensor, sign: Tensor,
                 permutation: Tensor, dmatrix: Tensor, doffset: Tensor, dlogdet: Tensor) -> tuple[Tensor, ...]:
     """`flowkern.mix.mixes_vjp` in one launch."""
-    _check("compose_vjp", lower, upper, log_s, log_scale, bias, sign, dmatrix, doffset, dlogdet)
+    check_alike("compose_vjp", lower, upper, log_s, log_scale, bias, sign, dmatrix, doffset, dlogdet)
     _check_permutation("compose_vjp", permutation, lower)
     parameters = [p.contiguous() for p in (lower, upper, log_s, log_scale, bias)]
     steps, channels = log_s.shape

@@ -104,31 +104,36 @@ class GlowTransform(Transform):
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         """log|det dx/dz| (...) in nats."""
         found, self._last = self._last, None
-        if found is not None and found[0]() is z and found[1]() is x:
+        if found is not None and found[0]() is z and found[1]() is x and (found[3] or not torch.is_grad_enabled()):
             return found[2]
+        context = self._context(z.shape[:-1])
         rows = z.reshape(-1, z.shape[-1])
-        return self.glow.inverse(rows, return_logdet=True, context=self._context(rows))[1].reshape(z.shape[:-1])
+        return self.glow.inverse(rows, return_logdet=True, context=context)[1].reshape(z.shape[:-1])
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_last": None}  # what is remembered belongs to tensors that stay here
 
     def _call(self, z: Tensor) -> Tensor:
         rows = z.reshape(-1, z.shape[-1])
-        x, logdet = self.glow.inverse(rows, return_logdet=True, context=self._context(rows))
+        x, logdet = self.glow.inverse(rows, return_logdet=True, context=self._context(z.shape[:-1]))
         x = x.reshape(self.forward_shape(z.shape))
         return self._remembered(z, x, logdet.reshape(z.shape[:-1]), x)
 
     def _inverse(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, *x.shape[-3:])
-        z, logdet = self.glow(rows, self._context(rows))
+        z, logdet = self.glow(rows, self._context(x.shape[:-3]))
         z = z.reshape(self.inverse_shape(x.shape))
         return self._remembered(z, x, -logdet.reshape(x.shape[:-3]), z)
 
     def _remembered(self, z: Tensor, x: Tensor, logdet: Tensor, result: Tensor) -> Tensor:
-        self._last = weakref.ref(z), weakref.ref(x), logdet
+        self._last = weakref.ref(z), weakref.ref(x), logdet, torch.is_grad_enabled()
         return result
 
-    def _context(self, rows: Tensor) -> Tensor | None:
+    def _context(self, leading: Size) -> Tensor | None:
+        """One context a row, for rows that are `leading` flattened."""
         if self.context is None:
             return None
         width = self.context.shape[-1]
-        if self.context.dim() > 1 and self.context[..., 0].numel() == len(rows):
+        if self.context.dim() > 1 and self.context[..., 0].numel() == math.prod(leading):
             return self.context.reshape(-1, width)
-        return self.context.expand(len(rows), width)
+        return self.context.expand(*leading, width).reshape(-1, width)

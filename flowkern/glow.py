@@ -324,7 +324,7 @@ class Glow(nn.Module):
         in memory as `forward`.
         """
         self._check_tensor(z, "latent")
-        *emitted, x = self.split_latent(z, size)
+        *emitted, x = self.split_latent(z.to(next(self.parameters()).dtype), size)
         contexts = self._contexts(context, z.shape[0], self.size[1:] if size is None else size)
         x, logdet = self.top.inverse(x, context=contexts.vector)
         for i, level in reversed(list(enumerate(self.levels))):

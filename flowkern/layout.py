@@ -1,7 +1,13 @@
-"""Memory layouts that the op layer and every backend rely on."""
+"""What the op layer and every backend rely on: memory layouts, and tensors of one dtype on one device."""
 
 import torch
 from torch import Tensor
+
+# What coupling networks may compute h in, beside the dtype of a state.
+NETWORK_DTYPES = {
+    torch.float32: (torch.float32, torch.bfloat16, torch.float16),
+    torch.float64: (torch.float64,),
+}
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -17,3 +23,17 @@ def empty_channels_last(x: Tensor) -> Tensor:
 def in_order_of(x: Tensor, dense: Tensor) -> Tensor:
     """x in the memory order of a dense tensor, so that an elementwise op may walk both as flat arrays."""
     return x if x.stride() == dense.stride() else torch.empty_like(dense).copy_(x)
+
+
+def check_alike(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None) -> None:
+    """Raises ValueError unless all are on the state's device and of its dtype, fp32 or fp64, and h is of one that goes
+    with it: kernels read memory by its address, and would take one number for another.
+    """
+    if state.dtype not in NETWORK_DTYPES:
+        raise ValueError(f"{op}: a state must be float32 or float64, got {state.dtype}")
+    for t in others:
+        if t.dtype != state.dtype or t.device != state.device:
+            raise ValueError(f"{op}: expected {state.dtype} on {state.device} throughout, got {t.dtype} on {t.device}")
+    if h is not None and (h.dtype not in NETWORK_DTYPES[state.dtype] or h.device != state.device):
+        wanted = " or ".join(map(str, NETWORK_DTYPES[state.dtype]))
+        raise ValueError(f"{op}: h must be {wanted} on {state.device}, got {h.dtype} on {h.device}")

@@ -50,6 +50,8 @@ def map_estimate(
     """
     if not isinstance(glow, Glow):
         raise TypeError(f"glow must be a flowkern.Glow, got {type(glow).__name__}")
+    if glow.context_channels:
+        raise ValueError("map_estimate wants an unconditioned Glow; this one has context_channels")
     operator = Identity() if operator is None else operator
     check_operator(operator)
     if not _number(gamma) or not 0 <= gamma < math.inf:

@@ -292,21 +292,22 @@ def _couple_mix(x, h, matrix, offset, scale, alpha, inverse, backend):
 
 
 def shrink(z: Tensor, lam: Tensor, backend: str = "auto") -> Tensor:
-    """Latent shrinkage z / (1 + lam), the proximal step of Wei et al., equation 9. lam is a scalar tensor.
-    Differentiable.
+    """Latent shrinkage z / (1 + lam), the proximal step of Wei et al., equation 9. lam is a scalar tensor, and is taken
+    in z's dtype. Differentiable.
     """
-    return _Shrink.apply(_dense(z), lam, _resolve(z, backend))
+    return _Shrink.apply(_dense(z), lam.to(z.dtype), _resolve(z, backend))
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor, backend: str = "auto") -> Tensor:
     """The gradient step x - mu (x - y) of Wei et al., equation 7, for A = I. mu is a scalar tensor. Differentiable.
 
-    Raises ValueError when x and y differ in shape.
+    The result is of the dtype to which x and y promote. Raises ValueError when x and y differ in shape.
     """
     if x.shape != y.shape:
         raise ValueError(f"data_consistency: x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape")
-    x = _dense(x)
-    return _DataConsistency.apply(x, in_order_of(y, x), mu, _resolve(x, backend))
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x = _dense(x.to(dtype))
+    return _DataConsistency.apply(x, in_order_of(y.to(dtype), x), mu.to(dtype), _resolve(x, backend))
 
 
 def _dense(x: Tensor) -> Tensor:

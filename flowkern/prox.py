@@ -25,7 +25,8 @@ class GlowProx(nn.Module):
     level's output, where drift starts anew. A `memory_budget` of the Glow is for each of f and g alone: both keep
     activations at the same time, and so do all folds.
 
-    Raises TypeError when `glow` is no `flowkern.Glow`, ValueError when `lam` is not positive and finite.
+    Raises TypeError when `glow` is no `flowkern.Glow`, ValueError for a conditioned one and when `lam` is not positive
+    and finite.
     """
 
     def __init__(self, glow: Glow, lam: float = 0.05):
@@ -34,8 +35,11 @@ class GlowProx(nn.Module):
             raise TypeError(f"glow must be a flowkern.Glow, got {type(glow).__name__}")
         if not (isinstance(lam, int | float) and 0 < lam < math.inf):
             raise ValueError(f"lam must be a positive number, got {lam!r}")
+        if glow.context_channels:
+            raise ValueError("GlowProx wants an unconditioned Glow; this one has context_channels")
         self.glow = glow
-        self.raw_lam = nn.Parameter(torch.tensor(inverse_softplus(lam)))
+        like = next(glow.parameters())
+        self.raw_lam = nn.Parameter(torch.tensor(inverse_softplus(lam), dtype=like.dtype, device=like.device))
 
     @property
     def lam(self) -> Tensor:
@@ -48,9 +52,11 @@ class GlowProx(nn.Module):
         return 2**self.glow.levels_count
 
     @property
-    def config(self) -> dict:
-        """What a saved network needs to make this prox again, beside its weights."""
-        return {"glow": self.glow.config}
+    def config(self) -> dict | None:
+        """What a saved network needs to make this prox again, beside its weights; None where the Glow's coupling
+        networks are the user's own.
+        """
+        return {"glow": self.glow.config} if self.glow.config["network"] == "standard" else None
 
     @classmethod
     def from_config(cls, config: dict, **options) -> "GlowProx":
@@ -76,7 +82,10 @@ class GlowProx(nn.Module):
         return (x, log_prob) if return_log_prob else x
 
     def mode(self, x: Tensor) -> Tensor:
-        """The image of the latent mode, g(0), (1, C, H, W) of the size of x (N, C, H, W); differentiable."""
+        """The image of the latent mode, g(0), (1, C, H, W) of the size of x (N, C, H, W); differentiable. Raises for
+        what the Glow does not take as images.
+        """
+        x = self.glow._check_image(x)
         return self.glow.inverse(x.new_zeros(1, math.prod(x.shape[1:])), x.shape[2:])
 
 

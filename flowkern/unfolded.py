@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,8 +99,10 @@ class Unfolded(nn.Module):
         gain = _norm(operator, self.proxes[0]) ** 2 if mu is None else None
         exact = consistency == "exact"
         # One of the two: a parameter that is not used would have no gradient, which DDP waits for.
-        self.mu = None if exact else nn.Parameter(torch.full((folds,), float(0.5 / gain if mu is None else mu)))
-        self.raw_rho = nn.Parameter(torch.full((folds,), inverse_softplus(gain))) if exact else None
+        like = next((p for p in self.proxes.parameters() if p.is_floating_point()), torch.empty(0))
+        every = partial(torch.full, (folds,), dtype=like.dtype, device=like.device)
+        self.mu = None if exact else nn.Parameter(every(float(0.5 / gain if mu is None else mu)))
+        self.raw_rho = nn.Parameter(every(inverse_softplus(gain))) if exact else None
         has_mode = hasattr(self.proxes[0], "mode")
         self.init = ("mode" if has_mode else "adjoint") if init is None else init
         if self.init not in INITS and not callable(self.init):
@@ -180,8 +183,8 @@ class Unfolded(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write weights and configuration into the folder `path`, made if missing.
 
-        Raises ValueError for what a configuration can't name: an operator that has none, a function as `init`, or
-        proxes that differ between folds or don't describe themselves with `config`.
+        Raises ValueError for what a configuration can't name: an operator that has none, a function as `init`, proxes
+        that differ between folds or are not the library's, or a Glow with coupling networks of the user's own.
         """
         configs = [getattr(prox, "config", None) for prox in self.proxes]
         operator = getattr(self.operator, "config", None) if isinstance(self.operator, Operator) else None
@@ -189,6 +192,7 @@ class Unfolded(nn.Module):
             operator is None
             or self.init not in INITS
             or None in configs
+            or any(PROXES.get(type(prox).__name__) is not type(prox) for prox in self.proxes)
             or any(config != configs[0] for config in configs)
         ):
             raise ValueError(
@@ -256,6 +260,7 @@ class Unfolded(nn.Module):
             if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 <= sigma < math.inf:
                 raise ValueError(f"sigma must be a number >= 0, or a tensor of one or of one an image, got {sigma!r}")
             return (sigma / self.sigma_ref) ** 2
+        sigma = sigma[0] if sigma.shape == (1,) else sigma
         if tuple(sigma.shape) not in ((), (len(y),)):
             raise ValueError(f"sigma must hold one number or one for each of {len(y)} images, got {tuple(sigma.shape)}")
         # On a GPU looking at the values would wait for it; traced, there are none yet.
@@ -287,8 +292,11 @@ def _norm(operator, prox: nn.Module) -> float:
         return 1.0
     try:
         norm = operator.norm(getattr(getattr(prox, "glow", None), "size", None))
-    except ValueError:  # an operator for another size: a Glow takes any
-        norm = operator.norm()
+    except (ValueError, RuntimeError):  # an operator for another size: a Glow takes any
+        try:
+            norm = operator.norm()
+        except (ValueError, RuntimeError):  # and for none that it knows
+            return 1.0
     return norm if 0 < norm < math.inf else 1.0
 
 

@@ -1,6 +1,8 @@
 """A Glow as a distribution and a transform, alone and inside zuko's, nflows' and normflows' models."""
 
+import copy
 import math
+import pickle
 
 import nflows.distributions
 import nflows.flows
@@ -176,6 +178,16 @@ def conditioned():
     return glow
 
 
+def test_what_a_transform_remembers_is_neither_copied_nor_taken_without_its_gradient(glow):
+    transform, z = GlowTransform(glow), torch.randn(3, WIDTH, dtype=torch.float64)
+    x = transform(z)
+    again = copy.deepcopy(transform), pickle.loads(pickle.dumps(transform))
+    assert all(torch.equal(other(z), x) for other in again)
+    with torch.no_grad():
+        x = transform(z)
+    assert transform.log_abs_det_jacobian(z, x).requires_grad
+
+
 def test_a_conditioned_glow_is_one_distribution_per_context(conditioned):
     context = torch.randn(4, 3, dtype=torch.float64)
     images = GlowDistribution(conditioned, context)
@@ -193,6 +205,13 @@ def test_a_conditioned_glow_is_one_distribution_per_context(conditioned):
     z = torch.randn(4, WIDTH, dtype=torch.float64)
     torch.testing.assert_close(transform(z), conditioned.inverse(z, context=context))
     torch.testing.assert_close(transform.inv(transform(z)), z)
+    several = torch.randn(5, 4, WIDTH, dtype=torch.float64)  # rows of samples, a context a column
+    x, logdet = transform(several), transform.log_abs_det_jacobian(several, transform(several))
+    for i in range(4):
+        one, d = conditioned.inverse(several[:, i], return_logdet=True, context=context[i : i + 1].expand(5, 3))
+        torch.testing.assert_close(x[:, i], one)
+        torch.testing.assert_close(logdet[:, i], d)
+    torch.testing.assert_close(transform.inv(x), several)
     one = GlowTransform(conditioned, context[0])
     torch.testing.assert_close(one(z)[2], conditioned.inverse(z[2:3], context=context[:1])[0])
 
@@ -204,7 +223,8 @@ def test_contexts_reach_a_glow_inside_other_libraries(conditioned):
     base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, zeros, zeros + 1, buffer=True)
     flow = zuko.flows.Flow([for_zuko.LazyGlow(conditioned)], base)
     torch.testing.assert_close(flow(context).log_prob(x), wanted)
-    assert flow(context).sample().shape == (4, *SIZE)
+    assert flow(context).sample().shape == (4, *SIZE) and flow(context).sample((7,)).shape == (7, 4, *SIZE)
+    torch.testing.assert_close(flow(context).log_prob(torch.stack([x, x])), torch.stack([wanted, wanted]))
     torch.testing.assert_close(for_zuko.LazyGlowDistribution(conditioned)(context).log_prob(x), wanted)
 
     distribution = for_nflows.Distribution(conditioned)

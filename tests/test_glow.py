@@ -164,6 +164,16 @@ def test_half_precision_images_are_taken_up_to_the_parameters_precision(glow):
     torch.testing.assert_close(z, glow(x.float())[0])
 
 
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+def test_latents_are_taken_up_to_the_parameters_precision_too(own, given, glow):
+    z = torch.randn(3, 128).to(given)
+    glow = glow.to(own)
+    x = glow.inverse(z)
+    assert x.dtype == own
+    torch.testing.assert_close(x, glow.inverse(z.to(own)))
+
+
 def test_first_training_forward_initialises_and_only_that():
     torch.manual_seed(0)
     glow = flowkern.Glow((2, 8, 8), levels=2, depth=2, hidden=4)

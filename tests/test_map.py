@@ -273,6 +273,11 @@ def test_other_sizes_single_precision_and_empty_batches():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        (
+            {"glow": flowkern.Glow((2, 8, 8), levels=1, depth=1, hidden=4, context_channels=2)},
+            ValueError,
+            "map_estimate wants an unconditioned Glow; this one has context_channels",
+        ),
         ({"glow": torch.nn.Identity()}, TypeError, "glow must be a flowkern.Glow, got Identity"),
         ({"operator": 3}, TypeError, "operator must have the methods forward and adjoint, got int"),
         ({"operator": Half()}, ValueError, r"expected y of shape \(1, 2, 8, 4\) by its operator, got \(1, 2, 8, 8\)"),

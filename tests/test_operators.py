@@ -224,6 +224,8 @@ def test_norm_depends_on_the_size_only_where_it_says_so():
     sized = Compose(Inpainting(mask(6, 4)), Downsample(3))
     assert sized.size == (1, 18, 12) and sized.norm() <= 1 / 3 + 1e-6
     assert Compose(Blur(kernel(3, 3)), Downsample(3), Downsample(2)).size == (1, 384, 384)
+    projection = RandomProjection((3, 6, 4), 0.5)
+    assert Compose(projection, Inpainting(torch.ones(6, 4))).size == (3, 6, 4)
     assert Compose(Halve(), Halve()).norm() == pytest.approx(0.25)
 
 

@@ -244,3 +244,54 @@ class TestBackendChoice:
         self.calls.clear()
         ops.shrink(torch.rand(2), torch.tensor(0.1))
         assert self.calls == []
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_native_ops_refuse_what_is_not_of_the_state_s_dtype(wide):
+    """They read memory by its address: other dtypes would be other numbers, or memory of someone else's."""
+    torch.manual_seed(0)
+    own, other = (torch.float64, torch.float32) if wide else (torch.float32, torch.float64)
+    x, h = state(2, 4, 3, 5, dtype=own), state(2, 4, 3, 5, dtype=own)
+    (matrix, offset), (odd, odd_offset) = mix(dtype=own), mix(dtype=other)
+    rest, table = (torch.zeros(2, dtype=own), "softclamp", 1.0), backends.table(x.device, "cpp", own)
+    calls = [
+        lambda: ops.channel_mix(x, odd, offset, backend="cpp"),
+        lambda: ops.channel_mix(x, matrix, odd_offset, backend="cpp"),
+        lambda: ops.couple(x, h.to(other if not wide else torch.bfloat16), backend="cpp"),
+        lambda: ops.couple_mix(x, h, odd, offset, backend="cpp"),
+        lambda: ops.mix_couple(x, h, matrix, odd_offset, backend="cpp"),
+        lambda: table.couple_vjp(x, x.to(other), h, *rest),
+        lambda: table.mix_vjp(x, x, matrix, odd, offset),
+        lambda: table.shrink(x, torch.tensor(0.3, dtype=other)),
+        lambda: table.shrink_vjp(x, x, torch.tensor(0.3, dtype=other)),
+        lambda: table.data_consistency(x, x.to(other), torch.tensor(0.3, dtype=own)),
+        lambda: table.data_consistency_vjp(x, x, x, torch.tensor(0.3, dtype=other)),
+        lambda: table.shrink(x.half(), torch.tensor(0.3).half()),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="expected torch.float|must be torch.float|must be float"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scalars_and_measurements_may_be_of_another_dtype(backend, dtype):
+    """A weight is taken in the image's dtype; image and measurement promote, as in PyTorch. So are gradients."""
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("computes in float32")
+    torch.manual_seed(0)
+    x = state(2, 4, 3, 5, dtype=dtype, grad=True)
+    for other in (torch.float32, torch.float64):
+        weight = torch.tensor(0.25, dtype=other, requires_grad=True)
+        shrunk = ops.shrink(x, weight, backend)
+        torch.testing.assert_close(shrunk, x / 1.25)
+        shrunk.sum().backward()
+        assert weight.grad.dtype == other
+        torch.testing.assert_close(weight.grad, -(x.detach() / 1.25**2).sum().to(other), rtol=1e-5, atol=1e-5)
+    for other in (torch.bfloat16, torch.float32):
+        y = state(2, 4, 3, 5).to(other)
+        found = ops.data_consistency(x, y, torch.tensor(0.25), backend)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, 0.75 * x + 0.25 * y.to(dtype))

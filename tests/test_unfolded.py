@@ -577,6 +577,16 @@ def aware(prox, sigma):
         (lambda p: aware(p, torch.tensor([0.1, -1])), ValueError, "sigma must be >= 0, got a tensor"),
         (lambda p: aware(p, torch.tensor(math.nan)), ValueError, "sigma must be >= 0, got a tensor"),
         (lambda p: flowkern.GlowProx(nn.Identity()), TypeError, "glow must be a flowkern.Glow, got Identity"),
+        (
+            lambda p: flowkern.GlowProx(flowkern.Glow((3, 8, 8), levels=1, depth=1, hidden=4, context_channels=2)),
+            ValueError,
+            "GlowProx wants an unconditioned Glow; this one has context_channels",
+        ),
+        (
+            lambda p: flowkern.Unfolded(p)(torch.zeros(2, 1, 8, 8)),
+            ValueError,
+            r"expected images of shape \(N, 3, H, W\), got \(2, 1, 8, 8\)",
+        ),
         (lambda p: flowkern.GlowProx(p.glow, lam=0), ValueError, "lam must be a positive number, got 0"),
         (lambda p: flowkern.GlowProx(p.glow, lam="x"), ValueError, "lam must be a positive number, got 'x'"),
     ],
@@ -585,6 +595,74 @@ def test_bad_arguments(make, error, message):
     with pytest.raises(error, match=message) as caught:
         make(flowkern.GlowProx(make_glow(dtype=torch.float32)))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("consistency", ["gradient", "exact"])
+def test_steps_and_shrinkages_are_of_the_flow_s_dtype_and_on_its_device(consistency):
+    """So that a Glow that was moved first makes a network that works."""
+    net = flowkern.Unfolded(flowkern.GlowProx(make_glow()), folds=2, consistency=consistency)
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+    y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(net(y), literal(net, y))
+    with torch.device("meta"):
+        glow = flowkern.Glow((3, 8, 8), levels=2, depth=1, hidden=4)
+    net = flowkern.Unfolded(flowkern.GlowProx(glow), folds=2, consistency=consistency)
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("init", ["mode", "adjoint"])
+@pytest.mark.parametrize(("own", "given"), [("float64", "float32"), ("float32", "bfloat16"), ("float32", "float16")])
+def test_a_measurement_of_less_precision_is_taken_up_to_the_network_s(own, given, init):
+    net = make_net(dtype=getattr(torch, own), init=init)
+    y = torch.rand(3, 3, 8, 8).to(getattr(torch, given))
+    found = net(y)
+    assert found.dtype == getattr(torch, own)
+    # From y itself the first step computes in y's own precision.
+    torch.testing.assert_close(found, net(y.to(found)), atol=0 if init == "mode" else 0.02, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["mode", "adjoint"])
+def test_a_measurement_of_more_precision_is_refused(init):
+    with pytest.raises(TypeError, match="the images are torch.float64 and the Glow is torch.float32; call glow.double"):
+        make_net(dtype=torch.float32, init=init)(torch.rand(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_a_noise_level_and_a_weight_may_be_a_tensor_of_one():
+    net = make_net(folds=2, noise_aware=True)
+    y = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(net(y, sigma=torch.tensor([0.25])), net(y, sigma=0.25))
+    blur, rho = Blur(gaussian_kernel(1.0)), torch.tensor([0.3])
+    assert torch.equal(blur.normal_inverse(y, rho), blur.normal_inverse(y, torch.tensor(0.3)))
+
+
+def test_an_operator_that_fails_on_other_sizes_is_taken_to_have_norm_one():
+    class Weighted(Operator):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.rand(5, 16, 16))
+
+        def forward(self, x):
+            return self.weight * x
+
+        adjoint = forward
+
+    net = flowkern.Unfolded(flowkern.ResNetProx(5, 4), folds=1, operator=Weighted())
+    assert net.mu.tolist() == [0.5] and net(torch.rand(1, 5, 16, 16)).shape == (1, 5, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["network", "prox"])
+def test_what_could_not_be_loaded_is_not_saved(kind, tmp_path):
+    class Own(flowkern.ResNetProx):
+        pass
+
+    if kind == "network":
+        glow = flowkern.Glow((3, 8, 8), levels=2, depth=1, network=lambda a, b: nn.Conv2d(a, b, 1))
+        prox = flowkern.GlowProx(glow)
+    else:
+        prox = Own(3, 4)
+    with pytest.raises(ValueError, match="only an Unfolded of alike, library-made proxes"):
+        flowkern.Unfolded(prox, folds=2).save_pretrained(tmp_path / "net")
+    assert not (tmp_path / "net").exists()
 
 
 def test_saved_and_loaded_is_bitwise_the_same(tmp_path):

@@ -5,7 +5,6 @@ proxes and trained networks as its denoisers and reconstructors.
     model = deepinv.optim.GD(data_fidelity=deepinv.optim.L2(sigma=0.05), prior=Prior(glow), stepsize=1e-4)
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -280,14 +279,13 @@ class Reconstructor(_Reconstructor):
     def forward(self, y: Tensor, physics: LinearPhysics, sigma: float | Tensor | None = None, **kwargs) -> Tensor:
         """The estimate of x (N, C, H, W) from the measurement y; it is not clipped."""
         net, size = self.net, self._check(y, physics)
+        operator = None
         if self.given:
-            net = copy.copy(net)
-            net._modules = net._modules.copy()  # which the copy else shares, so that this would reach the original
-            net.operator = Operator(physics, size=size if net.consistency == "exact" else None)
+            operator = Operator(physics, size=size if net.consistency == "exact" else None)
         if not net.noise_aware:
-            return net(y)
+            return net(y, operator=operator)
         sigma = getattr(getattr(physics, "noise_model", None), "sigma", None) if sigma is None else sigma
-        return net(y, sigma=_per_image(sigma))
+        return net(y, sigma=_per_image(sigma), operator=operator)
 
     @torch.no_grad()
     def _check(self, y: Tensor, physics: LinearPhysics) -> tuple[int, ...]:

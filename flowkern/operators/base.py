@@ -99,6 +99,7 @@ def per_image_rho(rho: float | Tensor, b: Tensor) -> float | Tensor:
         if isinstance(rho, bool) or not isinstance(rho, int | float) or not 0 < rho < math.inf:
             raise ValueError(f"rho must be a positive number, or a tensor of one or of one an image, got {rho!r}")
         return rho
+    rho = rho[0] if rho.shape == (1,) else rho
     if tuple(rho.shape) not in ((), (len(b),)):
         raise ValueError(f"rho must hold one number or one for each of the {len(b)} images, got {tuple(rho.shape)}")
     # On a GPU looking at the values would wait for it; traced, there are none yet.

@@ -29,12 +29,15 @@ class Compose(Operator):
 
     @property
     def size(self) -> tuple[int, int, int] | None:
-        """That of the first operator to meet the image that is made for one size."""
+        """That of the first operator to meet the image that is made for one size, with as many channels as any asks
+        for.
+        """
         scale = 1
+        sizes = [size for operator in self.operators if (size := getattr(operator, "size", None)) is not None]
         for operator in reversed(self.operators):
             if getattr(operator, "size", None) is not None:
-                channels, height, width = operator.size
-                return channels, scale * height, scale * width
+                _, height, width = operator.size
+                return max(size[0] for size in sizes), scale * height, scale * width
             scale *= getattr(operator, "factor", 1)
         return (1, 64 * scale, 64 * scale)  # any that all their factors divide
 
