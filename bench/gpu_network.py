@@ -4,8 +4,8 @@ For the steps of a Glow of four levels on 64x64 images, hidden 512 and 128, batc
 tf32: microseconds of a forward evaluation that keeps nothing, and of what one step of backward does in recompute mode
 (an evaluation that keeps the hidden activations, then all gradients), for
 
-- "triton": flowkern.kernels as it chooses; "triton separate": the same without the fused kernel;
-- "cudnn": PyTorch's channels-last convolutions, which "auto" uses; "cudnn relu": those with cuDNN's bias + ReLU.
+- "triton": flowkern.kernels as it chooses, which "auto" uses; "triton separate": the same without the fused kernel;
+- "cudnn": PyTorch's channels-last convolutions; "cudnn relu": those with cuDNN's bias + ReLU.
 
 Beside each the share of the FLOP/s that a large matrix product reaches in the same run, and the error against fp64.
 The largest sizes come first. `--trial` runs everything tiny, on any device, and writes nothing but to `--out`.

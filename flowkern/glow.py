@@ -16,6 +16,9 @@ from flowkern.layers import Split, StepOfFlow, blocks, run_steps, squeeze, unsqu
 from flowkern.prior import Prior
 from flowkern.variants import Variant
 
+# How a Glow runs, which may be changed at any time; in the order in which they may be set.
+OPTIONS = ("memory", "anchor_every", "memory_budget", "backend", "compute_dtype", "check_finite")
+
 
 class Level(nn.Module):
     """Squeeze, K steps of flow and, except on the last level, a split. Holds parameters; `Glow` runs it."""
@@ -250,6 +253,17 @@ class Glow(nn.Module):
         """Whether every ActNorm has been initialised from data (or loaded)."""
         return all(step.is_initialized for level in self.levels for step in level.steps)
 
+    def set_options(self, **options) -> None:
+        """Set how the model runs, by the names of `OPTIONS`: memory, backend and the like, which are not saved with it.
+
+        Raises TypeError for another name, and what each of them raises for a value that is none.
+        """
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(f"{name!r} is not how a Glow runs; the options are {', '.join(OPTIONS)}")
+        for name in (name for name in OPTIONS if name in options):
+            setattr(self, name, options[name])
+
     def _options(self) -> dict:
         return {
             "memory": self.memory,
@@ -403,7 +417,8 @@ class Glow(nn.Module):
         check_finite.
 
         Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit the
-        configuration. A Glow with its own coupling network wants the same `network` again.
+        configuration, TypeError or ValueError for options that are none or out of range. A Glow with its own coupling
+        network wants the same `network` again.
         """
         config, weights = saving.read(path, "Glow")
         try:
@@ -413,9 +428,10 @@ class Glow(nn.Module):
                     "its own coupling network; pass the same network=" if custom else "the standard network; pass none"
                 )
                 raise ValueError(f"the Glow in {path} was made with {wants}")
-            glow = cls(**{**config, **options}, network=network)
+            glow = cls(**config, network=network)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold the configuration of a Glow: {error}") from error
+        glow.set_options(**options)
         dtype = next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32)
         saving.fill(glow.to(dtype), weights, f"the weights in {path}")
         return glow

@@ -59,12 +59,16 @@ class GlowProx(nn.Module):
         return {"glow": self.glow.config} if self.glow.config["network"] == "standard" else None
 
     @classmethod
-    def from_config(cls, config: dict, **options) -> "GlowProx":
-        """The prox described by `config`, its weights still to be loaded. options: as in `Glow.from_pretrained`."""
+    def from_config(cls, config: dict) -> "GlowProx":
+        """The prox described by `config`, its weights still to be loaded."""
         glow = dict(config["glow"])
         if glow.pop("network") != "standard":
             raise ValueError("a GlowProx whose Glow has its own coupling network can't be made from its configuration")
-        return cls(Glow(**glow, **options))
+        return cls(Glow(**glow))
+
+    def set_options(self, **options) -> None:
+        """Set how the Glow runs, see `Glow.set_options`."""
+        self.glow.set_options(**options)
 
     def forward(self, x: Tensor, scale: float | Tensor | None = None, return_log_prob: bool = False):
         """x (N, C, H, W) -> (N, C, H, W). scale: a factor of lambda, >= 0: a number or a tensor of one, or one an image
@@ -110,9 +114,14 @@ class _NetworkProx(nn.Module):
                 raise ValueError(f"{name} wants an int >= 1, got {value}")
 
     @classmethod
-    def from_config(cls, config: dict, **options):
-        """The prox described by `config`, its weights still to be loaded. There are no options."""
-        return cls(**config, **options)
+    def from_config(cls, config: dict):
+        """The prox described by `config`, its weights still to be loaded."""
+        return cls(**config)
+
+    def set_options(self, **options) -> None:
+        """Raises TypeError for any option: there are none."""
+        if options:
+            raise TypeError(f"{type(self).__name__} has no options, got {', '.join(map(repr, options))}")
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError for what the network can't take."""

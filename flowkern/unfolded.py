@@ -217,11 +217,12 @@ class Unfolded(nn.Module):
     def from_pretrained(cls, path: str | Path, **options) -> "Unfolded":
         """Load what `save_pretrained` wrote. options: of the proxes' networks (for a Glow: memory, backend, ...).
 
-        Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit.
+        Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit,
+        TypeError or ValueError for options that are none or out of range.
         """
         config, weights = saving.read(path, "Unfolded")
         try:
-            made = PROXES[config["kind"]].from_config(config["prox"], **options)
+            made = PROXES[config["kind"]].from_config(config["prox"])
             # Folders written before there were operators, or the choices below, hold none.
             later = ("tied", "consistency", "noise_aware", "sigma_ref")
             net = cls(
@@ -236,6 +237,8 @@ class Unfolded(nn.Module):
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold the configuration of an Unfolded: {error}") from error
+        for prox in net.proxes:
+            prox.set_options(**options)
         dtype = next((weights[name].dtype for name in ("mu", "raw_rho") if name in weights), torch.float32)
         saving.fill(net.to(dtype), weights, f"the weights in {path}")
         return net

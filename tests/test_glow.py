@@ -174,6 +174,23 @@ def test_latents_are_taken_up_to_the_parameters_precision_too(own, given, glow):
     torch.testing.assert_close(x, glow.inverse(z.to(own)))
 
 
+def test_how_a_saved_glow_runs_is_chosen_when_it_is_loaded(glow, tmp_path):
+    glow.save_pretrained(tmp_path)
+    options = {"memory_budget": 1000, "backend": "reference", "compute_dtype": torch.bfloat16, "check_finite": False}
+    loaded = flowkern.Glow.from_pretrained(tmp_path, **options)
+    assert {name: getattr(loaded, name) for name in options} == options
+    for wrong, error, message in (
+        ({"memori": "store"}, TypeError, "'memori' is not how a Glow runs; the options are memory, anchor_every"),
+        ({"memory": "stored"}, ValueError, "stored"),
+        ({"compute_dtype": "bfloat16"}, TypeError, "wants a floating torch.dtype or None, got 'bfloat16'"),
+        ({"memory_budget": 2e9}, TypeError, "memory_budget wants an int, in bytes, or None, got 2000000000.0"),
+    ):
+        with pytest.raises(error, match=message):
+            flowkern.Glow.from_pretrained(tmp_path, **wrong)
+    with pytest.raises(TypeError, match="'levels' is not how a Glow runs"):
+        loaded.set_options(levels=3)
+
+
 def test_first_training_forward_initialises_and_only_that():
     torch.manual_seed(0)
     glow = flowkern.Glow((2, 8, 8), levels=2, depth=2, hidden=4)

@@ -177,5 +177,5 @@ def test_sequences_are_not_tied():
 
 def test_options_of_a_flow_are_refused_by_others(tmp_path):
     flowkern.Unfolded(flowkern.ResNetProx(3, features=4, blocks=1), folds=2).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="unexpected keyword argument 'memory'"):
+    with pytest.raises(TypeError, match="ResNetProx has no options, got 'memory'"):
         flowkern.Unfolded.from_pretrained(tmp_path, memory="store")

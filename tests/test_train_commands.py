@@ -106,7 +106,7 @@ def test_the_paper_preset_is_the_paper():
 def test_missing_packages_are_one_sentence_that_names_the_extra(command, monkeypatch, capsys):
     monkeypatch.setattr(extras.require, "__defaults__", (lambda name: None if name == "lightning" else object(),))
     assert main(command)([]) == 2
-    assert "training needs lightning: install the extra with `pip install flowkern[train]`" in told(capsys)
+    assert "training needs lightning: install the extra with `pip install -e \".[train]\"`" in told(capsys)
     with pytest.raises(ModuleNotFoundError, match=r"training needs lightning, rich: "):
         extras.require(find=lambda name: None if name in ("lightning", "rich") else object())
 
@@ -150,6 +150,11 @@ def test_mistakes_end_in_one_sentence(command, arguments, message, capsys, tmp_p
         ("unfolded", ["--prior-checkpoint", "nowhere"], "nowhere is not a saved Glow"),
         ("unfolded", ["--accumulate", "5"], "a batch of 16 can't be divided among 1 processes in 5 parts each"),
         ("unfolded", ["--prox", "resnet", "--noise-aware"], "noise_aware scales the lambda of a Glow; prox is"),
+        (
+            "table1",
+            ["--warmup", "9", "--trial-steps", "9", "--trial-lrs", "[0.1,0.2]", "--steps", "20"],
+            "a trial of 9 steps ends within a warm-up of 9: set --trial-steps",
+        ),
         ("table1", ["--noise-aware"], "noise_aware scales the lambda of a Glow; prox is 'resnet'"),
         ("unfolded", ["--prox", "unet", "--init", "mode"], "init='mode' needs the most likely image of a Glow"),
         ("unfolded", ["--prox", "unet", "--references", "[map]"], "the reference 'map' needs a run with a Glow"),

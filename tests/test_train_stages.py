@@ -207,6 +207,30 @@ def test_without_pre_training_the_flow_is_initialised_and_no_more(pictures, tmp_
     assert all(torch.equal(a, b) for a, b in zip(glow.state_dict().values(), fresh.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_gradients_are_clipped_to_their_norm(clip, pictures, tmp_path, monkeypatch):
+    norms = []
+
+    def step(self, closure=None):
+        loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
+        return loss
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    made = run.prepare(tiny(pictures, tmp_path, prox="resnet", references=["tv"], steps=2, clip=clip))
+    made.trained_network()
+    assert len(norms) == 2 and all(n > 1e-2 if clip is None else n == pytest.approx(clip, rel=1e-3) for n in norms)
+
+
+def test_how_a_flow_runs_is_what_the_settings_say(pictures, tmp_path):
+    given = {"anchor_every": 1, "memory": "recompute", "backend": "reference", "compute_dtype": "bfloat16"}
+    made = run.prepare(tiny(pictures, tmp_path, steps=1, prior_steps=1, **given))
+    for glow in (made.prior, made.trained_network().proxes[1].glow):
+        assert (glow.anchor_every, glow.memory, glow.backend, glow.compute_dtype) == (1, *list(given.values())[1:3],
+                                                                                      torch.bfloat16)  # fmt: skip
+
+
 @pytest.mark.parametrize("prox", ["glow", "resnet"])
 @pytest.mark.parametrize("step", ["in an epoch", "before validation"])
 def test_divergence_is_recognised_wherever_it_shows_first(prox, step, pictures, tmp_path):

@@ -24,5 +24,5 @@ def require(find=find_spec) -> None:
     missing = [package for module, package in PACKAGES.items() if find(module) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"training needs {', '.join(missing)}: install the extra with `pip install flowkern[train]`"
+            f"training needs {', '.join(missing)}: install the extra with `pip install -e \".[train]\"`"
         )
