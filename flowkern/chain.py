@@ -46,6 +46,7 @@ def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory,
             state = [] if position == 0 else [x]
             y = x if reverse else _mix(x, matrix[k], offset[k], table)
             h, hidden = nets.trace(k, _first_half(y)) if memory == "store" else (nets.forward(k, _first_half(y)), None)
+            ops.check_coupling(y, h, scale)  # a user's network may give anything, and kernels read it by its address
             kept.append(state + ([h, *hidden] if memory == "store" else []))
             if reverse:
                 x, d = table.mix_couple(y, h, inverse[k], offset[k], scale, alpha)
@@ -60,6 +61,7 @@ def _run(x, matrix, offset, inverse, nets, reverse, scale, alpha, table, memory,
         kept.append([])
     for position, k in enumerate(reversed(steps) if reverse else steps):
         h = nets.forward(k, _first_half(x))
+        ops.check_coupling(x, h, scale)
         if reverse and _is_anchor(position, anchor_every):
             x, d = table.couple(x, h, scale, alpha, True)
             kept.append([x])
@@ -430,7 +432,7 @@ def has_squeeze_mix(device: torch.device, dtype: torch.dtype, backend: str) -> b
 
 def is_standard(nets: Iterable[nn.Module]) -> bool:
     """Whether these are Glow's own networks, whose gradient is written out."""
-    return all(hasattr(net, "flat_parameters") for net in nets)
+    return all(getattr(net, "written_out", False) for net in nets)
 
 
 def network_dtype(device: torch.device, compute_dtype: torch.dtype | None) -> torch.dtype | None:

@@ -283,12 +283,13 @@ class Glow(nn.Module):
             raise ValueError(f"initialize wants at least one image, got a batch of shape {tuple(x.shape)}")
         contexts = self._contexts(context, x.shape[0], x.shape[2:])
         x = x - self.shift
-        for level, local in zip(self.levels, contexts.levels, strict=True):
-            x = level.squeeze(x)
-            for step in level.steps:
-                x = step.initialize(x, local)
-            if level.split is not None:
-                x = level.split(x, contexts.vector)[0]
+        with torch.autocast(x.device.type, enabled=False):
+            for level, local in zip(self.levels, contexts.levels, strict=True):
+                x = level.squeeze(x)
+                for step in level.steps:
+                    x = step.initialize(x, local)
+                if level.split is not None:
+                    x = level.split(x, contexts.vector)[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Image to latent: x (N, C, H, W) -> z (N, C*H*W) and log|det dz/dx| (N,) in nats.

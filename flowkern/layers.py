@@ -30,11 +30,20 @@ class ActNorm(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("initialized", torch.tensor(False))
-        self.is_initialized = False  # the buffer's value, known without reading the device
+        self._known = False  # the buffer's value, known without reading the device
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the values come from data. The buffer is asked as long as it is not known to say so: others may have
+        copied one that does into it (DDP's broadcast, an average of models).
+        """
+        if not (self._known or torch.compiler.is_compiling() or self.initialized.is_meta):
+            self._known = bool(self.initialized)
+        return self._known
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
-        self.is_initialized = bool(self.initialized)
+        self._known = bool(self.initialized)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
@@ -48,7 +57,7 @@ class ActNorm(nn.Module):
         self.bias.copy_(-values.mean(dim=1))
         self.log_scale.copy_(-values.std(dim=1, correction=0).clamp_min(MIN_STD).log())
         self.initialized.fill_(True)
-        self.is_initialized = True
+        self._known = True
         return reference.actnorm(x, self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +94,9 @@ class InvertibleConv1x1(nn.Module):
         self.register_buffer("permutation", p.argmax(dim=1))  # row i of W is row permutation[i] of L U
 
     def weight(self) -> Tensor:
-        """W, (C, C)."""
-        return reference.conv1x1_weight(self)
+        """W, (C, C), in the parameters' precision."""
+        with torch.autocast(self.lower.device.type, enabled=False):
+            return reference.conv1x1_weight(self)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         _check_channels(x, len(self.log_s), "InvertibleConv1x1")
@@ -108,6 +118,14 @@ class CouplingNet(nn.Module):
 
     a (N, in_channels, H, W) -> h (N, out_channels, H, W).
     """
+
+    # Whether the chain may evaluate and differentiate the network by formulas of its own; not one with another forward.
+    written_out = True
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "forward" in vars(cls):
+            cls.written_out = False
 
     def __init__(self, in_channels: int, out_channels: int, hidden: int):
         super().__init__()
@@ -207,8 +225,10 @@ class StepOfFlow(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Data-dependent initialisation of every ActNorm in the step; returns the transformed batch."""
-        x = reference.channel_mix(self.actnorm.initialize(x), self.conv.weight(), torch.zeros_like(self.actnorm.bias))
-        return self.coupling.initialize(x, context)
+        with torch.autocast(x.device.type, enabled=False):
+            zero = torch.zeros_like(self.actnorm.bias)
+            x = reference.channel_mix(self.actnorm.initialize(x), self.conv.weight(), zero)
+            return self.coupling.initialize(x, context)
 
     def forward(self, x: Tensor, **chain_options) -> tuple[Tensor, Tensor]:
         """Options are those of `flowkern.chain.chain`: memory, anchor_every, kept_steps, backend,

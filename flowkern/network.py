@@ -180,6 +180,11 @@ class LocalNets:
 
     def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
         """h and what `vjp` wants kept."""
+        if any(p is not q for p, q in zip(self.modules[k].parameters(), self.parameter_lists[k], strict=True)):
+            raise RuntimeError(
+                "the coupling networks' parameters are not those of forward, as after torch.func.functional_call; with "
+                "networks of one's own, or a context, that needs memory='store'"
+            )
         with torch.enable_grad():
             inputs = [a.detach().requires_grad_()]
             if self.needs_context:

@@ -243,7 +243,7 @@ def couple(
     don't fit or an unknown scale.
     """
     _check_state(x)
-    _check_coupling(x, h, scale)
+    check_coupling(x, h, scale)
     return _Couple.apply(channels_last(x), channels_last(h), scale, float(alpha), inverse, _resolve(x, backend))
 
 
@@ -278,7 +278,7 @@ def mix_couple(
 def _couple_mix(x, h, matrix, offset, scale, alpha, inverse, backend):
     _check_state(x)
     _check_mix(x, matrix, offset)
-    _check_coupling(x, h, scale)
+    check_coupling(x, h, scale)
     return _CoupleMix.apply(
         channels_last(x),
         channels_last(h),
@@ -293,21 +293,29 @@ def _couple_mix(x, h, matrix, offset, scale, alpha, inverse, backend):
 
 def shrink(z: Tensor, lam: Tensor, backend: str = "auto") -> Tensor:
     """Latent shrinkage z / (1 + lam), the proximal step of Wei et al., equation 9. lam is a scalar tensor, and is taken
-    in z's dtype. Differentiable.
+    in z's dtype. Differentiable. Raises ValueError for a lam of more than one number.
     """
+    _check_scalar(lam, "lam")
     return _Shrink.apply(_dense(z), lam.to(z.dtype), _resolve(z, backend))
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor, backend: str = "auto") -> Tensor:
     """The gradient step x - mu (x - y) of Wei et al., equation 7, for A = I. mu is a scalar tensor. Differentiable.
 
-    The result is of the dtype to which x and y promote. Raises ValueError when x and y differ in shape.
+    The result is of the dtype to which x and y promote. Raises ValueError when x and y differ in shape,
+    and for a mu of more than one number.
     """
     if x.shape != y.shape:
         raise ValueError(f"data_consistency: x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape")
+    _check_scalar(mu, "mu")
     dtype = torch.promote_types(x.dtype, y.dtype)
     x = _dense(x.to(dtype))
     return _DataConsistency.apply(x, in_order_of(y.to(dtype), x), mu.to(dtype), _resolve(x, backend))
+
+
+def _check_scalar(weight: Tensor, name: str) -> None:
+    if weight.numel() != 1:
+        raise ValueError(f"{name} must be a tensor of one number, got {tuple(weight.shape)}")
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -333,7 +341,8 @@ def _check_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> None:
         )
 
 
-def _check_coupling(x: Tensor, h: Tensor, scale: str) -> None:
+def check_coupling(x: Tensor, h: Tensor, scale: str) -> None:
+    """Raises ValueError for a scale map that is none, and an h that is not one for this state."""
     if scale not in ("softclamp", "sigmoid", "additive"):
         raise ValueError(f"unknown scale {scale!r}; choose 'softclamp', 'sigmoid' or 'additive'")
     n, channels, *size = x.shape

@@ -253,7 +253,7 @@ def step_of_flow(x: Tensor, step, inverse: bool = False) -> tuple[Tensor, Tensor
 
 
 def _evaluate(net, a: Tensor) -> Tensor:
-    return coupling_network(a, net) if hasattr(net, "flat_parameters") else net(a)
+    return coupling_network(a, net) if getattr(net, "written_out", False) else net(a)
 
 
 def split_prior(x: Tensor, split) -> tuple[Tensor, Tensor]:

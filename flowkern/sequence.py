@@ -78,7 +78,7 @@ class _Step:
 
     def first(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output and logdet, as it runs for the first time."""
-        self.strides = x.stride()
+        self.strides = torch.empty_like(x, device="meta").stride()  # dense, also for an x that was expanded
         with self.replay.recorded():
             out = self.module.inverse(x) if self.reverse else self.module(x)
         return (out, self._logdet_of(x, out)) if self.reverse else out

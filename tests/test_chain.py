@@ -196,10 +196,11 @@ def _flat(tensors):
 class PlainNet(CouplingNet):
     """The standard network as if it were a user's own: ordinary autograd differentiates it."""
 
-    flat_parameters = property()
-
     def __init__(self, in_channels, out_channels):
         super().__init__(in_channels, out_channels, hidden=16)
+
+    def forward(self, a):
+        return super().forward(a)
 
 
 @pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])

@@ -250,3 +250,56 @@ def test_memory_does_not_grow_with_depth_with_a_context_and_another_librarys_pad
     store, shallow, deep = measuring.measure(glows, cases=cases)
     assert deep["held"] <= store["held"] / 20 and deep["peak"] <= store["peak"] / 4
     assert deep["peak"] <= 1.05 * shallow["peak"]
+
+
+# Networks of one's own that are not what they should be
+
+
+@pytest.mark.parametrize("network", [lambda i, o: nn.Conv2d(i, o, 3), lambda i, o: nn.Conv2d(i, o + 1, 1)])
+def test_a_network_that_gives_another_shape_is_refused_before_kernels_read_it(network):
+    glow = flowkern.Glow((1, 8, 8), levels=1, depth=2, network=network)
+    for memory in MODES:
+        glow.memory = memory[0]
+        for call in (lambda: glow.sample(4), lambda: glow.eval()(torch.rand(2, 1, 8, 8)),
+                     lambda: glow.eval().inverse(torch.rand(2, 64, requires_grad=True))):  # fmt: skip
+            with pytest.raises(ValueError, match="wants an even number of channels and h of shape"):
+                call()
+
+
+def test_a_subclass_of_the_standard_network_runs_as_it_is_written():
+    class Doubled(flowkern.layers.CouplingNet):
+        def __init__(self, inputs, outputs):
+            super().__init__(inputs, outputs, hidden=4)
+
+        def forward(self, a):
+            return 2 * super().forward(a)
+
+    torch.manual_seed(0)
+    glow = flowkern.Glow((1, 8, 8), levels=1, depth=1, network=Doubled)
+    x = torch.rand(3, 1, 8, 8)
+    glow.initialize(x)
+    net = glow.levels[0].steps[0].coupling.net
+    torch.nn.init.normal_(net.weight3)
+    z, logdet = glow(x)
+    with torch.no_grad():
+        net.logs += torch.log(torch.tensor(0.5)) / 3  # halves what is doubled
+        halved, _ = glow(x)
+        net.__class__ = flowkern.layers.CouplingNet
+        net.logs -= torch.log(torch.tensor(0.5)) / 3
+        once, _ = glow(x)
+    torch.testing.assert_close(halved, once)
+    assert not torch.allclose(z, once)
+
+
+def test_functional_call_with_a_context_says_what_it_needs():
+    x, context = images(), vectors(3)
+    for memory in ("recompute", "checkpoint", "store"):
+        glow = conditional(memory)
+        others = {name: (p + 0.01).detach().requires_grad_() for name, p in glow.named_parameters()}
+        loss = torch.func.functional_call(glow, others, (x, context))[1].sum()
+        if memory == "store":
+            loss.backward()
+            assert others["levels.0.steps.0.coupling.net.weight1"].grad.norm() > 0
+        else:
+            with pytest.raises(RuntimeError, match="parameters are not those of forward, .* needs memory='store'"):
+                loss.backward()

@@ -1,5 +1,6 @@
 """flowkern.Glow as users meet it: shapes, errors, initialisation, saving."""
 
+import copy
 import json
 import math
 import re
@@ -206,6 +207,38 @@ def test_first_training_forward_initialises_and_only_that():
     before = {k: v.clone() for k, v in glow.state_dict().items()}
     glow(5 * x)
     assert all(torch.equal(v, before[k]) for k, v in glow.state_dict().items())
+
+
+@pytest.mark.parametrize("how", ["buffers copied", "average of models"])
+def test_what_was_initialised_elsewhere_is_not_initialised_again(how, glow):
+    """DDP and averages of models copy parameters and buffers, not what Python knows of them."""
+    torch.manual_seed(0)
+    other = flowkern.Glow((2, 8, 8), levels=2, depth=3, hidden=5)
+    assert not other.is_initialized
+    if how == "buffers copied":
+        for mine, theirs in ((other.parameters(), glow.parameters()), (other.buffers(), glow.buffers())):
+            for a, b in zip(mine, theirs, strict=True):
+                a.data.copy_(b.data)
+    else:
+        average = torch.optim.swa_utils.AveragedModel(other)
+        other.initialize(torch.rand(8, 2, 8, 8))
+        average.update_parameters(other)
+        other = average.module
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    assert other.is_initialized
+    other.train()(5 * torch.rand(4, 2, 8, 8))
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_autocast_does_not_reach_the_initialisation():
+    torch.manual_seed(0)
+    glow, x = flowkern.Glow((2, 8, 8), levels=2, depth=2, hidden=4, split_prior="learned"), torch.rand(8, 2, 8, 8)
+    other = copy.deepcopy(glow)
+    glow.initialize(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        other(x)
+    for name, value in glow.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
 
 
 def test_constant_channel_does_not_explode():

@@ -20,6 +20,7 @@ from network_cases import (
     state,
 )
 
+import flowkern
 from flowkern import cpp
 
 CPP = Forms(cpp.network_fold, cpp.network_trace, cpp.network_vjp)
@@ -142,3 +143,18 @@ def test_chain_gives_the_references_gradients(dtype):
             errors[backend] = torch.tensor([relative(g.double(), w) for g, w in zip(got, wanted, strict=True)])
         mine, theirs = (e.square().mean().sqrt() for e in (errors["cpp"], errors["reference"]))
         assert mine <= 2 * theirs + 20 * torch.finfo(FLOAT).eps
+
+
+def test_nan_is_not_rectified():
+    """In silence it would be a channel that is never on again, and a loss that looks well."""
+    torch.manual_seed(0)
+    glow = flowkern.Glow((3, 16, 16), levels=1, depth=1, hidden=16)
+    x = torch.rand(2, 3, 16, 16)
+    glow.initialize(x)
+    net = glow.levels[0].steps[0].coupling.net
+    with torch.no_grad():
+        net.weight3.normal_()
+        net.weight1[3, 0, 1, 1] = torch.nan
+    for memory in ("recompute", "store"):
+        glow.memory = memory
+        assert glow.log_prob(x).isnan().all()

@@ -295,3 +295,9 @@ def test_scalars_and_measurements_may_be_of_another_dtype(backend, dtype):
         found = ops.data_consistency(x, y, torch.tensor(0.25), backend)
         assert found.dtype == dtype
         torch.testing.assert_close(found, 0.75 * x + 0.25 * y.to(dtype))
+
+
+@pytest.mark.parametrize("op", [lambda x, w: ops.shrink(x, w), lambda x, w: ops.data_consistency(x, x, w)])
+def test_weights_of_more_than_one_number_are_refused(op):
+    with pytest.raises(ValueError, match=r"(lam|mu) must be a tensor of one number, got \(4, 1, 1\)"):
+        op(state(2, 4, 3, 5), torch.rand(4, 1, 1))

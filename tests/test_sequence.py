@@ -255,3 +255,30 @@ def test_memory_does_not_grow_with_depth():
     assert deep["held"] <= store["held"] / 20 and deep["peak"] <= store["peak"] / 5
     assert deep["peak"] <= 1.1 * shallow["peak"]
     assert 15 * state <= checkpoint["held"] <= 18 * state
+
+
+def test_expanded_inputs_go_backward():
+    torch.manual_seed(0)
+    flow = ReversibleSequence([ActNorm(4), StepOfFlow(4, hidden=6)])
+    x = torch.rand(1, 4, 6, 6)
+    flow(x.repeat(3, 1, 1, 1))
+    for run in (lambda x: flow(x)[0], flow.inverse):
+        found = []
+        for several in (x.expand(3, -1, -1, -1), x.repeat(3, 1, 1, 1)):
+            flow.zero_grad()
+            run(several).square().sum().backward()
+            found.append([p.grad.clone() for p in flow.parameters()])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_layers_alone_keep_their_state_s_precision_under_autocast():
+    torch.manual_seed(0)
+    flow = ReversibleSequence([ActNorm(4), InvertibleConv1x1(4)])
+    x = torch.rand(3, 4, 6, 6)
+    wanted, logdet = flow(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, d = flow(x)
+        torch.testing.assert_close(flow.inverse(z), x)
+    assert z.dtype == torch.float32
+    torch.testing.assert_close((z, d), (wanted, logdet))

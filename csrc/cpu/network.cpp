@@ -42,8 +42,8 @@ void trace(const NetworkTrace& m, int threads) {
         [[maybe_unused]] const Tiles<E> tiles;
         Rows<E> image(bands.bordered(), wide), x(CHUNK<E>, s.row(9 * s.few_units)), h1(CHUNK<E>, row), h2(CHUNK<E>, row);
         Rows<float> sent(CHUNK<E>, taps);
-        const auto rectified = [](Rows<E>& to) {
-            return [&](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v > 0 ? v : Vector<float>{}); };
+        const auto rectified = [](Rows<E>& to) {  // NaN stays
+            return [&](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v < 0 ? Vector<float>{} : v); };
         };
         for (int64_t band = begin; band < end; band++) {
             load_band(bands, band, pixels_of(m.a), m.few, wide, image[0]);
