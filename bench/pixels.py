@@ -49,7 +49,7 @@ def measure(case: Case, rounds: int, sets: dict[str, str]) -> dict:
     calls = {**ours, **forms, "copy": machine.copy(case.bytes())}
     try:
         errors = {name: case.error(call()) for name, call in {**ours, **forms}.items()}
-        repeats = {name: repeats_for(call, SHORT) for name, call in calls.items()} | dict.fromkeys(peaks, 1)
+        repeats = {name: repeats_for(call, SHORT) for name, call in calls.items()} | dict.fromkeys(peaks, 2)
         seconds = interleave(calls | peaks, rounds, repeats)
     finally:
         _C.select_isa(active)

@@ -11,6 +11,7 @@ from bench import contenders, eager, models, ops, pixels, plots, report, results
 from bench.rivals import NFlows, NormFlows, Reference
 from bench.rivals.base import trainable
 from bench.workload import Setup
+from flowkern import reference
 
 SMALL = Setup(levels=2, depth=2, hidden=16, size=16, batch=4, scale="sigmoid", folds=2)
 # Those that torch.compile takes half a minute for are measured by pytest bench alone.
@@ -285,3 +286,14 @@ def test_scaling_runs_small():
     small = Setup(levels=1, depth=1, hidden=8, size=8, batch=2, scale="sigmoid")
     found = scaling.times("batch", small, (1, 2), rounds=2)
     assert set(found["points"][contenders.RECOMPUTE]) == {"1", "2"}
+
+
+@pytest.mark.parametrize("op", ["couple", "mix_vjp"])
+def test_a_nan_in_any_result_of_an_op_is_no_small_error(op):
+    case = next(case for case in ops.cases(False) if case.op == op)
+    results = [t.clone() for t in ops.tensors(getattr(reference, op)(*case.arguments()))]
+    assert case.error(results) < 1e-4
+    results[-1].view(-1)[0] = torch.nan
+    row = {"error": case.error(results), "error budget": 1.0, "rival": False}
+    pixels.judge(row)
+    assert not row["correct"]
