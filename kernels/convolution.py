@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern.kernels.case import Case
+from flowkern.kernels.formulas import rectified
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.rounding import product, products_of, rounded, small_blocks
 
@@ -119,7 +120,7 @@ def _product_kernel(
         total = product(b_x, b_w, total, weight.dtype.element_ty, PRECISION)
     inside = (first + i < pixels) & (n < N)
     if RELU:
-        total = tl.maximum(total + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32), 0.0)
+        total = rectified(total + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32))
     if GATED:
         total = tl.where(tl.load(gate + first * N + (i * N + n), mask=inside, other=0.0) > 0, total, 0.0)
     if PLANES:

@@ -128,9 +128,16 @@ def _strides(weight: Tensor) -> tuple[int, int, int]:
     return so, si, sx
 
 
+def _dense(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Parameters as the kernels read and write them: vectors without gaps, weights in a layout that a new tensor of
+    theirs has too.
+    """
+    return [p if torch.empty_like(p, device="meta").stride() == p.stride() else p.contiguous() for p in parameters]
+
+
 def fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """As `flowkern.network.fold`, the weights in channels-last memory: (out, tap, in)."""
-    w1, s1, b1, w2, s2, b2, w3, b3, logs = parameters
+    w1, s1, b1, w2, s2, b2, w3, b3, logs = parameters = _dense(parameters)
     hidden, few_in = w1.shape[:2]
     few_out = len(w3)
     folded = tuple(
@@ -151,7 +158,7 @@ def unfold(parameters: Sequence[Tensor], parts: Sequence[tuple[Tensor, Tensor] |
     convolution: (parts, hidden, 9 in), (parts, hidden, hidden), (parts, 9 out, hidden) and the sums beside them. None
     for a convolution whose gradients nobody wants.
     """
-    w1, s1, b1, w2, s2, b2, w3, b3, logs = parameters
+    w1, s1, b1, w2, s2, b2, w3, b3, logs = parameters = _dense(parameters)
     hidden, few_in = w1.shape[:2]
     few_out = len(w3)
     need = [p is not None for p in parts]

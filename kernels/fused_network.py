@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, read_pixels, read_weight, usual
+from flowkern.kernels.formulas import rectified
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.rounding import product, products_of, rounded
 
@@ -64,7 +65,7 @@ def _fused_kernel(
         # next, and all of these together would take more than there are.
         part = product(b_w1, tl.trans(b_a), tl.zeros((BLOCK_1, BLOCK_M), tl.float32), dtype, PRECISION)
         part += tl.load(bias1 + n, mask=n < HIDDEN, other=0.0).to(tl.float32)[:, None]
-        part = tl.trans(rounded(tl.maximum(part, 0.0), dtype))
+        part = tl.trans(rounded(rectified(part), dtype))
         if KEEP:
             tl.store(hidden1 + first * HIDDEN + (i * HIDDEN + n[None, :]), part, mask=inside & (n < HIDDEN)[None, :])
         activations += (part,)
@@ -78,7 +79,7 @@ def _fused_kernel(
             b_w2 = read_weight(weight2, k1[:, None], k2[None, :], HIDDEN, HIDDEN, False, 0)
             total = product(activations[j], b_w2, total, dtype, PRECISION)
         total += tl.load(bias2 + k2, mask=k2 < HIDDEN, other=0.0).to(tl.float32)[None, :]
-        total = rounded(tl.maximum(total, 0.0), dtype)
+        total = rounded(rectified(total), dtype)
         if KEEP:
             here = hidden2 + first * HIDDEN + (i * HIDDEN + k2[None, :])
             tl.store(here, total, mask=inside & (k2 < HIDDEN)[None, :])

@@ -42,6 +42,16 @@ def test_large_shapes(execution, dtype, real_gpu):
     compare(TRITON, LARGE, DTYPES[dtype], DEVICE)
 
 
+def test_nan_is_not_rectified(execution):
+    """The interpreter's maximum passes NaN on, a GPU's does not unless it is told to."""
+    shape = SHAPES["additive"]
+    n, c, height, width, hidden, out = shape
+    those = [p.to(DEVICE) for p in parameters(c // 2, hidden, out)]
+    those[0][0, 0, 1, 1] = torch.nan
+    a = state(n, c, height, width)[:, : c // 2].to(DEVICE)
+    assert TRITON.trace(TRITON.fold(those, FLOAT), a, False)[0].isnan().all()
+
+
 def test_tf32_is_used_where_pytorch_allows_it_and_is_no_worse_than_its_name(real_gpu):
     errors = {}
     for allowed in (False, True):

@@ -101,6 +101,33 @@ def test_the_fused_form_is_used_where_it_fits_and_pays(monkeypatch):
     assert len(used) == 1
 
 
+def test_parameters_with_gaps_are_read_and_given_gradients_as_dense_ones():
+    n, c, height, width, hidden, out = SHAPES["additive"]
+    dense = parameters(c // 2, hidden, out)
+
+    def gaps(p):
+        wide = torch.zeros(*(2 * s if i == p.dim() - 1 or i == 1 else s for i, s in enumerate(p.shape)))
+        view = wide[..., ::2] if p.dim() == 1 else wide[:, : p.shape[1], :, : p.shape[3]]
+        return view.copy_(p)
+
+    a, dh = state(n, c, height, width)[:, : c // 2], state(n, out, height, width)
+    found = []
+    for those in (dense, [gaps(p) for p in dense], [p[:1].expand(len(p)) if p.dim() == 1 else p for p in dense]):
+        folded = TRITON.fold(those, FLOAT)
+        h, kept = TRITON.trace(folded, a, True)
+        da = torch.zeros_like(a, memory_format=torch.channels_last)
+        gradients = TRITON.vjp(those, folded, a, kept, dh, [True] * 9, da)
+        found.append([h, da, *gradients])
+        expanded = [p.clone() for p in those]
+    for one, other in zip(found[0], found[1], strict=True):
+        torch.testing.assert_close(one, other)
+    folded = TRITON.fold(expanded, FLOAT)
+    h, kept = TRITON.trace(folded, a, True)
+    gradients = TRITON.vjp(expanded, folded, a, kept, dh, [True] * 9, torch.zeros_like(da))
+    for one, other in zip(found[2], [h, da, *gradients], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_inputs_of_other_memory_layouts():
     n, c, height, width, hidden, out = shape = SHAPES["additive"]
     folded = TRITON.fold(parameters(c // 2, hidden, out), FLOAT)
