@@ -14,7 +14,7 @@ def rectified(x):
 def exponential(x):
     """e^x to about two units in the last place over the whole range: the hardware's exp2 alone loses digits for large
     arguments, because x / ln 2 is rounded before it is raised."""
-    x = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))
+    x = tl.minimum(tl.maximum(x, -104.0), 89.0)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     # ln 2 in two parts, the first with few bits so that its multiples are exact.
     r = (x - n * 0.693359375) + n * 2.12194440e-4

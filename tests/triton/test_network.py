@@ -254,7 +254,7 @@ MISTAKES = {
     "a pixel too few": ("convolution", "inside = (first + i < pixels)", "inside = (first + i < pixels - 1)"),
     "the gradient of a is set, not added": ("convolution", "if ADD:", "if ADD and C == 0:"),
     "fused: hidden units beyond the first block": ("fused_network", "j * BLOCK_1 + tl.arange", "tl.arange"),
-    "fused: no rectifier": ("fused_network", "rounded(tl.maximum(part, 0.0), dtype)", "rounded(part, dtype)"),
+    "fused: no rectifier": ("fused_network", "rounded(rectified(part), dtype)", "rounded(part, dtype)"),
     "fused: the second bias": ("fused_network", "tl.load(bias2 + k2", "tl.load(bias1 + k2"),
     "a part is lost": ("folding", "(part < parts)[:, None]", "(part < parts - 1)[:, None]"),
     "the scale's factor": ("folding", "FACTOR * e * (", "e * ("),
