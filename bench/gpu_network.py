@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from bench.gpu import PRECISIONS, Device, device_for, options, product_peak, record, set_precision
+from bench.ops import largest_error
 from flowkern import network as plain
 from flowkern.kernels import network as kernels
 
@@ -102,8 +103,7 @@ class Problem:
             da = torch.zeros_like(state, memory_format=torch.channels_last)
             gradients = vjp(parameters, folded, state, kept, dh.to(dtype), [True] * 9, da)
             found.append([t.double() for t in (h, da, *gradients)])
-        # Not Python's max, which passes over a NaN.
-        return torch.stack([(g - e).norm() / e.norm() for g, e in zip(*found, strict=True)]).max().item()
+        return largest_error(*found)
 
 
 def measure(device: Device, trial: bool):

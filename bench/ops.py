@@ -71,9 +71,13 @@ class Case:
 
     def error(self, results) -> float:
         """The largest |r - r64| / |r64| among the results."""
-        pairs = list(zip(tensors(results), self.exact(), strict=True))
-        # Not Python's max, which passes over a NaN.
-        return torch.stack([(r.double() - e).norm() / e.norm() for r, e in pairs if e.numel()]).max().item()
+        return largest_error(tensors(results), self.exact())
+
+
+def largest_error(results, exact) -> float:
+    """The largest |r - r64| / |r64| among pairs of tensors; NaN if one is, which Python's max passes over."""
+    pairs = zip(results, exact, strict=True)
+    return torch.stack([(r.double() - e).norm() / e.norm() for r, e in pairs if e.numel()]).max().item()
 
 
 def cases(full: bool) -> list[Case]:

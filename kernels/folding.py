@@ -132,7 +132,11 @@ def _dense(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Parameters as the kernels read and write them: vectors without gaps, weights in a layout that a new tensor of
     theirs has too.
     """
-    return [p if torch.empty_like(p, device="meta").stride() == p.stride() else p.contiguous() for p in parameters]
+    return [p if p.is_contiguous() or _is_dense(p) else p.contiguous() for p in parameters]
+
+
+def _is_dense(p: Tensor) -> bool:
+    return torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:

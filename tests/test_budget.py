@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import gradients, relative, small_glow
 from test_chain import ConvNet
-from test_unfolded import make_net
+from unfolded_cases import make_net
 
 import flowkern
 from flowkern import budget, ops

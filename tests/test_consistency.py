@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_unfolded import EXACT, MEASUREMENTS, make_net, measured, pixels
+from unfolded_cases import EXACT, MEASUREMENTS, make_net, measured, pixels
 
 import flowkern
 from flowkern import consistency

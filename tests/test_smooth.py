@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_operators import CASES, Halve, dense, make
-from test_unfolded import make_glow
+from unfolded_cases import make_glow
 
 import flowkern
 from flowkern.operators import Downsample, Inpainting, smoothest

@@ -3,19 +3,17 @@ measurements, and its choices and errors.
 """
 
 import copy
-import json
 import math
 
 import pytest
 import torch
 from torch import nn
+from unfolded_cases import EXACT, MEASUREMENTS, Bands, Mask, kernel, make_glow, make_net, measured, pixels
 
 import flowkern
 from flowkern import reference
 from flowkern.operators import (
-    OPERATORS,
     Blur,
-    Compose,
     Downsample,
     Identity,
     Inpainting,
@@ -24,28 +22,6 @@ from flowkern.operators import (
     gaussian_kernel,
 )
 from train.stages import is_step_size
-
-
-def make_glow(size=(3, 8, 8), depth=2, seed=0, dtype=torch.float64, **options):
-    """A Glow away from its initialisation, where every layer does something."""
-    torch.manual_seed(seed)
-    glow = flowkern.Glow(size, levels=2, depth=depth, hidden=8, shift=0.5, **options).to(dtype)
-    glow.initialize(torch.rand(8, *size, dtype=dtype))
-    with torch.no_grad():
-        for parameter in glow.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return glow
-
-
-def make_net(folds=3, dtype=torch.float64, **options):
-    """Three different flows, step sizes and shrinkages."""
-    glows = [make_glow(seed=k, dtype=dtype) for k in range(folds)]
-    proxes = [flowkern.GlowProx(glow, lam=0.05 * (k + 1)) for k, glow in enumerate(glows)]
-    net = flowkern.Unfolded(proxes, folds, **options).to(dtype)
-    with torch.no_grad():
-        steps = net.mu if net.raw_rho is None else net.raw_rho
-        steps += torch.linspace(-0.1, 0.1, folds, dtype=dtype)
-    return net
 
 
 def literal(net, y, final="prox", operator=None, scale=1.0):
@@ -77,61 +53,6 @@ def solved(operator, x, y, rho, shape):
     a = torch.stack([operator.forward(e.reshape(1, *size).expand(n, *size)).flatten(1) for e in basis], dim=2)
     right = (a.mT @ y.flatten(1)[..., None])[..., 0] + rho * x.flatten(1)
     return torch.linalg.solve(a.mT @ a + rho * basis, right).reshape(shape)
-
-
-class Mask:
-    """Keep every other pixel."""
-
-    def forward(self, x):
-        return x * (torch.arange(x.shape[-1]) % 2)
-
-    adjoint = forward
-
-
-class Bands:
-    """A user's own, whose measurements (N, 11, 2) are no image: means of rows, and weighted means of channels."""
-
-    weights = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(3, 2)
-
-    def forward(self, x):
-        rows = x.mean(3).reshape(len(x), 12, 2)[:, :8]
-        return torch.cat([rows, x.mean((2, 3))[:, :, None] * self.weights], 1)
-
-    def adjoint(self, y):
-        rows = torch.cat([y[:, :8], y.new_zeros(len(y), 4, 2)], 1).reshape(len(y), 3, 8, 1).expand(-1, -1, -1, 8)
-        return rows / 8 + (y[:, 8:] * self.weights).sum(2)[:, :, None, None] / 64
-
-
-def kernel(*shape):
-    """Without symmetry, and of sum 1."""
-    weights = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.1
-    return weights / weights.sum(dim=(-2, -1), keepdim=True)
-
-
-def pixels(*shape):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.6
-
-
-# Each for two images (3, 8, 8).
-MEASUREMENTS = {
-    "identity": Identity,
-    "mask": lambda: Inpainting(pixels(8, 8)),
-    "mask of images": lambda: Inpainting(pixels(2, 3, 8, 8)),
-    "blur": lambda: Blur(kernel(3, 3)),
-    "blur of images": lambda: Blur(kernel(2, 3, 2)),
-    "blur, learnt": lambda: Blur(nn.Parameter(kernel(3, 3))),
-    "blur, reflect": lambda: Blur(kernel(3, 3), "reflect"),
-    "downsample": lambda: Downsample(2),
-    "downsample, kernel": lambda: Downsample(4, gaussian_kernel(2.0, 6)),
-    "projection": lambda: RandomProjection((3, 8, 8), 0.3, seed=1),
-    "composition": lambda: Compose(Inpainting(pixels(4, 4)), Downsample(2)),
-    "own": Bands,
-}
-EXACT = [name for name in MEASUREMENTS if hasattr(MEASUREMENTS[name](), "normal_inverse")]
-
-
-def measured(operator, n=2, dtype=torch.float64):
-    return operator.forward(torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=dtype))
 
 
 def check_against_literal(net, y, operator=None, final="prox", scale=1.0, **options):
@@ -648,112 +569,3 @@ def test_an_operator_that_fails_on_other_sizes_is_taken_to_have_norm_one():
 
     net = flowkern.Unfolded(flowkern.ResNetProx(5, 4), folds=1, operator=Weighted())
     assert net.mu.tolist() == [0.5] and net(torch.rand(1, 5, 16, 16)).shape == (1, 5, 16, 16)
-
-
-@pytest.mark.parametrize("kind", ["network", "prox"])
-def test_what_could_not_be_loaded_is_not_saved(kind, tmp_path):
-    class Own(flowkern.ResNetProx):
-        pass
-
-    if kind == "network":
-        glow = flowkern.Glow((3, 8, 8), levels=2, depth=1, network=lambda a, b: nn.Conv2d(a, b, 1))
-        prox = flowkern.GlowProx(glow)
-    else:
-        prox = Own(3, 4)
-    with pytest.raises(ValueError, match="only an Unfolded of alike, library-made proxes"):
-        flowkern.Unfolded(prox, folds=2).save_pretrained(tmp_path / "net")
-    assert not (tmp_path / "net").exists()
-
-
-def test_saved_and_loaded_is_bitwise_the_same(tmp_path):
-    net = make_net(dtype=torch.float32, final="consistency", init="adjoint")
-    net.save_pretrained(tmp_path)
-    loaded = flowkern.Unfolded.from_pretrained(tmp_path, memory="checkpoint")
-    y = torch.rand(2, 3, 8, 8)
-    assert torch.equal(loaded(y), net(y))
-    assert (loaded.final, loaded.init, loaded.proxes[0].glow.memory) == ("consistency", "adjoint", "checkpoint")
-    assert all(prox.glow.is_initialized for prox in loaded.proxes)
-    make_net().save_pretrained(tmp_path)
-    assert flowkern.Unfolded.from_pretrained(tmp_path).mu.dtype == torch.float64
-
-
-def test_broken_checkpoints(tmp_path):
-    net = flowkern.Unfolded(flowkern.GlowProx(make_glow(dtype=torch.float32)), folds=2)
-    with pytest.raises(FileNotFoundError, match="is not a saved Unfolded: it has no config.json"):
-        flowkern.Unfolded.from_pretrained(tmp_path)
-    net.save_pretrained(tmp_path)
-    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
-    saved, content = json.loads(config.read_text()), weights.read_bytes()
-    weights.write_bytes(content[:-10])
-    with pytest.raises(ValueError, match="is truncated or not a safetensors file"):
-        flowkern.Unfolded.from_pretrained(tmp_path)
-    weights.write_bytes(content)
-    config.write_text(json.dumps(saved | {"folds": 3}))
-    with pytest.raises(
-        ValueError, match="don't fit this configuration: .* missing .* 1 of another shape .mu .2,. instead"
-    ):
-        flowkern.Unfolded.from_pretrained(tmp_path)
-    net.proxes[0].glow.save_pretrained(tmp_path / "glow")
-    with pytest.raises(ValueError, match="does not hold the configuration of an Unfolded"):
-        flowkern.Unfolded.from_pretrained(tmp_path / "glow")
-    config.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        flowkern.Unfolded.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("consistency", ["gradient", "exact"])
-@pytest.mark.parametrize("name", [name for name in MEASUREMENTS if name != "own"])
-def test_saved_and_loaded_with_its_operator(name, consistency, tmp_path):
-    if consistency == "exact" and name not in EXACT:
-        return
-    options = {"consistency": consistency, "noise_aware": True, "sigma_ref": 0.1}
-    net = make_net(2, torch.float32, operator=MEASUREMENTS[name](), **options)
-    net.save_pretrained(tmp_path)
-    loaded = flowkern.Unfolded.from_pretrained(tmp_path)
-    y = measured(net.operator, dtype=torch.float32)
-    assert torch.equal(loaded(y, sigma=0.15), net(y, sigma=0.15))
-    assert type(loaded.operator) is type(net.operator) and loaded.operator.config == net.operator.config
-    assert {option: getattr(loaded, option) for option in options} == options
-    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in net.named_parameters()]
-    net.double().save_pretrained(tmp_path)
-    assert {p.dtype for p in flowkern.Unfolded.from_pretrained(tmp_path).parameters()} == {torch.float64}
-
-
-def test_a_registered_operator_of_ones_own_is_saved(monkeypatch, tmp_path):
-    class Negative(Operator):
-        def forward(self, x):
-            return -x
-
-        adjoint = forward
-
-    net = make_net(1, torch.float32, operator=Negative())
-    with pytest.raises(ValueError, match="save the state_dict of this one"):
-        net.save_pretrained(tmp_path)
-    monkeypatch.setitem(OPERATORS, "Negative", Negative)
-    net.save_pretrained(tmp_path)
-    assert isinstance(flowkern.Unfolded.from_pretrained(tmp_path).operator, Negative)
-    monkeypatch.delitem(OPERATORS, "Negative")
-    with pytest.raises(ValueError, match="configuration has a 'kind' among .* got 'Negative'"):
-        flowkern.Unfolded.from_pretrained(tmp_path)
-
-
-def test_folders_from_before_there_were_operators(tmp_path):
-    net = make_net(dtype=torch.float32)
-    net.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    old = {name: config[name] for name in ("folds", "init", "final", "kind", "prox")}
-    (tmp_path / "config.json").write_text(json.dumps(old))
-    loaded, y = flowkern.Unfolded.from_pretrained(tmp_path), torch.rand(2, 3, 8, 8)
-    assert isinstance(loaded.operator, Identity) and torch.equal(loaded(y), net(y))
-    for wrong in ({"operator": {"kind": "Blur"}}, {"operator": None}, {"consistency": "none"}, {"sigma_ref": "x"}):
-        (tmp_path / "config.json").write_text(json.dumps(old | wrong))
-        with pytest.raises(ValueError) as caught:
-            flowkern.Unfolded.from_pretrained(tmp_path)
-        assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("options", [{"operator": Mask()}, {"init": lambda y: y}])
-def test_what_a_configuration_cannot_name_is_not_saved(options, tmp_path):
-    with pytest.raises(ValueError, match="save the state_dict of this one"):
-        flowkern.Unfolded(flowkern.GlowProx(make_glow(dtype=torch.float32)), **options).save_pretrained(tmp_path)
-    assert not any(tmp_path.iterdir())

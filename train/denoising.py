@@ -100,10 +100,12 @@ def denoise(net: nn.Module, file: Path, folder: Path, sigma: float | None = None
 
 
 def _estimated(image: torch.Tensor) -> float:
-    smallest = noise_level.SMALLEST
-    if min(image.shape[1:]) < smallest:
-        raise picture_files.PictureError(f"smaller than {smallest}x{smallest}, give its noise with --sigma")
-    return noise_level.estimate(image)
+    try:
+        return noise_level.estimate(image)
+    except ValueError as error:
+        smallest = noise_level.SMALLEST
+        message = f"smaller than {smallest}x{smallest}, give its noise with --sigma"
+        raise picture_files.PictureError(message) from error
 
 
 def _bar(name: str):
