@@ -9,7 +9,7 @@ from torch import Tensor
 from flowkern.kernels.case import Case
 from flowkern.kernels.formulas import scale_terms
 from flowkern.kernels.launch import on_device_of
-from flowkern.layout import channels_last, empty_channels_last
+from flowkern.layout import channels_last, check_alike, empty_channels_last
 from flowkern.reference import SCALES
 
 ELEMENTS = 2048  # of one half in a block
@@ -124,6 +124,7 @@ def _blocks(pixels: int, half: int) -> tuple[int, int, int]:
 
 
 def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
+    check_alike("couple", x, h=h)
     n, c, height, width = x.shape
     pixels = height * width
     block, half, tiles = _blocks(pixels, c // 2)
@@ -148,6 +149,7 @@ def couple_vjp(
     inverse: bool = False,
     given_input: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_alike("couple_vjp", v, g, glogdet, h=h)
     n, c, height, width = v.shape
     pixels = height * width
     block, half, tiles = _blocks(pixels, c // 2)

@@ -11,7 +11,7 @@ from flowkern.kernels.couple import NETWORK_TYPES
 from flowkern.kernels.formulas import scale_terms
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, columns, usual
-from flowkern.layout import channels_last, empty_channels_last
+from flowkern.layout import channels_last, check_alike, empty_channels_last
 from flowkern.reference import SCALES
 
 
@@ -84,6 +84,7 @@ def warps(channels: int) -> int:
 
 
 def _run(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float, inverse: bool):
+    check_alike("mix_couple" if inverse else "couple_mix", x, matrix, offset, h=h)
     n, c, height, width = x.shape
     pixels = height * width
     block, tiles = _blocks(pixels, c)

@@ -1,4 +1,8 @@
-"""The coupling's scale map, per element, as Triton device functions: the counterpart of csrc/formulas.h."""
+"""The coupling's scale map, per element, as Triton device functions: the counterpart of csrc/formulas.h.
+
+Bounds keep NaN, one instruction either way: without `propagate_nan` a GPU takes the bound in its place, though the
+interpreter doesn't.
+"""
 
 import triton
 import triton.language as tl
@@ -6,15 +10,16 @@ import triton.language as tl
 
 @triton.jit
 def rectified(x):
-    """max(x, 0), and NaN where x is: tl.maximum would make a 0 of it on a GPU, though not when interpreted."""
-    return tl.where(x < 0.0, 0.0, x)
+    """max(x, 0), and NaN where x is."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def exponential(x):
     """e^x to about two units in the last place over the whole range: the hardware's exp2 alone loses digits for large
     arguments, because x / ln 2 is rounded before it is raised."""
-    x = tl.minimum(tl.maximum(x, -104.0), 89.0)
+    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, 89.0, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     # ln 2 in two parts, the first with few bits so that its multiples are exact.
     r = (x - n * 0.693359375) + n * 2.12194440e-4

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import cover, on_device_of
-from flowkern.layout import channels_last, empty_channels_last
+from flowkern.layout import channels_last, check_alike, empty_channels_last
 
 DEPTH = 16  # channels of one partial product: longer ones spill, because fp32 products keep their operands in registers
 
@@ -62,6 +62,7 @@ def warps(channels: int) -> int:
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool = False) -> Tensor:
     """As the reference; without an offset, the product alone."""
+    check_alike("channel_mix", x, matrix, *(() if offset is None else (offset,)))
     n, c, height, width = x.shape
     x, y = channels_last(x), empty_channels_last(x)
     pixels = n * height * width

@@ -14,7 +14,7 @@ from torch import Tensor
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.mix import DEPTH, channel_mix, columns, usual
-from flowkern.layout import channels_last, empty_channels_last
+from flowkern.layout import channels_last, check_alike, empty_channels_last
 
 FUSED_CHANNELS = 64  # up to which one program holds all of dM
 EDGE = 64  # of a block of dM in the separate kernel
@@ -157,6 +157,7 @@ def mix_vjp(
     given_input: bool = False,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_alike("mix_vjp", v, g, matrix, inverse_matrix, offset, *(into or ()))
     n, c, height, width = v.shape
     pixels = n * height * width
     v, g, offset = channels_last(v), channels_last(g), offset.contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import on_device_of
-from flowkern.layout import in_order_of
+from flowkern.layout import check_alike, in_order_of
 
 BLOCK = 2048
 COLUMNS = 1024  # partial sums that the second kernel reads at a time
@@ -73,24 +73,28 @@ def _launch(kernel, *arguments, like: Tensor, total: Tensor | None = None) -> No
 
 
 def shrink(z: Tensor, lam: Tensor) -> Tensor:
+    check_alike("shrink", z, lam)
     result = torch.empty_like(z)
     _launch(_shrink_kernel, in_order_of(z, result), lam, result, like=result)
     return result
 
 
 def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
+    check_alike("shrink_vjp", z, g, lam)
     dz, dlam = torch.empty_like(z), torch.empty_like(lam)
     _launch(_shrink_vjp_kernel, in_order_of(z, dz), in_order_of(g, dz), lam, dz, like=dz, total=dlam)
     return dz, dlam
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
+    check_alike("data_consistency", x, y, mu)
     result = torch.empty_like(x)
     _launch(_consistency_kernel, in_order_of(x, result), in_order_of(y, result), mu, result, like=result)
     return result
 
 
 def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    check_alike("data_consistency_vjp", x, y, g, mu)
     dx, dy, dmu = torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)
     _launch(
         _consistency_vjp_kernel, *(in_order_of(t, dx) for t in (x, y, g)), mu, dx, dy, like=dx, total=dmu

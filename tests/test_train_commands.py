@@ -4,9 +4,11 @@ import importlib
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from PIL import Image
 from train_cases import FILES, TINY, names, network, options, rows, table, tiny
 
 import flowkern
-from train import baselines, config, data, evaluate, extras, figures, pretrain, run, unfolded
+from train import baselines, config, data, denoise, evaluate, extras, figures, pretrain, run, unfolded
+from train import command as command_module
 from train.config import Config
 
 TRAINING = ["unfolded", "pretrain", "table1", "ablations", "inverse"]
@@ -78,6 +81,39 @@ def test_options_override_files_which_override_presets(tmp_path):
     config.save(mine, tmp_path / "saved.yaml")
     assert parse(["--config", str(tmp_path / "saved.yaml")]) == mine
     assert config.Command("pretrain", "", hidden=("training",)).parse(["--batch", "7"]).batch == 7
+
+
+def commands_in_pages():
+    """Every `python -m train...` of the README and the how-tos, as (command, its words)."""
+    root = Path(config.__file__).parents[1]
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = re.sub(r" *\\\n *", " ", page.read_text())
+        for command, rest in re.findall(r"-m train\.(\w+)([^`\n]*)", text):
+            # Of alternatives, a|b|c, the first.
+            yield command, [word.split("|")[0] for word in shlex.split(rest, comments=True)]
+
+
+def test_commands_in_pages_are_understood(monkeypatch):
+    """As far as their options go: folders are placeholders there."""
+
+    class Understood(ValueError):
+        pass
+
+    def stop(*_):
+        raise Understood
+
+    parse = config.Command.parse
+    monkeypatch.setattr(config.Command, "parse", lambda self, words: stop(parse(self, words)))
+    monkeypatch.setattr(evaluate, "prepare", stop)
+    monkeypatch.setattr(command_module, "MISTAKES", ())
+    found = [(command, words) for command, words in commands_in_pages() if words]
+    for command, words in found:
+        if command == "denoise":
+            assert denoise.parse(words).image
+            continue
+        with pytest.raises(Understood):
+            main(command)(words)
+    assert len(found) >= 15 and {command for command, _ in found} >= {*TRAINING, "evaluate", "denoise"}
 
 
 @pytest.mark.parametrize("preset", config.presets())

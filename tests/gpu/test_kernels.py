@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from gpu_device import DEVICE
-from pixel_cases import COUPLINGS, FLOAT, MANY_PIXELS, SHAPES, arguments, compare, results
+from pixel_cases import COUPLINGS, FLOAT, MANY_PIXELS, SHAPES, Inputs, arguments, compare, results
 
 import flowkern
 from flowkern import backend as backends
@@ -65,6 +65,21 @@ def test_empty(name, op, shape):
     for _, args in arguments(op, shape, FLOAT, FLOAT):
         got, same = getattr(OnDevice(name), op)(*args), results(getattr(reference, op), args)
         torch.testing.assert_close(got, same, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("scale", reference.SCALES)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_nan_stays_nan(name, scale, inverse):
+    """Bounds on exponents keep it: a GPU's maximum does not unless it is told to."""
+    make = Inputs((2, 12, 3, 5), FLOAT, FLOAT)
+    x, h = make.state(), make.network(scale)
+    h[0, 0, 1, 1] = torch.nan
+    args = (x, h, scale, 1.0, inverse)
+    expected = results(reference.couple, args)
+    assert expected[0].isnan().any()
+    for mine, same in zip(OnDevice(name).couple(*args), expected, strict=True):
+        assert torch.equal(mine.isnan(), same.isnan())
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -41,6 +41,14 @@ def test_empty(op, shape):
         torch.testing.assert_close(got, same, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("op", [op for op in backends.OPS if op != "shrink"])
+def test_tensors_on_different_devices(op):
+    _, args = next(iter(arguments(op, (1, 4, 2, 2), FLOAT, FLOAT)))
+    args = [a.to("meta") if i == 1 else a for i, a in enumerate(args)]
+    with pytest.raises(ValueError, match=f"{op}: .* on cpu.*, got torch.float32 on meta"):
+        getattr(KERNELS, op)(*args)
+
+
 def test_doubles_are_refused():
     with pytest.raises(RuntimeError, match="backend 'triton' computes states in float32, got float64"):
         backends.table(torch.device("cpu"), "triton", torch.float64)
