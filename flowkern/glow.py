@@ -64,7 +64,8 @@ class Glow(nn.Module):
     compute_dtype: precision of the coupling networks (default: autocast's, else the parameters'). check_finite: reject
     NaN and inf in inputs (default: on the CPU only, because on a GPU the check waits for the device).
 
-    Raises ValueError or TypeError, in one sentence, for arguments and inputs that don't fit.
+    Raises ValueError or TypeError, in one sentence, for arguments and inputs that don't fit, and RuntimeError for a
+    backend that can't run here.
 
     >>> glow = Glow((3, 16, 16), levels=2, depth=2, hidden=16)
     >>> x = torch.rand(4, 3, 16, 16)
@@ -261,6 +262,8 @@ class Glow(nn.Module):
         for name in options:
             if name not in OPTIONS:
                 raise TypeError(f"{name!r} is not how a Glow runs; the options are {', '.join(OPTIONS)}")
+        if options.get("memory_budget", 0) is None:
+            self.memory_budget = None  # first: with a budget there is no other memory mode
         for name in (name for name in OPTIONS if name in options):
             setattr(self, name, options[name])
 

@@ -59,7 +59,7 @@ class Unfolded(nn.Module):
     `flowkern.operators` (and those registered in OPERATORS), whose steps are computed again in backward; a user's own
     operator is differentiated by autograd, and keeps what that keeps.
 
-    Raises TypeError for a prox, operator or init of the wrong kind, exact consistency with an operator that has none,
+    Raises TypeError for a prox or operator of the wrong kind, exact consistency with an operator that has none,
     and noise awareness with a prox that has none, ValueError for wrong values.
     """
 

@@ -190,6 +190,8 @@ def test_how_a_saved_glow_runs_is_chosen_when_it_is_loaded(glow, tmp_path):
             flowkern.Glow.from_pretrained(tmp_path, **wrong)
     with pytest.raises(TypeError, match="'levels' is not how a Glow runs"):
         loaded.set_options(levels=3)
+    loaded.set_options(memory="store", memory_budget=None)
+    assert (loaded.memory, loaded.memory_budget) == ("store", None)
 
 
 def test_first_training_forward_initialises_and_only_that():

@@ -20,7 +20,7 @@ PAIRS = (("glow", "unet"), ("unet", "resnet"), ("glow", "resnet"))
 
 
 def report_runs(campaign, settings, runs: dict[str, list[Run]], trials: dict[str, dict[float, float]]) -> None:
-    """Evaluate all runs of each prox and the references; leave table.md, results.json and figure1.png, and print it."""
+    """Evaluate all runs of each prox and the references; print the table, and leave it with denoised.png (Figure 1)."""
     base, folder = campaign.base, campaign.folder
     methods = references(base, runs["glow"][0].folder)
     for prox, repeated in runs.items():
