@@ -1,5 +1,6 @@
 """The command `python -m train.denoise`: tiles without seams, picture files of all kinds, nothing overwritten."""
 
+import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -562,6 +563,16 @@ def test_a_result_that_is_not_finite_is_that_picture_s_failure(photo, saved, mon
     assert denoise.main([str(saved), str(photo)]) == 2
     assert capsys.readouterr().err == f"error: {photo}: the network's result is not finite\n"
     assert list(photo.parent.iterdir()) == [photo]
+
+
+def test_latents_that_overflow_are_that_picture_s_failure(photo, network, tmp_path, capsys):
+    """A Glow looks at its own inputs, and would end the command."""
+    wild = copy.deepcopy(network)
+    with torch.no_grad():
+        wild.proxes[0].glow.levels[0].steps[0].actnorm.log_scale.fill_(100)
+    wild.save_pretrained(tmp_path / "wild")
+    assert denoise.main([str(tmp_path / "wild"), str(photo)]) == 2
+    assert capsys.readouterr().err == f"error: {photo}: the network's result is not finite\n"
 
 
 def test_ctrl_c_says_where(photo, saved, monkeypatch, capsys):

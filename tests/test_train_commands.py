@@ -51,7 +51,7 @@ def words(pictures, tmp_path_factory):
     [
         ("unfolded", {"comparison", "problems"}),
         ("pretrain", {"measurement", "unfolded", "start", "denoising", "evaluation", "comparison", "problems"}),
-        ("table1", {"start", "measurement", "problems", "prox"}),
+        ("table1", {"start", "measurement", "problems", "prox", "seed"}),
         ("ablations", {"start", "comparison", "problems", "prox"}),
         ("inverse", {"start", "measurement", "comparison", "prox"}),
         ("evaluate", set()),
@@ -80,7 +80,11 @@ def test_options_override_files_which_override_presets(tmp_path):
     assert parse(["--preset", "paper"]).levels != demo.levels
     config.save(mine, tmp_path / "saved.yaml")
     assert parse(["--config", str(tmp_path / "saved.yaml")]) == mine
-    assert config.Command("pretrain", "", hidden=("training",)).parse(["--batch", "7"]).batch == 7
+    unused = config.Command("pretrain", "", hidden=("training", "tied"))
+    for given, option in ((["--batch", "7"], "batch"), (["--batch=7"], "batch"), (["--no-tied"], "tied")):
+        with pytest.raises(ValueError, match=f"^train.pretrain does not use --{option}$"):
+            unused.parse(given)
+    assert unused.parse(["--config", str(tmp_path / "saved.yaml")]).batch == 5
 
 
 def commands_in_pages():
@@ -229,8 +233,8 @@ def test_mistakes_end_in_one_sentence(command, arguments, message, capsys, tmp_p
             ["--operator", "blur", "--blur-boundary", "reflect", "--consistency", "exact"],
             "consistency='exact' needs an exact inverse; a Gaussian blur of 1.5 pixels (reflect) has none",
         ),
-        ("table1", ["--operator", "sr"], "Table 1 is about denoising; the operator is 'sr': see train.inverse"),
-        ("inverse", ["--operator", "sr"], "train.inverse has its own operators; got operator 'sr'"),
+        ("table1", ["--operator", "sr"], "train.table1 does not use --operator"),
+        ("inverse", ["--operator", "sr"], "train.inverse does not use --operator"),
         ("inverse", ["--denoise-size", "24"], "denoise_size must be a multiple of 8 that divides size = 64, got 24"),
         ("inverse", ["--size", "16"], "inpaint_hole must be smaller than the images of 16x16, got 20"),
         ("inverse", ["--references", "[denoiser]"], "the reference 'denoiser' only denoises"),

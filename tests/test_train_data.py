@@ -86,15 +86,34 @@ def test_plain_folder_is_divided_once_and_disjointly(tmp_path):
     assert splits["test"] != sorted(splits["test"])[:3] or splits["val"] != sorted(splits["val"])
 
 
-@pytest.mark.parametrize("shape", ["folders", "zips", "one zip", "one zip with a top folder"])
+def test_what_a_division_rests_on_is_listed_and_results_are_no_pictures(tmp_path):
+    folder_of(tmp_path, 6)
+    before = images.listing(images.find(tmp_path))
+    (tmp_path / "x-denoised.png").write_bytes(png(1))
+    (tmp_path / "x-denoised-2.png").write_bytes(png(1))
+    assert images.listing(images.find(tmp_path)) == before == images.load(str(tmp_path), keep).listing
+    (tmp_path / "y.png").write_bytes(png(1))
+    now = images.listing(images.find(tmp_path))
+    assert before["train"].startswith("4 files, ") and now["train"].startswith("5 files, ")
+
+
+def test_splits_given_twice_are_refused(tmp_path):
+    for name in ("train", "val", "validation", "test"):
+        folder_of(tmp_path / name, 1)
+    with pytest.raises(ValueError, match="has the val images twice, validation is one of them: leave one"):
+        images.find(tmp_path)
+
+
+@pytest.mark.parametrize("shape", ["folders", "a folder in a folder", "zips", "one zip", "one zip with a top folder"])
 def test_given_splits_are_kept(tmp_path, shape):
     seeds = {"train": [1, 2, 10], "validation": [3], "test": [4, 5]}
     files = {f"{split}/{seed}.png": png(seed) for split, members in seeds.items() for seed in members}
     path = tmp_path
-    if shape == "folders":
+    if "folder" in shape and "zip" not in shape:
+        top = tmp_path / "celeba" / "faces" if "in a folder" in shape else tmp_path
         for name, content in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).write_bytes(content)
+            (top / name).parent.mkdir(exist_ok=True, parents=True)
+            (top / name).write_bytes(content)
     elif shape == "zips":
         for split, members in seeds.items():
             archive(tmp_path / f"{split}.zip", {f"{seed}.png": png(seed) for seed in members})
@@ -321,11 +340,12 @@ def test_resized_and_cropped_to_size(tmp_path):
 
 def test_tiles_do_not_overlap():
     pictures = [np.arange(20 * 17 * 3).reshape(20, 17, 3), 5000 + np.arange(16 * 8 * 3).reshape(16, 8, 3)]
-    found = data.tiles(pictures, 8, 100)
+    found, sources = data.tiles(pictures, 8, 100)
+    assert sources == 2 and data.tiles(pictures, 8, 1)[1] == 1
     assert len(found) == 4 + 2
     values = np.concatenate([t.ravel() for t in found])
     assert len(np.unique(values)) == len(values)
-    assert all(np.array_equal(a, b) for a, b in zip(found, data.tiles(pictures, 8, 3), strict=False))
+    assert all(np.array_equal(a, b) for a, b in zip(found, data.tiles(pictures, 8, 3)[0], strict=False))
 
 
 # Samples

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import flowkern
-from train import callbacks, checkpoints, run
+from train import callbacks, checkpoints, evaluate, run
 from train.config import Config
 
 TINY = {
@@ -123,6 +123,43 @@ def test_from_a_torn_state_it_continues_with_the_one_before(content, pictures, t
     assert same(tmp_path / "torn", tmp_path / "whole")
 
 
+def test_a_folder_that_was_moved_keeps_its_best_weights(pictures, tmp_path, monkeypatch):
+    """Lightning remembers absolute paths, and would forget what was best."""
+    settings = {"steps": 20, "epoch_images": 8, "lr": 0.05}  # validations get worse
+    run.prepare(tiny(pictures, tmp_path / "whole", **settings)).train()
+    losses = [float(row["val_loss"]) for row in callbacks.read_metrics(tmp_path / "whole" / "metrics.csv")
+              if row["stage"] == "unfolded"]  # fmt: skip
+    best = losses.index(min(losses))
+    assert best < len(losses) - 2
+    interrupted_at(2 * best + 3, tiny(pictures, tmp_path / "here", **settings), monkeypatch)
+    (tmp_path / "here").rename(tmp_path / "there")
+    run.prepare(tiny(pictures, tmp_path / "there", **settings)).train()
+    assert same(tmp_path / "there", tmp_path / "whole")
+
+
+def test_pictures_that_came_or_went_are_no_continuation(pictures, tmp_path, monkeypatch):
+    """Undivided pictures are divided by their number: with another one, what was trained on is tested on."""
+    undivided = tmp_path / "pictures"
+    undivided.mkdir()
+    for i, file in enumerate(sorted(pictures.rglob("*.png"))):
+        (undivided / f"{i}.png").write_bytes(file.read_bytes())
+    settings = tiny(undivided, tmp_path / "run")
+    interrupted_at(3, settings, monkeypatch)
+    (undivided / "more.png").write_bytes((undivided / "0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"run was started with other pictures \(train 11 files, .* put them back"):
+        run.prepare(settings)
+    (undivided / "more.png").unlink()
+    run.prepare(settings).train()
+    evaluated = evaluate.Settings(out=str(tmp_path / "evaluated"))
+    held = evaluate.prepare([str(tmp_path / "run")], evaluated)
+    with pytest.raises(FileExistsError, match="evaluated is being written by another process"):
+        evaluate.prepare([str(tmp_path / "run")], evaluated)
+    held()
+    (undivided / "more.png").write_bytes((undivided / "0.png").read_bytes())
+    with pytest.raises(ValueError, match="other pictures .* say with --data which to evaluate on"):
+        evaluate.prepare([str(tmp_path / "run")], evaluate.Settings(out=str(tmp_path / "other")))
+
+
 def test_with_nothing_to_read_it_says_so_and_touches_nothing(pictures, tmp_path, monkeypatch):
     settings = tiny(pictures, tmp_path / "torn")
     interrupted_at(7, settings, monkeypatch)
@@ -159,6 +196,41 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(pictures, tmp_path, monkeypa
         warnings.simplefilter("error", UserWarning)
         run.prepare(settings).train()
     assert same(tmp_path / "full", tmp_path / "whole")
+
+
+def test_a_full_disk_costs_rows_and_events_and_no_more(pictures, tmp_path, monkeypatch):
+    opened = Path.open
+
+    def no_room(path, mode="r", *arguments, **options):
+        if mode == "a":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(path, mode, *arguments, **options)
+
+    def no_events(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run.prepare(tiny(pictures, tmp_path / "whole")).train()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", no_room)
+        patched.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", no_events)
+        prepared = run.prepare(tiny(pictures, tmp_path / "full", tensorboard=True))
+        with pytest.warns(UserWarning) as warned:
+            prepared.holding(prepared.trained_network)
+    said = [str(w.message) for w in warned]
+    assert any(s.startswith("metrics.csv lacks epoch 0 ([Errno 28] No space left") for s in said)
+    assert any(s.startswith("no more events for TensorBoard ([Errno 28]") for s in said)
+    assert same(tmp_path / "full", tmp_path / "whole")
+
+
+def test_a_torn_state_does_not_take_its_predecessor_s_place(tmp_path):
+    io, path = checkpoints.SafeCheckpoints(), tmp_path / "unfolded-last.ckpt"
+    for step in range(2):
+        io.save_checkpoint({"step": step}, path)
+    path.write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="missing or torn"):
+        assert checkpoints.newest(path) == checkpoints.previous(path)
+    io.save_checkpoint({"step": 2}, path)
+    assert torch.load(checkpoints.previous(path), weights_only=True)["step"] == 0
 
 
 def test_a_state_is_never_without_its_predecessor(tmp_path):

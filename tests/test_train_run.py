@@ -305,6 +305,21 @@ def test_settings_are_read_back(tmp_path):
         config.load(tmp_path / "a.yaml")
 
 
+def test_a_run_of_another_machine_s_backend_is_loaded(finished):
+    made = replace(config.load(folder.Folder(finished).config), backend="cuda")
+    if flowkern.backends()["cuda"] is not True:
+        assert run.load_network(made, folder.Folder(finished)).proxes[0].glow.backend == "auto"
+
+
+def test_settings_of_another_version_where_a_run_started_cost_no_report(pictures, finished, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(finished, source)
+    prepared = run.prepare(tiny(pictures, tmp_path / "run", prior_checkpoint=str(source), steps=1))
+    (source / "config.yaml").write_text("wings: 2\n")
+    results = json.loads((prepared.train() / "results.json").read_text())
+    assert "with a Glow trained before" in results["protocol"]["Unfolded Glow"]
+
+
 # A prior from a checkpoint
 
 

@@ -136,6 +136,19 @@ def test_rates_are_the_paper_s_two_groups(pictures, tmp_path):
     assert (weights["betas"], weights["eps"]) == ((0.9, 0.999), 1e-8)
 
 
+def test_a_single_fold_that_ends_with_consistency_has_no_likelihood(pictures, tmp_path):
+    """Its flow makes the start alone."""
+    prox = flowkern.GlowProx(flowkern.Glow((3, 16, 16), levels=1, depth=1, hidden=4))
+    prox.glow.initialize(torch.rand(4, 3, 16, 16))
+    net = flowkern.Unfolded(prox, folds=1, final="consistency")
+    config = tiny(pictures, tmp_path, final="consistency", folds=1, likelihood=1e-3)
+    stage = stages.UnfoldedStage(net, config, budget.Budget(None, None)).train()
+    loss = stage.loss({key: torch.rand(2, 3, 16, 16) for key in ("clean", "noise")} | {"level": torch.zeros(2)})
+    loss.backward()
+    assert loss.isfinite()
+    assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_with_the_consistency_readout_only_what_has_a_gradient_is_trained(tied, pictures, tmp_path):
     """The last prox does not run, but the weights that it shares with the others do."""

@@ -27,7 +27,8 @@ TINY = {
     "tensorboard": False,
 }
 COUNTS = {"train": 6, "val": 3, "test": 5}
-FILES = {"config.yaml", "metrics.csv", "table.md", "results.json", "denoised.png", "curves.png", "checkpoints"}
+FILES = {"config.yaml", "pictures.json", "metrics.csv", "table.md", "results.json", "denoised.png", "curves.png"}
+FILES |= {"checkpoints"}
 
 
 def draw_pictures(path):

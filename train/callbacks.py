@@ -4,11 +4,13 @@ import csv
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 COLUMNS = (
@@ -44,6 +46,25 @@ class ProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         super().on_train_epoch_start(trainer, stage)
         self.train_progress_bar.set_description(f"{stage.name}, epoch {trainer.current_epoch}")
+
+
+class Events(TensorBoardLogger):
+    """Event files, without which training goes on where they can't be written, as on a full disk."""
+
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        try:
+            super().log_metrics(metrics, step)
+        except (OSError, ValueError) as error:  # Lightning makes a ValueError of whatever the writer raises
+            self._told(error)
+
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:
+            self._told(error)
+
+    def _told(self, error: Exception) -> None:
+        warnings.warn(f"no more events for TensorBoard ({error.__cause__ or error}); training goes on", stacklevel=3)
 
 
 class Recorder(L.Callback):
@@ -116,8 +137,11 @@ class Recorder(L.Callback):
         }
         if not trainer.is_global_zero:
             return
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS).writerow(row)
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, COLUMNS).writerow(row)
+        except OSError as error:
+            warnings.warn(f"{self.path.name} lacks epoch {row['epoch']} ({error}); training goes on", stacklevel=2)
         if self.echo:
             print(line(row), flush=True)
 

@@ -21,7 +21,7 @@ def prepare(settings: Config, kind: str) -> "Campaign":
     folder = folders.choose_for_all(settings, kind)
     images = data.prepare(settings)
     data.training_loader(images, settings)  # and with the batch
-    ranks.from_first(lambda: folders.create(folder, settings))
+    ranks.from_first(lambda: folders.create(folder, settings, images.pictures.listing))
     return Campaign(folder, replace(settings, resume=False), images)
 
 

@@ -38,7 +38,19 @@ class SafeCheckpoints(TorchCheckpointIO):
             warnings.warn(f"{path.name} could not be written ({error}); training goes on without it", stacklevel=2)
 
 
-class StepCheckpoint(ModelCheckpoint):
+class Checkpoint(ModelCheckpoint):
+    """Finds its files also in a folder that was moved or renamed since: Lightning remembers absolute paths."""
+
+    def load_state_dict(self, state: dict) -> None:
+        def here(path: str) -> str:
+            return str(Path(self.dirpath) / Path(path).name) if path else path
+
+        paths = {name: here(state[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        kept = {here(path): score for path, score in state["best_k_models"].items()}
+        super().load_state_dict(state | paths | {"dirpath": self.dirpath, "best_k_models": kept})
+
+
+class StepCheckpoint(Checkpoint):
     """Saves within epochs. Not after an epoch's last step: its validation comes first, and then the epoch's own state.
 
     A state from before that validation would be continued without it. Nor between the parts of a batch, whose gradients
@@ -69,6 +81,7 @@ def newest(state: Path) -> Path | None:
             continue
         if path != state:
             warnings.warn(f"{state.name} is missing or torn; continuing from {path.name}", stacklevel=2)
+            state.unlink(missing_ok=True)  # the next one would take its predecessor's place with it
         return path
     if found:
         raise ValueError(

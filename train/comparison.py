@@ -91,7 +91,7 @@ def comparisons(single: Evaluation, pooled: Evaluation, repeats: dict[str, int])
                 for i in range(min(repeats[a], repeats[b]))
             ]
             spread = f", seeds ± {stdev(seeds):.2f}" if len(seeds) > 1 else ""
-            cells.append(f"{gain['mean']:+.2f} ± {gain['standard_error']:.2f}{spread}")
+            cells.append(f"{report.gain_in_words(gain)}{spread}")
         rows.append([f"{TITLES[a]} − {TITLES[b]}", *cells, *blank])
     for prox, known in PAPER.items():
         cells = [f"{known[round(s, 2)]:.2f}" if round(s, 2) in known else "" for s in single.sigmas]

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -351,6 +352,12 @@ class Command:
         if preset not in presets():
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(presets())}")
         values = self.parser(preset).parse_args(arguments)
+        words = {word.split("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)}
+        for f in fields(Config):
+            option = f.name.replace("_", "-")
+            unused = f.name != "prox" and {f.name, f.metadata["group"]} & set(self.hidden)
+            if unused and words & {f"--{option}", f"--no-{option}"}:
+                raise ValueError(f"train.{self.name} does not use --{option}")
         if self.glow and values["prox"] != "glow":
             raise ValueError(f"train.{self.name} starts from a Glow; --prox {values['prox']} is for train.unfolded")
         return Config(**{f.name: values[f.name] for f in fields(Config)})

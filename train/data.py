@@ -4,7 +4,7 @@ So a resumed run, or several processes, see exactly the samples that an uninterr
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ class TrainingSamples(Dataset):
 class FixedSamples(Dataset):
     """Held-out pictures with noise, masks, dequantisation and all that stay the same in every epoch and run.
 
-    Items as those of `TrainingSamples`.
+    Items as those of `TrainingSamples`. sources: of how many pictures they are tiles; None if they are pictures.
     """
 
     def __init__(
@@ -93,9 +93,10 @@ class FixedSamples(Dataset):
         bits: int,
         prior_noise: float,
         measurement: Measurement = Measurement(),  # noqa: B008
+        sources: int | None = None,
     ):
         self.pictures, self.stream, self.bits, self.prior_noise = pictures, stream, bits, prior_noise
-        self.measurement = measurement
+        self.measurement, self.sources = measurement, sources
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -134,16 +135,18 @@ def dequantise(pixels: Tensor, bits: int, prior_noise: float, rng: np.random.Gen
     return x + float(rng.uniform(0, prior_noise)) * gaussian(rng, pixels.shape) if prior_noise else x
 
 
-def tiles(pictures: list[np.ndarray], size: int, count: int) -> list[np.ndarray]:
-    """`count` crops that do not overlap (all there are, if fewer), in an order that mixes the pictures."""
+def tiles(pictures: list[np.ndarray], size: int, count: int) -> tuple[list[np.ndarray], int]:
+    """`count` crops that do not overlap (all there are, if fewer), in an order that mixes the pictures; and of how many
+    pictures they are.
+    """
     found = [
-        p[y : y + size, x : x + size]
-        for p in pictures
+        (i, p[y : y + size, x : x + size])
+        for i, p in enumerate(pictures)
         for y in range(0, p.shape[0] - size + 1, size)
         for x in range(0, p.shape[1] - size + 1, size)
     ]
-    order = np.random.default_rng(0).permutation(len(found))
-    return [found[i] for i in order[:count]]
+    chosen = [found[i] for i in np.random.default_rng(0).permutation(len(found))[:count]]
+    return [crop for _, crop in chosen], len({i for i, _ in chosen})
 
 
 class EpochSampler(Sampler):
@@ -242,13 +245,12 @@ def prepare(config: Config, splits: tuple[str, ...] = images.SPLITS) -> Data:
             work, "reading pictures", total=total, transient=True, disable=not ranks.is_first()
         ),
     )
-    val, test = pictures.val, pictures.test
     if crop:
-        val, test = (
-            tiles(held_out, eval_size, getattr(config, name) or CROPS[name])
-            for held_out, name in ((val, "val_images"), (test, "test_images"))
-        )
-    return arrange(Pictures(pictures.train, val, test, pictures.skipped), config)
+        val, _ = tiles(pictures.val, eval_size, config.val_images or CROPS["val_images"])
+        test, sources = tiles(pictures.test, eval_size, config.test_images or CROPS["test_images"])
+        # One tile of each picture is a picture as another.
+        pictures = replace(pictures, val=val, test=test, sources=sources if sources < len(test) else None)
+    return arrange(pictures, config)
 
 
 def arrange(pictures: Pictures, config: Config) -> Data:
@@ -258,7 +260,7 @@ def arrange(pictures: Pictures, config: Config) -> Data:
         TrainingSamples(pictures.train, config.size, config.augment, *of_prior, config.seed, measurement),
         config.epoch_images or len(pictures.train),
         FixedSamples(pictures.val, VAL, *of_prior, measurement),
-        FixedSamples(pictures.test, TEST, *of_prior, measurement),
+        FixedSamples(pictures.test, TEST, *of_prior, measurement, pictures.sources),
         pictures,
     )
 

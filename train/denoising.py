@@ -10,14 +10,15 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from flowkern import Unfolded
+from flowkern import GlowProx, Unfolded
 from flowkern.operators import Identity
 from train import config as configuration
 from train import noise_level, picture_files, tiling
 from train.folder import Folder
 
 # What can go wrong with one picture, and leaves the others to be done.
-FAILURES = (picture_files.PictureError, FloatingPointError, OSError, torch.OutOfMemoryError)
+# A RuntimeError: memory that the CPU does not have.
+FAILURES = (picture_files.PictureError, FloatingPointError, OSError, MemoryError, RuntimeError)
 
 
 def load(checkpoint: Path, device: str) -> Unfolded:
@@ -36,6 +37,9 @@ def load(checkpoint: Path, device: str) -> Unfolded:
     net = Unfolded.from_pretrained(run.model("unfolded") if run.checkpoints.is_dir() else checkpoint)
     if not isinstance(net.operator, Identity):
         raise ValueError(f"{checkpoint} was trained for {type(net.operator).__name__} measurements, not for denoising")
+    for prox in net.proxes:
+        if isinstance(prox, GlowProx):
+            prox.set_options(check_finite=False)  # the estimate is looked at, of each picture
     net = net.to(device).eval()
     side = tiling.grid(net)
     try:

@@ -55,7 +55,7 @@ def fold_inputs(net: nn.Module, y: Tensor, **options) -> list[tuple[nn.Module, T
     seen = []
     hooks = [prox.register_forward_pre_hook(lambda prox, args: seen.append((prox, args[0]))) for prox in net.proxes]
     try:
-        net(y, **options)
+        net.forward(y, **options)  # not what was compiled, which has no hooks
     finally:
         for hook in hooks:
             hook.remove()

@@ -58,8 +58,11 @@ def prepare(runs: list[str], settings: Settings):
     base = replace(glow[0] if glow else found[0][0], **chosen)
     target = folder.fresh(settings.out, "evaluate")
     images = data.prepare(base, splits=("val", "test"))
+    if settings.data is None:
+        for _, where in found:
+            folder.check_pictures(where, images.pictures.listing, "say with --data which to evaluate on")
     networks = [run.load_network(config, where) for config, where in found]
-    target.path.mkdir(parents=True, exist_ok=True)
+    folder.claim(target)
 
     def work() -> Path:
         methods = run.references(base, glow[1] if glow else target)
@@ -68,6 +71,7 @@ def prepare(runs: list[str], settings: Settings):
         for (config, where), net, (key, title) in zip(found, networks, names, strict=True):
             methods.append(replace(run.method_of(config, where, net), key=key, title=title))
         run.compare(methods, images, base, target, {"runs": [str(where.path) for _, where in found]})
+        target.unlock()
         return target.path
 
     return work

@@ -86,12 +86,13 @@ class Evaluation:
     clean: Tensor
     images: int
     measurement: Measurement = field(default_factory=Measurement)
+    sources: int | None = None  # of how many pictures the images are tiles; None: each is a picture
 
     def gain(self, key: str, over: str, sigma: float) -> dict[str, float]:
-        """The paired PSNR gain of a method over another: mean, standard error of the mean, n."""
+        """The paired PSNR gain of a method over another: mean, standard error of the mean (None of one image), n."""
         difference = (self.scores[key].psnr[sigma] - self.scores[over].psnr[sigma]).double()
         n = len(difference)
-        error = (difference.std(correction=1) / math.sqrt(n)).item() if n > 1 else math.nan
+        error = (difference.std(correction=1) / math.sqrt(n)).item() if n > 1 else None
         return {"mean": difference.mean().item(), "standard_error": error, "n": n}
 
 
@@ -126,7 +127,7 @@ def evaluate(
             found.shown[sigma] = measurement.visible(y, **options)[:shown]
     for key, total in seconds.items():
         scores[key].seconds_per_image = total / (len(sigmas) * len(clean))
-    return Evaluation(sigmas, scores, clean[:shown], len(clean), measured)
+    return Evaluation(sigmas, scores, clean[:shown], len(clean), measured, test.sources)
 
 
 def device() -> torch.device:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from train import checkpoints, ranks
 from train.batchnorm import SyncAnywhere
-from train.callbacks import ProgressBar, Recorder
+from train.callbacks import Events, ProgressBar, Recorder
 from train.data import Data, training_loader, validation_loader
 from train.drift import DriftWatch
 from train.folder import Folder
@@ -31,7 +30,7 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
     if config.compile:
         stage.model.compile()
     bar = sys.stderr.isatty() and ranks.is_first()
-    best, saving = _saving(name, config, folder)
+    saving = _saving(name, config, folder)
     trainer = L.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=ranks.local_count(),
@@ -53,7 +52,7 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
         ],
         enable_progress_bar=bar,
         enable_model_summary=False,
-        logger=TensorBoardLogger(folder.path, "tensorboard", version=name) if config.tensorboard else False,
+        logger=Events(folder.path, "tensorboard", version=name) if config.tensorboard else False,
         log_every_n_steps=10,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
@@ -67,7 +66,7 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
         if ranks.is_first():
             print(f"interrupted, states are in {folder.path}: the same command continues", file=sys.stderr)
         raise
-    _keep_best(stage, Path(best.best_model_path))
+    _keep_best(stage, folder.best(name))
 
 
 class Patience(EarlyStopping):
@@ -78,19 +77,19 @@ class Patience(EarlyStopping):
             trainer.should_stop = True
 
 
-def _saving(name: str, config, folder: Folder) -> tuple[ModelCheckpoint, list[ModelCheckpoint]]:
-    """The callback that keeps the best weights, and all that save."""
+def _saving(name: str, config, folder: Folder) -> list[checkpoints.Checkpoint]:
+    """The callbacks that save: the best weights, and states."""
     options = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     # With averaged weights, Lightning puts the average only into whole states.
     weights = {"save_weights_only": not config.ema, "monitor": "val_loss"}
-    best = ModelCheckpoint(folder.checkpoints, f"{name}-best", **weights, **options)
+    best = checkpoints.Checkpoint(folder.checkpoints, folder.best(name).stem, **weights, **options)
     # The state of an epoch is complete only after its validation, so that is when both checkpoints are taken.
-    saving = [best, ModelCheckpoint(folder.checkpoints, f"{name}-last", **options)]
+    saving = [best, checkpoints.Checkpoint(folder.checkpoints, f"{name}-last", **options)]
     if config.checkpoint_steps:
         options["save_on_train_epoch_end"] = False
         every = {"every_n_train_steps": config.checkpoint_steps}
         saving.append(checkpoints.StepCheckpoint(folder.checkpoints, f"{name}-last", **every, **options))
-    return best, saving
+    return saving
 
 
 def _averaging(decay: float) -> EMAWeightAveraging:
@@ -114,7 +113,7 @@ def _keep_best(stage: L.LightningModule, path: Path) -> None:
 def discard_state(name: str, folder: Folder) -> None:
     """Remove the training state of a stage whose model is saved."""
     checkpoints.discard(folder.last(name))
-    (folder.checkpoints / f"{name}-best.ckpt").unlink(missing_ok=True)
+    folder.best(name).unlink(missing_ok=True)
 
 
 def _plugins() -> list:

@@ -1,5 +1,6 @@
 """The folder of a run: where it is, what it holds, and when it may be continued."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,11 @@ class Folder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def pictures(self) -> Path:
+        """Which files each split had when the run was started."""
+        return self.path / "pictures.json"
 
     @property
     def metrics(self) -> Path:
@@ -67,6 +73,10 @@ class Folder:
     def last(self, stage: str) -> Path:
         """The training state that an unfinished stage continues from."""
         return self.checkpoints / f"{stage}-last.ckpt"
+
+    def best(self, stage: str) -> Path:
+        """The weights of an unfinished stage's best validation loss."""
+        return self.checkpoints / f"{stage}-best.ckpt"
 
     def lock(self) -> bool:
         """Claim the folder until `unlock`, or until this process ends, however it ends. False if another has it."""
@@ -132,26 +142,56 @@ def fresh(out: str | None, kind: str) -> Folder:
     Raises FileExistsError if there is something in it.
     """
     path = Path(out) if out else ROOT / f"{kind}-{_latest(kind)[0] + 1:03d}"
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(not _is_beginning(p) for p in path.iterdir())):
         raise FileExistsError(f"{path} exists, is not empty and holds no unfinished run: pass another --out")
     return Folder(path)
 
 
-def create(folder: Folder, config: Config) -> None:
-    """Make the folder, claim it and write the settings into it."""
+def create(folder: Folder, config: Config, pictures: dict[str, str]) -> None:
+    """Make the folder, claim it and write into it the settings and which pictures there are (`images.listing`).
+
+    Raises FileExistsError if another process has it, ValueError for a run that was started with other pictures.
+    """
+    check_pictures(folder, pictures, "put them back as they were, or pass another --out")
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    if not folder.lock():
-        raise FileExistsError(f"{folder.path} is being written by another process")
+    claim(folder)
     if not folder.config.is_file():
+        folder.pictures.write_text(json.dumps(pictures, indent=2) + "\n")
         configuration.save(config, folder.config)
     elif differences(config, folder):
         raise FileExistsError(f"{folder.path} has been taken by another process in the meantime: start again")
+
+
+def claim(folder: Folder) -> None:
+    """Make the folder if it is missing, and lock it. Raises FileExistsError if another process has it."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if not folder.lock():
+        raise FileExistsError(f"{folder.path} is being written by another process")
+
+
+def check_pictures(folder: Folder, pictures: dict[str, str], advice: str) -> None:
+    """Raise ValueError in one sentence if a run was started with other files than `pictures` lists: what it trained on
+    could be among what it is tested on, as pictures without splits are divided by their number.
+    """
+    if not folder.pictures.is_file():  # a run of before this was written down
+        return
+    before = json.loads(folder.pictures.read_text())
+    changed = [f"{split} {was} then, {pictures.get(split)} now" for split, was in before.items()
+               if pictures.get(split) != was]  # fmt: skip
+    if changed:
+        raise ValueError(f"{folder.path} was started with other pictures ({'; '.join(changed)}): {advice}")
 
 
 def differences(config: Config, folder: Folder) -> list[str]:
     """The settings in which a run differs from the one in the folder, in words."""
     before, now = configuration.load(folder.config).of_run(), config.of_run()
     return [f"{k} was {before[k]!r} and is now {v!r}" for k, v in now.items() if before[k] != v]
+
+
+def _is_beginning(path: Path) -> bool:
+    """Whether this is what a run leaves that was ended while its folder was made."""
+    empty = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
+    return empty or path.name in (".lock", "pictures.json") or path.suffix == ".partial"
 
 
 def _latest(kind: str) -> tuple[int, Path | None]:

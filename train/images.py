@@ -3,6 +3,7 @@
 Every file is decoded here, before training starts; a broken one among good ones is counted and left out.
 """
 
+import hashlib
 import io
 import re
 import warnings
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+# Pillow's guard against files made to fill the memory; these are the user's own, and may be large.
+Image.MAX_IMAGE_PIXELS = None
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
     "train": "train",
@@ -24,6 +27,8 @@ _SPLIT_NAMES = {
     "validation": "val",
     "test": "test",
 }
+# Names that `train.denoise` gives to its results, which lie beside the pictures that they were made of.
+RESULT = re.compile(r".*-denoised(-\d+)?")
 CELEBA_HQ = {"train": 27_000, "val": 1_500, "test": 1_500}
 
 # Which photographs of scikit-image's wheel serve what. Tested on are colour photographs of scenes that appear nowhere
@@ -57,12 +62,18 @@ class Entry:
 
 @dataclass
 class Pictures:
-    """Decoded pictures per split, each (H, W, 3) uint8, and the names of files that could not be read."""
+    """Decoded pictures per split, each (H, W, 3) uint8, and the names of files that could not be read.
+
+    listing: see `listing`, of all that was found, read or not. sources: of how many pictures the test images are tiles,
+    None if they are whole pictures.
+    """
 
     train: list[np.ndarray]
     val: list[np.ndarray]
     test: list[np.ndarray]
     skipped: list[str] = field(default_factory=list)
+    listing: dict[str, str] = field(default_factory=dict)
+    sources: int | None = None
 
 
 def load(
@@ -101,7 +112,16 @@ def load(
         warnings.warn(
             f"left out {len(skipped)} of {total} files that could not be read as images: {named}", stacklevel=2
         )
-    return Pictures(**pictures, skipped=skipped)
+    return Pictures(**pictures, skipped=skipped, listing=listing(found))
+
+
+def listing(found: dict[str, list[Entry]]) -> dict[str, str]:
+    """Which files are in each split, in short: their number, and a digest of their names in order."""
+
+    def digest(entries: list[Entry]) -> str:
+        return hashlib.sha256("\0".join(entry.name for entry in entries).encode(errors="surrogateescape")).hexdigest()
+
+    return {split: f"{len(found[split])} files, {digest(found[split])[:16]}" for split in SPLITS}
 
 
 def photographs() -> dict[str, list[Entry]]:
@@ -124,13 +144,17 @@ def find(path: Path) -> dict[str, list[Entry]]:
         raise FileNotFoundError(f"--data {path} does not exist")
     if path.is_file():
         return _split_entries(_zip_entries(path), path)
+    inside = [child for child in sorted(path.iterdir()) if not _hidden(child.name)]
+    if len(inside) == 1 and inside[0].is_dir() and inside[0].name.lower() not in _SPLIT_NAMES:
+        return find(inside[0])  # as unpacking an archive leaves it
     parts = {}
-    for child in sorted(path.iterdir()):
+    for child in inside:
         split = _SPLIT_NAMES.get(child.stem.lower() if child.is_file() else child.name.lower())
-        if split and child.is_dir():
-            parts[split] = _folder_entries(child)
-        elif split and child.suffix.lower() == ".zip":
-            parts[split] = _zip_entries(child)
+        if not split or not (child.is_dir() or child.suffix.lower() == ".zip"):
+            continue
+        if split in parts:
+            raise ValueError(f"{path} has the {split} images twice, {child.name} is one of them: leave one")
+        parts[split] = _folder_entries(child) if child.is_dir() else _zip_entries(child)
     return _complete(parts, path) if parts else divide(_folder_entries(path), path)
 
 
@@ -193,9 +217,10 @@ def _zip_entries(path: Path) -> list[Entry]:
 
 
 def _images(entries: list[Entry], path: Path) -> list[Entry]:
-    """The entries whose suffix is one of Pillow's, in natural order (2 before 10)."""
+    """The entries whose suffix is one of Pillow's, in natural order (2 before 10), but for results of denoising."""
     suffixes = Image.registered_extensions()
     found = [e for e in entries if not _hidden(e.name) and Path(e.name).suffix.lower() in suffixes]
+    found = [e for e in found if not RESULT.fullmatch(Path(e.name).stem)]
     if not found:
         raise ValueError(f"{path} holds no images ({len(entries)} files of other kinds)")
     return sorted(found, key=lambda e: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", e.name)])

@@ -7,7 +7,6 @@ import io
 import itertools
 import logging
 import os
-import re
 import secrets
 import zlib
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, PngImagePlugin
 
-RESULT = re.compile(r".*-denoised(-\d+)?")
+from train.images import RESULT
+
 PNG_HEADER, TIFF_HEADERS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # What makes an array upright, by EXIF's orientation.
@@ -34,9 +34,6 @@ UPRIGHT = {
 
 # What it says of a broken file is in the exception, too.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-
-# Pillow's guard against files made to fill the memory; these are the user's own, and may be large.
-Image.MAX_IMAGE_PIXELS = None
 
 
 class PictureError(Exception):

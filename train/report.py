@@ -39,10 +39,16 @@ def table(found: Evaluation, against: str | None = "tv") -> tuple[list[str], lis
     for key, scores in found.scores.items():
         if against in found.scores and key not in ("noisy", against):
             gains = [found.gain(key, against, sigma) for sigma in found.sigmas]
-            cells = [f"{g['mean']:+.2f} ± {g['standard_error']:.2f}" for g in gains]
+            cells = [gain_in_words(g) for g in gains]
             title = f"{scores.method.title} − {found.scores[against].method.title}"
             rows.append([title, *cells, *[""] * (1 + len(facts))])
     return header, rows
+
+
+def gain_in_words(gain: dict) -> str:
+    """A paired gain of `Evaluation.gain`, mean ± standard error."""
+    error = gain["standard_error"]
+    return f"{gain['mean']:+.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def title(found: Evaluation) -> str:
@@ -54,7 +60,10 @@ def title(found: Evaluation) -> str:
 def protocol(found: Evaluation) -> dict[str, str]:
     """What every number was measured as, by name."""
     own = {s.method.title: s.method.protocol for s in found.scores.values() if s.method.protocol}
-    measured = {"images": f"{found.images} test images", "measured of them": found.measurement.describe()}
+    tiles = "" if found.sources is None else (
+        f", tiles of {found.sources} pictures: standard errors are over tiles, and say little about other pictures"
+    )  # fmt: skip
+    measured = {"images": f"{found.images} test images{tiles}", "measured of them": found.measurement.describe()}
     return PROTOCOL | ({} if found.measurement.is_identity else MEASURED) | measured | own
 
 

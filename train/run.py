@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from flowkern import Glow, GlowProx, ResNetProx, UNetProx, Unfolded
+from flowkern import Glow, GlowProx, ResNetProx, UNetProx, Unfolded, backends
 from train import baselines, checkpoints, data, evaluation, figures, likelihood, ranks, report
 from train import config as configuration
 from train import folder as folders
@@ -48,7 +48,7 @@ def prepare(config: Config, kind: str = "unfolded", pictures: Pictures | None = 
         ranks.from_first(lambda stage=stage: checkpoints.newest(folder.last(stage)))  # raises what can't be continued
     samples = data.arrange(pictures, config) if pictures else data.prepare(config)
     data.training_loader(samples, config)  # raises what is wrong with the batch
-    ranks.from_first(lambda: folders.create(folder, config))
+    ranks.from_first(lambda: folders.create(folder, config, samples.pictures.listing))
     return Run(config, folder, samples, prior, start, report.commit())
 
 
@@ -99,7 +99,9 @@ class Run:
             discard_state("prior", folder)
             return Glow.from_pretrained(folder.model("prior"), **config.execution())
         if not self.prior.is_initialized:
-            self.prior.initialize(data.first_batch(self.data, config)["prior"])
+            device = evaluation.device()  # where a backend that was asked for runs
+            self.prior.to(device).initialize(data.first_batch(self.data, config)["prior"].to(device))
+            self.prior.cpu()
         if config.has_prior_stage:
             fit(PriorStage(self.prior, config, Budget(config.prior_steps, config.prior_seconds)), self.data, folder)
         self._save(self.prior, "prior")
@@ -183,6 +185,8 @@ def compare(
 def load_network(config: Config, folder: Folder) -> Unfolded:
     """The trained network of a run. Raises FileNotFoundError or ValueError as `Unfolded.from_pretrained`."""
     options = config.execution() if config.prox == "glow" else {}
+    if options and backends().get(config.backend) is not True:
+        options["backend"] = "auto"  # trained on another machine
     return Unfolded.from_pretrained(folder.model("unfolded"), **options)
 
 
@@ -194,7 +198,7 @@ def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:
     }
     try:
         facts["training_mib"] = training_mib(net, config)
-    except torch.OutOfMemoryError:  # trained by more processes than are here
+    except (RuntimeError, MemoryError):  # trained by more processes than are here, or on another device
         pass
     estimate = evaluation.network(net, data.part(config))
     return Method("unfolded", TITLES[config.prox], estimate, trained_as(config), facts=facts)
@@ -205,8 +209,17 @@ def training_seconds(config: Config, folder: Folder) -> float:
     seconds = _seconds("unfolded", folder)
     if config.network_checkpoint:
         source = Folder(Path(config.network_checkpoint))
-        return seconds + (training_seconds(configuration.load(source.config), source) if source.config.is_file() else 0)
+        before = _settings_in(source)
+        return seconds + (training_seconds(before, source) if before else 0)
     return seconds + _prior_seconds(config, folder)
+
+
+def _settings_in(folder: Folder) -> Config | None:
+    """The settings of the run that another one started from; None where there are none, or of another version."""
+    try:
+        return configuration.load(folder.config)
+    except (OSError, ValueError):
+        return None
 
 
 def _prior_seconds(config: Config, folder: Folder) -> float:
@@ -214,7 +227,8 @@ def _prior_seconds(config: Config, folder: Folder) -> float:
     if not config.prior_checkpoint:
         return seconds
     source = Folder(Path(config.prior_checkpoint))
-    return seconds + (_prior_seconds(configuration.load(source.config), source) if source.config.is_file() else 0)
+    before = _settings_in(source)
+    return seconds + (_prior_seconds(before, source) if before else 0)
 
 
 def _seconds(stage: str, folder: Folder) -> float:
@@ -247,8 +261,8 @@ def trained_as(config: Config) -> str:
         prior = f", {pretrained_as(config)}"
     start = ""
     if config.network_checkpoint:
-        source = Folder(Path(config.network_checkpoint)).config
-        start = f", from a network {_trained_for(configuration.load(source))}" if source.is_file() else ", from another"
+        before = _settings_in(Folder(Path(config.network_checkpoint)))
+        start = f", from a network {_trained_for(before)}" if before else ", from another"
     return (
         f"{config.folds} {'tied' if config.tied else 'untied'} folds {_trained_for(config)}{prior}{start};"
         f" {ends} of {config.batch} images of {config.size}x{config.size}, learning rate {config.lr:g}"
@@ -263,10 +277,8 @@ def _trained_for(config: Config) -> str:
 def pretrained_as(config: Config) -> str:
     """How a run's Glow came about, in words; of one from elsewhere, as far as its run's settings are there."""
     if config.prior_checkpoint:
-        source = Folder(Path(config.prior_checkpoint)).config
-        if not source.is_file():
-            return "with a Glow trained before"
-        return pretrained_as(configuration.load(source))
+        before = _settings_in(Folder(Path(config.prior_checkpoint)))
+        return pretrained_as(before) if before else "with a Glow trained before"
     if not config.pretrain:
         return "not pre-trained"
     images = f"images with noise of sigma up to {config.prior_noise:g}" if config.prior_noise else "clean images"
@@ -274,8 +286,10 @@ def pretrained_as(config: Config) -> str:
 
 
 def training_mib(net: Unfolded, config: Config) -> float:
-    """The memory of one training step of this network at its own batch and size, see `memory.peak_mib`."""
-    device = next(net.parameters()).device
+    """The memory of one training step of this network at its own batch and size, on the GPU if there is one, see
+    `memory.peak_mib`.
+    """
+    device = evaluation.device()
     stage = UnfoldedStage(copy.deepcopy(net), config, Budget(None, None)).to(device).train()
     batch = data.random_batch(config, device)
     low = config.precision == "bf16-mixed"

@@ -124,6 +124,8 @@ class UnfoldedStage(_Stage):
             used = {id(p) for prox in model.proxes[:-1] for p in prox.parameters()}
             for p in model.proxes[-1].parameters():
                 p.requires_grad_(id(p) in used)
+        elif config.final == "consistency":
+            model.proxes[0].raw_lam.requires_grad_(False)  # its flow makes the start, and that is all
         self.val_psnr = PeakSignalNoiseRatio(data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")
         self.val_ssim = StructuralSimilarityIndexMeasure(data_range=1.0)
 
@@ -187,7 +189,9 @@ class UnfoldedStage(_Stage):
     def _losses(self, found: tuple[Tensor, ...], clean: Tensor) -> list[Tensor]:
         """The error and, where it is trained along, the weighted likelihood."""
         estimate, *log_prob = found
-        return [self.error(estimate, clean), *(-self.config.likelihood * d.mean() / clean[0].numel() for d in log_prob)]
+        # A single fold that ends with data consistency runs no flow.
+        ran = [d for d in log_prob if d.numel()]
+        return [self.error(estimate, clean), *(-self.config.likelihood * d.mean() / clean[0].numel() for d in ran)]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The loss; and the error alone, which can be compared with validation's."""

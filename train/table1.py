@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             "validation images with equal trials, train the unfolded network with a ResNet, a U-Net and a Glow under "
             "equal budgets, and compare them with reference methods on the same test images. The same command "
             "continues where an interruption left off.",
-            hidden=("start", "measurement", "problems"),
+            hidden=("start", "measurement", "problems", "seed"),
             glow=True,
         ).parse(arguments)
         settings = replace(settings, pretrain=True, prior_checkpoint=None, network_checkpoint=None)
