@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowkern import ops, reference
+from flowkern.backend import use_backend
 from flowkern.glow import Glow
 from flowkern.layers import run_steps
 from flowkern.mix import compose
@@ -74,7 +75,11 @@ def audit(glow: Glow, x: Tensor) -> Audit:
     The gradients are those of the mean negative log-likelihood. Takes three backward passes (one in double precision)
     and the memory of `memory="checkpoint"`. Raises ValueError for an empty batch, wrong images, an uninitialised Glow.
     """
-    x = _check(glow, x)
+    with torch.inference_mode(False), torch.enable_grad():
+        return _audit(glow, _check(glow, x).clone())
+
+
+def _audit(glow: Glow, x: Tensor) -> Audit:
     own = copy.deepcopy(glow).eval().requires_grad_(True)
     own.check_finite = False    # what overflows on the way is a finding
     with torch.no_grad():
@@ -83,8 +88,9 @@ def audit(glow: Glow, x: Tensor) -> Audit:
     recomputed = _gradients(own, x)
     own.memory_budget, own.memory = None, "checkpoint"
     stored = _gradients(own, x)
-    own.compute_dtype = None
-    exact = _gradients(own.double(), x.double())
+    own.compute_dtype, own.backend = None, "auto"   # not every backend computes in double precision
+    with use_backend("auto"):
+        exact = _gradients(own.double(), x.double())
     levels = []
     for i, (level, state) in enumerate(_states(glow, x)):
         levels.append(LevelAudit(
@@ -168,7 +174,9 @@ def _condition(steps) -> float:
 def _gradients(glow: Glow, x: Tensor) -> list[list[Tensor]]:
     """Of the mean negative log-likelihood, per level."""
     parameters = [list(level.parameters()) for level in glow.levels]
-    found = iter(torch.autograd.grad(-glow.log_prob(x).mean(), [p for level in parameters for p in level]))
+    every = [p for level in parameters for p in level]
+    found = torch.autograd.grad(-glow.log_prob(x).mean(), every, allow_unused=True)
+    found = (torch.zeros_like(p) if g is None else g for g, p in zip(found, every, strict=True))
     return [[next(found) for _ in level] for level in parameters]
 
 

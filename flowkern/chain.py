@@ -236,20 +236,6 @@ ops.define(
 )
 
 
-def without_autocast(backward):
-    """Backward may be called inside an autocast region; the precision was settled in forward."""
-
-    @functools.wraps(backward)
-    def run(ctx, *gradients):
-        defined = [g for g in gradients if g is not None]
-        if not defined:
-            return (None,) * len(ctx.needs_input_grad)
-        with torch.autocast(defined[0].device.type, enabled=False):
-            return backward(ctx, *gradients)
-
-    return run
-
-
 class _StandardChain(Function):
     """The chain with Glow's own coupling network; its two halves are opaque operators, whole to torch.compile."""
 
@@ -270,7 +256,7 @@ class _StandardChain(Function):
         ctx.save_for_backward(boundary, matrix, offset, inverse, *kept, *parameters)
 
     @staticmethod
-    @without_autocast
+    @ops.without_autocast
     def backward(ctx, g, glogdet, *_):
         boundary, matrix, offset, inverse, *rest = ctx.saved_tensors
         kept, parameters = rest[: ctx.kept], rest[ctx.kept :]
@@ -322,18 +308,23 @@ class _LocalChain(Function):
             anchor_every,
         )
         ctx.set_materialize_grads(False)
-        ctx.nets, ctx.settings, ctx.kept = nets, settings, kept
-        ctx.save_for_backward(out if memory == "recompute" else x, matrix, offset, inverse, context, *parameters)
+        ctx.nets, ctx.settings = nets, settings
+        # As saved tensors, what is kept is let go of by backward; networks' graphs hang on it.
+        ctx.parameters, ctx.sizes = len(parameters), [len(tensors) for tensors in kept]
+        boundary, kept = out if memory == "recompute" else x, [t for tensors in kept for t in tensors]
+        ctx.save_for_backward(boundary, matrix, offset, inverse, context, *parameters, *kept)
         return out, logdet
 
     @staticmethod
-    @without_autocast
+    @ops.without_autocast
     def backward(ctx, g, glogdet):
-        boundary, matrix, offset, inverse, context, *parameters = ctx.saved_tensors
+        boundary, matrix, offset, inverse, context, *rest = ctx.saved_tensors
+        parameters, kept = rest[: ctx.parameters], _unflatten(rest[ctx.parameters :], ctx.sizes)
         g, glogdet = _materialize(g, glogdet, boundary)
         reverse, scale, alpha, backend, memory, _ = ctx.settings
         nets = ctx.nets
         if ops.wants_graph():
+            nets.check_parameters()
             inputs = [*([] if context is None else [context]), *parameters]
             again = [functools.partial(nets.evaluate, k, context=context) for k in range(len(nets.modules))]
             dx, dmatrix, doffset, _, _, *found = _double(
@@ -348,7 +339,7 @@ class _LocalChain(Function):
             None if stored else boundary,
             g,
             glogdet,
-            ctx.kept,
+            kept,
             matrix,
             offset,
             inverse,
@@ -364,6 +355,7 @@ class _LocalChain(Function):
 
 
 def _materialize(g, glogdet, like: Tensor) -> tuple[Tensor, Tensor]:
+    like = like.flatten(1, 3) if like.dim() == 6 else like  # blocks of an image: gradients are those of the state
     g = torch.zeros_like(like, memory_format=torch.channels_last) if g is None else ops.channels_last(g)
     return g, like.new_zeros(like.shape[0]) if glogdet is None else glogdet.contiguous()
 
@@ -435,10 +427,13 @@ def is_standard(nets: Iterable[nn.Module]) -> bool:
     return all(getattr(net, "written_out", False) for net in nets)
 
 
-def network_dtype(device: torch.device, compute_dtype: torch.dtype | None) -> torch.dtype | None:
-    """The networks' precision: what was asked for, else autocast's, else None, which is the state's."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return compute_dtype or autocast
+def network_dtype(state: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype | None:
+    """The networks' precision: what was asked for, else autocast's, which leaves double precision alone as everywhere
+    in PyTorch, else None, which is the state's.
+    """
+    device = state.device.type
+    lowered = torch.is_autocast_enabled(device) and state.dtype != torch.float64
+    return compute_dtype or (torch.get_autocast_dtype(device) if lowered else None)
 
 
 def chain(
@@ -469,7 +464,7 @@ def chain(
     """
     name = backends.resolve(x.device, backend)
     x = x if x.dim() == 6 else ops.channels_last(x)
-    dtype = network_dtype(x.device, compute_dtype)
+    dtype = network_dtype(x, compute_dtype)
     anchors = anchor_every or 0
     standard = is_standard(nets)
     parameters = [p for net in nets for p in (net.flat_parameters() if standard else net.parameters())]

@@ -266,6 +266,7 @@ def chain(x: Tensor, matrix: Tensor, offset: Tensor, inverse: Tensor, *, paramet
         return backend.default("chain")(
             x, matrix, offset, inverse, parameters=parameters, reverse=reverse, scale=scale, alpha=alpha, dtype=dtype,
             memory=memory, anchor_every=anchor_every, table=table)
+    check_alike("chain", x, matrix, offset, inverse, *parameters)
     x = channels_last(x)
     n, channels, height, width = x.shape
 
@@ -297,6 +298,7 @@ def chain_vjp(boundary: Tensor, g: Tensor, glogdet: Tensor, kept: list[list[Tens
         return backend.default("chain_vjp")(
             boundary, g, glogdet, kept, matrix, offset, inverse, parameters=parameters, need=need, reverse=reverse,
             scale=scale, alpha=alpha, dtype=dtype, memory=memory, table=table)
+    check_alike("chain_vjp", g, glogdet, boundary, matrix, offset, inverse, *parameters)
     boundary, g, glogdet = channels_last(boundary), channels_last(g), glogdet.contiguous()
     n, channels, height, width = g.shape
     kept = [[channels_last(t) for t in tensors] for tensors in kept]

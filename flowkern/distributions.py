@@ -126,7 +126,15 @@ class GlowTransform(Transform):
         return self._remembered(z, x, -logdet.reshape(x.shape[:-3]), z)
 
     def _remembered(self, z: Tensor, x: Tensor, logdet: Tensor, result: Tensor) -> Tensor:
-        self._last = weakref.ref(z), weakref.ref(x), logdet, torch.is_grad_enabled()
+        me = weakref.ref(self)
+
+        def forget(dead: weakref.ref) -> None:
+            """With a tensor that is gone, what is remembered serves nobody, and its graph takes memory."""
+            transform = me()
+            if transform is not None and transform._last and any(dead is ref for ref in transform._last[:2]):
+                transform._last = None
+
+        self._last = weakref.ref(z, forget), weakref.ref(x, forget), logdet, torch.is_grad_enabled()
         return result
 
     def _context(self, leading: Size) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowkern import backend as backends
 from flowkern import budget, dialects, saving, transforms
 from flowkern.chain import MEMORY_MODES, is_standard, network_dtype
-from flowkern.layers import Split, StepOfFlow, blocks, run_steps, squeeze, unsqueeze
+from flowkern.layers import Split, StepOfFlow, blocks, check_alone, run_steps, squeeze, unsqueeze
 from flowkern.prior import Prior
 from flowkern.variants import Variant
 
@@ -215,7 +215,7 @@ class Glow(nn.Module):
         # Under torch.compile sizes may be symbols, and what is kept depends on their values: range asks for them.
         n, h, w = (len(range(s)) for s in (n, *self._check_divisible(self.size[1:] if size is None else size)))
         like = next(self.parameters())
-        dtype = network_dtype(like.device, self.compute_dtype) or like.dtype
+        dtype = network_dtype(like, self.compute_dtype) or like.dtype
         learned = "learned" in (self.config["split_prior"], self.config["top_prior"])
         levels = []
         for i, level in enumerate(self.levels):
@@ -281,6 +281,11 @@ class Glow(nn.Module):
 
         x (N, C, H, W), N >= 1. Non-finite values are refused on every device.
         """
+        self._initialize(x, context, every=True)
+
+    @torch.no_grad()
+    def _initialize(self, x: Tensor, context: Tensor | None, every: bool) -> None:
+        """every: also the steps that are initialised, or loaded, already."""
         x = self._check_image(x, finite=True)
         if x.shape[0] == 0:
             raise ValueError(f"initialize wants at least one image, got a batch of shape {tuple(x.shape)}")
@@ -290,7 +295,8 @@ class Glow(nn.Module):
             for level, local in zip(self.levels, contexts.levels, strict=True):
                 x = level.squeeze(x)
                 for step in level.steps:
-                    x = step.initialize(x, local)
+                    done = step.is_initialized and not every
+                    x = run_steps([step], x, context=local)[0] if done else step.initialize(x, local)
                 if level.split is not None:
                     x = level.split(x, contexts.vector)[0]
 
@@ -326,7 +332,8 @@ class Glow(nn.Module):
         if self.training and not self.is_initialized:
             if torch.compiler.is_compiling():
                 raise RuntimeError("this Glow is not initialised; call glow.initialize(x) before compiling it")
-            self.initialize(x, context)
+            check_alone("Glow")
+            self._initialize(x, context, every=False)
         return x
 
     def inverse(

@@ -12,11 +12,25 @@ from torch import Tensor, nn
 
 from flowkern import backend as backends
 from flowkern import ops, reference, transforms
-from flowkern.chain import as_state, chain, reads_blocks
+from flowkern.chain import as_state, chain, is_standard, reads_blocks
 from flowkern.mix import compose, mixes, stacked
 from flowkern.prior import Prior
 
 MIN_STD = 1e-3  # an (almost) constant channel must not be scaled up without bound at initialisation
+
+
+def check_alone(what: str) -> None:
+    """Raise RuntimeError where several processes work together: each would initialise from its own images, and what
+    they then train would differ from process to process.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            f"this {what} is not initialised, and several processes train: call initialize(x) with the same images in "
+            "all of them, before the model is wrapped"
+        )
+
+
 
 
 class ActNorm(nn.Module):
@@ -63,6 +77,7 @@ class ActNorm(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         _check_channels(x, len(self.bias), "ActNorm")
         if self.training and not self.is_initialized:
+            check_alone("ActNorm")
             self.initialize(x)
         return reference.actnorm(x, self), self._logdet(x)
 
@@ -72,7 +87,7 @@ class ActNorm(nn.Module):
         return (x, -self._logdet(y)) if return_logdet else x
 
     def _logdet(self, x: Tensor) -> Tensor:
-        return (self.log_scale.sum() * _pixels(x)).expand(x.shape[0])
+        return (self.log_scale.sum() * _pixels(x)).repeat(x.shape[0])
 
 
 class InvertibleConv1x1(nn.Module):
@@ -109,7 +124,7 @@ class InvertibleConv1x1(nn.Module):
         return (x, -self._logdet(y)) if return_logdet else x
 
     def _logdet(self, x: Tensor) -> Tensor:
-        return (self.log_s.sum() * _pixels(x)).expand(x.shape[0])
+        return (self.log_s.sum() * _pixels(x)).repeat(x.shape[0])
 
 
 class CouplingNet(nn.Module):
@@ -234,6 +249,7 @@ class StepOfFlow(nn.Module):
         """Options are those of `flowkern.chain.chain`: memory, anchor_every, kept_steps, backend,
         compute_dtype."""
         if self.training and not self.is_initialized:
+            check_alone("StepOfFlow")
             self.initialize(x)
         return run_steps([self], x, **chain_options)
 
@@ -254,8 +270,9 @@ def run_steps(
     """
     channels = len(steps[0].actnorm.bias)
     nets = [step.coupling.net for step in steps]
-    if transforms.batched_or_forward():
-        _check_plain(x.device, **chain_options)
+    plain = transforms.batched_or_forward()
+    if plain or not (is_standard(nets) or torch.compiler.is_compiling()) and transforms.is_transformed():
+        _check_plain(x.device, plain, **chain_options)
         matrix, offset, inverse, mixes_logdet = _plain_mixes(steps)
         out, logdet = plain_chain(steps, x, matrix, offset, inverse, context, reverse)
     else:
@@ -302,9 +319,13 @@ def _plain_mixes(steps):
     return mixes(*stacked(parameters), sign, permutation)
 
 
-def _check_plain(device: torch.device, memory: str = "recompute", backend: str = "auto", **_) -> None:
+def _check_plain(
+    device: torch.device, by_reference: bool, memory: str = "recompute", backend: str = "auto", **_
+) -> None:
     name = backends.resolve(device, backend)
-    if memory != "store" or name != "reference":
+    if memory != "store" and not by_reference:
+        raise RuntimeError(f"torch.func.grad wants memory='store' with networks of one's own, got memory={memory!r}")
+    if by_reference and (memory != "store" or name != "reference"):
         raise RuntimeError(
             "vmap and forward-mode differentiation want memory='store' and backend='reference', got "
             f"memory={memory!r} and backend={name!r}"

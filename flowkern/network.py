@@ -180,11 +180,7 @@ class LocalNets:
 
     def trace(self, k: int, a: Tensor) -> tuple[Tensor, list[Tensor]]:
         """h and what `vjp` wants kept."""
-        if any(p is not q for p, q in zip(self.modules[k].parameters(), self.parameter_lists[k], strict=True)):
-            raise RuntimeError(
-                "the coupling networks' parameters are not those of forward, as after torch.func.functional_call; with "
-                "networks of one's own, or a context, that needs memory='store'"
-            )
+        self.check_parameters(k)
         with torch.enable_grad():
             inputs = [a.detach().requires_grad_()]
             if self.needs_context:
@@ -192,10 +188,21 @@ class LocalNets:
             h = self.evaluate(k, inputs[0], inputs[1] if self.needs_context else self.context)
         return h.detach(), [h, *inputs]
 
+    def check_parameters(self, *steps: int) -> None:
+        """Raise RuntimeError if the parameters of these networks (of none: of all) are not those of forward."""
+        for k in steps or range(len(self.modules)):
+            if any(p is not q for p, q in zip(self.modules[k].parameters(), self.parameter_lists[k], strict=True)):
+                raise RuntimeError(
+                    "the coupling networks' parameters are not those of forward, as after torch.func.functional_call; "
+                    "with networks of one's own, or a context, that needs memory='store', and has no second derivative"
+                )
+
     def evaluate(self, k: int, a: Tensor, context: Tensor | None) -> Tensor:
         """The network k of a (and context), recorded the first time and replayed afterwards."""
         given = (a,) if context is None else (a, context)
-        with self.replays[k].again_or_first(), torch.autocast(a.device.type, self.dtype, self.dtype is not None):
+        # Without autocast's cache: what it keeps of a weight that was cast without a graph would have none in backward.
+        autocast = torch.autocast(a.device.type, self.dtype, self.dtype is not None, cache_enabled=False)
+        with self.replays[k].again_or_first(), autocast:
             return ops.channels_last(self.modules[k](*given))
 
     def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool], da: Tensor):

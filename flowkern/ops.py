@@ -6,6 +6,8 @@ operator has no gradient and says so instead of returning none. Semantics: the f
 `flowkern.reference`.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -39,6 +41,20 @@ def _needs_grad(value) -> bool:
     if isinstance(value, Tensor):
         return value.requires_grad
     return isinstance(value, (list, tuple)) and any(_needs_grad(v) for v in value)
+
+
+def without_autocast(backward):
+    """Backward may be called inside an autocast region; the precision was settled in forward."""
+
+    @functools.wraps(backward)
+    def run(ctx, *gradients):
+        defined = [g for g in gradients if g is not None]
+        if not defined:
+            return (None,) * len(ctx.needs_input_grad)
+        with torch.autocast(defined[0].device.type, enabled=False):
+            return backward(ctx, *gradients)
+
+    return run
 
 
 def wants_graph() -> bool:
@@ -130,6 +146,7 @@ class _ChannelMix(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, g):
         x, matrix, offset = ctx.saved_tensors
         _, dx, dmatrix, doffset = raw.mix_vjp(x, channels_last(g), matrix, matrix, offset, False, True, ctx.backend)
@@ -172,6 +189,7 @@ class _CoupleMix(Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, g, glogdet):
         x, h, matrix, offset = ctx.saved_tensors
         scale, alpha, inverse, backend = ctx.settings
@@ -229,7 +247,9 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
     """
     _check_state(x)
     _check_mix(x, matrix, offset)
-    offset = -(matrix @ offset) if inverse else offset
+    if inverse:
+        with torch.autocast(x.device.type, enabled=False):
+            offset = -(matrix @ offset)
     return _ChannelMix.apply(channels_last(x), matrix.contiguous(), offset.contiguous(), _resolve(x, backend))
 
 

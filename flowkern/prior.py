@@ -59,7 +59,13 @@ class Prior(nn.Module):
         return z * torch.exp(log_std) + mean, log_std.expand_as(z).sum(dim=(1, 2, 3))
 
     def moments(self, like: Tensor, kept: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation, each of a shape that broadcasts to (N, C, H, W)."""
+        """Mean and log standard deviation, each of a shape that broadcasts to (N, C, H, W). Of the state's precision:
+        autocast is for coupling networks alone.
+        """
+        with torch.autocast(like.device.type, enabled=False):
+            return self._moments(like, kept, context)
+
+    def _moments(self, like: Tensor, kept: Tensor | None, context: Tensor | None) -> tuple[Tensor, Tensor]:
         h = 0
         if self.learned:
             h = self.bias[None, :, None, None]

@@ -45,6 +45,9 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
 
     x (N, C, H, W), matrix (C, C), offset (C,) -> (N, C, H, W).
     """
+    if torch.is_autocast_enabled(x.device.type):  # which would lower the state's precision
+        with torch.autocast(x.device.type, enabled=False):
+            return channel_mix(x, matrix, offset, inverse)
     pixels = x.permute(0, 2, 3, 1)
     pixels = F.linear(pixels - offset, matrix) if inverse else F.linear(pixels, matrix, offset)
     return _channels_last(pixels.permute(0, 3, 1, 2))

@@ -61,7 +61,7 @@ class ReversibleSequence(nn.Module):
         needed = torch.is_grad_enabled() and (x.requires_grad or parameters)
         if self.memory != "store" and needed:
             every = 1 if self.memory == "checkpoint" else self.anchor_every
-            return _Sequence.apply(x, order, every, self.memory, parameters, *parameters)
+            return _Sequence.apply(x, order, every, self.memory, *parameters)
         logdet = x.new_zeros(x.shape[0])
         for step in order:
             x, d = step.first(x)
@@ -75,6 +75,11 @@ class _Step:
     def __init__(self, module: nn.Module, device: torch.device, reverse: bool, want_logdet: bool):
         self.module, self.reverse, self.want_logdet = module, reverse, want_logdet
         self.replay = Replay(module, device)
+        self._parameters = list(module.parameters())
+
+    def has_its_parameters(self) -> bool:
+        """Whether the step has the parameters with which it was made."""
+        return all(p is q for p, q in zip(self.module.parameters(), self._parameters, strict=True))
 
     def first(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output and logdet, as it runs for the first time."""
@@ -106,16 +111,19 @@ class _Step:
 
 class _Sequence(Function):
     @staticmethod
-    def forward(ctx, x, order, every, memory, parameters, *_):
+    def forward(ctx, x, order, every, memory, *parameters):
         given, logdet, kept = x, x.new_zeros(x.shape[0]), []
-        for position, step in enumerate(order):
-            kept.append(x if every and position and position % every == 0 else None)
-            x, d = step.first(x)
-            logdet = logdet + d
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        # Without autocast's cache: what it keeps of a weight that was cast here, without a graph, would have none in
+        # backward.
+        with torch.autocast(x.device.type, ctx.autocast[1], ctx.autocast[0], cache_enabled=False):
+            for position, step in enumerate(order):
+                kept.append(x if every and position and position % every == 0 else None)
+                x, d = step.first(x)
+                logdet = logdet + d
         x = x.clone() if x is given else x
         ctx.set_materialize_grads(False)
         ctx.order, ctx.memory, ctx.positions = order, memory, [k is not None for k in kept]
-        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
         boundary = given if memory == "checkpoint" else x
         ctx.save_for_backward(boundary, *(k for k in kept if k is not None), *parameters)
         return x, logdet
@@ -127,6 +135,11 @@ class _Sequence(Function):
                 f"a second derivative was asked for (create_graph=True) in memory={ctx.memory!r}, which keeps no graph "
                 "to differentiate; use memory='store'"
             )
+        if not all(step.has_its_parameters() for step in ctx.order):
+            raise RuntimeError(
+                "the steps' parameters are not those of forward, as after torch.func.functional_call; that needs "
+                "memory='store'"
+            )
         boundary, *saved = ctx.saved_tensors
         kept = {position: saved.pop(0) for position, has in enumerate(ctx.positions) if has}
         if ctx.memory == "checkpoint":
@@ -135,7 +148,7 @@ class _Sequence(Function):
         v = boundary
         enabled, dtype = ctx.autocast
         for position in reversed(range(len(ctx.order))):
-            with torch.autocast(boundary.device.type, dtype=dtype, enabled=enabled):
+            with torch.autocast(boundary.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
                 step = ctx.order[position]
                 x = kept.pop(position) if position in kept else step.back(v)
                 with torch.enable_grad():
@@ -154,4 +167,4 @@ class _Sequence(Function):
                     # In the parameter's own layout: accumulation would copy the others, for all steps at once.
                     d = d if d.stride() == saved[i].stride() else torch.empty_like(saved[i]).copy_(d)
                     gradients[i] = d if gradients[i] is None else gradients[i] + d
-        return g, None, None, None, None, *gradients
+        return g, None, None, None, *gradients

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from flowkern import backend as backends
 from flowkern import ops, transforms
-from flowkern.chain import has_squeeze_mix, is_standard, network_dtype, no_second_derivative, without_autocast
+from flowkern.chain import has_squeeze_mix, is_standard, network_dtype, no_second_derivative
 from flowkern.glow import Glow, refuse_non_finite
 from flowkern.layers import blocks, squeeze, unsqueeze
 from flowkern.mix import compose
@@ -51,7 +51,7 @@ def shrunk(glow: Glow, x: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """
     name = backends.resolve(x.device, glow.backend)
     coupling = glow.levels[0].steps[0].coupling
-    dtype = network_dtype(x.device, glow.compute_dtype) or x.dtype
+    dtype = network_dtype(x, glow.compute_dtype) or x.dtype
     # The settings of the chains, and what is not theirs.
     chains = coupling.scale, coupling.alpha, name, dtype, "recompute", 0
     settings = chains, glow.shift, has_squeeze_mix(x.device, x.dtype, name), glow.checks_values(x.device)
@@ -103,7 +103,7 @@ class _Shrunk(Function):
         ctx.save_for_backward(output[0], lam, *tensors)
 
     @staticmethod
-    @without_autocast
+    @ops.without_autocast
     def backward(ctx, g, dlog_prob):
         if ops.wants_graph():
             raise no_second_derivative("recompute")

@@ -234,3 +234,23 @@ def test_command_refuses_what_is_no_checkpoint_in_one_sentence(glow, monkeypatch
     fresh = flowkern.Glow((3, 16, 16), levels=2, depth=1, hidden=4)
     fresh.save_pretrained(folder)
     refused("not initialised")
+
+
+def test_it_measures_without_gradients_too_and_with_parameters_that_serve_nothing(x):
+    """As a validation hook calls it."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(inputs, outputs, 1)
+            self.unused = torch.nn.Parameter(torch.ones(2))
+
+        def forward(self, a):
+            return 0.1 * self.conv(a)
+
+    glow = small_glow((3, 16, 16), levels=2, depth=2, dtype=torch.float32, network=Net)
+    wanted = audit(glow, x)
+    with torch.no_grad():
+        assert audit(glow, x) == wanted
+    with torch.inference_mode():
+        assert audit(glow, x.clone()) == wanted

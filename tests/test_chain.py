@@ -1,12 +1,13 @@
 """The reversible chain: the same gradients in every memory mode, in both directions, however autograd is used."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from helpers import MODES, VARIANTS, gradients, relative, small_glow
 
-from flowkern import reference
+from flowkern import ops, reference
 from flowkern.layers import CouplingNet, StepOfFlow, run_steps
 
 
@@ -205,7 +206,7 @@ class PlainNet(CouplingNet):
 
 @pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
 def test_autocast_sets_the_networks_precision_alone(memory):
-    x = torch.rand(4, 4, 8, 8)
+    x = torch.rand(4, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     glow = small_glow((4, 8, 8), dtype=torch.float32, memory=memory, hidden=16)
     own = small_glow((4, 8, 8), dtype=torch.float32, memory="store", network=PlainNet)
     own.load_state_dict(glow.state_dict())
@@ -271,3 +272,59 @@ def test_compiled_whole_gives_the_same_numbers(memory):
     with torch.no_grad():
         z, _ = glow(x)
         torch.testing.assert_close(torch.compile(glow.inverse, fullgraph=True, backend="aot_eager")(z), glow.inverse(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_autocast_leaves_priors_and_double_precision_alone(dtype):
+    """What `compute_dtype` does not lower, autocast does not either."""
+    glow = small_glow((2, 8, 8), dtype=dtype, split_prior="learned", top_prior="learned")
+    glow.compute_dtype = torch.float32 if dtype == torch.float32 else None
+    x = torch.rand(3, 2, 8, 8, dtype=dtype)
+    wanted = [*glow(x), glow.inverse(glow(x)[0])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = [*glow(x), glow.inverse(glow(x)[0])]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_mix_under_autocast_is_in_full_precision(backend, inverse):
+    x, matrix, offset = torch.randn(2, 4, 3, 3), torch.eye(4) + 0.1 * torch.randn(4, 4), torch.randn(4)
+    operands = [t.requires_grad_() for t in (x, matrix, offset)]
+    wanted = ops.channel_mix(*operands, inverse, backend)
+    gradient = torch.autograd.grad(wanted.square().sum(), operands)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.channel_mix(*operands, inverse, backend)
+        inside = torch.autograd.grad(found.square().sum(), operands)
+    assert torch.equal(found, wanted) and all(torch.equal(a, b) for a, b in zip(inside, gradient, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+def test_own_networks_activations_do_not_outlive_backward(memory):
+    """The loss does, in a training loop, until the next one."""
+    glow = small_glow((2, 8, 8), network=ConvNet, memory=memory)
+    seen = []
+    for level in glow.levels:
+        for step in level.steps:
+            step.coupling.net.first.register_forward_hook(lambda net, given, h: seen.append(weakref.ref(h)))
+    loss = -glow.log_prob(torch.rand(2, 2, 8, 8, dtype=torch.float64)).mean()
+    loss.backward()
+    assert seen and not any(ref() is not None for ref in seen) and loss.isfinite()
+
+
+def test_a_second_derivative_of_swapped_parameters_is_refused():
+    glow = small_glow((2, 8, 8), network=ConvNet, memory="store")
+    others = {name: (p + 0.01).detach().requires_grad_() for name, p in glow.named_parameters()}
+    loss = torch.func.functional_call(glow, others, (torch.rand(2, 2, 8, 8, dtype=torch.float64),))[1].sum()
+    with pytest.raises(RuntimeError, match="parameters are not those of forward"):
+        torch.autograd.grad(loss, list(others.values()), create_graph=True, allow_unused=True)
+
+
+def test_torch_func_grad_with_own_networks():
+    glow = small_glow((2, 8, 8), network=ConvNet, memory="store")
+    x = torch.rand(2, 2, 8, 8, dtype=torch.float64)
+    wanted = torch.autograd.grad(glow.log_prob(x.requires_grad_()).sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(lambda x: glow.log_prob(x).sum())(x.detach()), wanted)
+    glow.memory = "recompute"
+    with pytest.raises(RuntimeError, match="wants memory='store' with networks of one's own, got memory='recompute'"):
+        torch.func.grad(lambda x: glow.log_prob(x).sum())(x.detach())

@@ -114,3 +114,17 @@ def test_the_binding_checks_what_it_is_given(change, message):
     with pytest.raises(ValueError, match=message):
         cpp._native().chain(1, given["settings"], [4, 4], given["parameters"], [1] * 24, 8, 8, 8, given["x"],
                             given["kept"], 8, 8)
+
+
+@pytest.mark.parametrize("where", ["mixes", "parameters"])
+def test_tensors_on_different_devices_are_refused(where):
+    """Native code reads memory by its address."""
+    x, mixes, parameters = level(2, "softclamp")
+    mixes = [m.to("meta") for m in mixes] if where == "mixes" else mixes
+    parameters = [p.to("meta") for p in parameters] if where == "parameters" else parameters
+    settings = {"reverse": False, "scale": "softclamp", "alpha": 1.0, "dtype": torch.float32, "table": None}
+    with pytest.raises(ValueError, match="^chain: expected torch.float32 on cpu throughout, got torch.float32 on meta"):
+        cpp.chain(x, *mixes, parameters=parameters, memory="recompute", anchor_every=0, **settings)
+    with pytest.raises(ValueError, match="^chain_vjp: expected torch.float32 on cpu throughout, got .* on meta"):
+        settings |= {"parameters": parameters, "need": [True] * len(parameters), "memory": "recompute"}
+        cpp.chain_vjp(x, x, x.new_zeros(2), [[], []], *mixes, **settings)

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import weakref
 
 import nflows.distributions
 import nflows.flows
@@ -237,3 +238,12 @@ def test_contexts_reach_a_glow_inside_other_libraries(conditioned):
     model = normflows.ConditionalNormalizingFlow(base, [for_normflows.Flow(conditioned)])
     torch.testing.assert_close(model.log_prob(x, context), wanted)
     assert model.sample(4, context=context)[0].shape == (4, *SIZE)
+
+
+def test_a_transform_keeps_no_graph_of_tensors_that_are_gone(glow):
+    transform = GlowTransform(glow)
+    z = torch.randn(2, WIDTH, dtype=torch.float64)
+    x = transform(z)
+    logdet = weakref.ref(transform._last[2])
+    del x
+    assert transform._last is None and logdet() is None

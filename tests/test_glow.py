@@ -372,3 +372,28 @@ def test_split_alone(learned):
     torch.testing.assert_close(back, x)
     torch.testing.assert_close(inverse_logdet, -logdet)
     assert learned == bool((emitted - x[:, 2:]).abs().max() > 1e-3)
+
+
+def test_a_deeper_glow_that_starts_from_trained_steps_keeps_them():
+    """Only the steps that are new are initialised."""
+    torch.manual_seed(0)
+    x = torch.rand(8, 2, 8, 8)
+    trained = flowkern.Glow((2, 8, 8), levels=2, depth=2, hidden=4)
+    trained.initialize(3 * x)
+    deeper = flowkern.Glow((2, 8, 8), levels=2, depth=3, hidden=4)
+    deeper.load_state_dict(trained.state_dict(), strict=False)
+    assert not deeper.is_initialized
+    deeper.train()(x)
+    assert deeper.is_initialized
+    found, wanted = deeper.state_dict(), trained.state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    new = deeper.levels[1].steps[2]
+    assert new.actnorm.log_scale.abs().sum() > 0
+
+
+def test_a_glow_does_not_initialise_itself_among_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    glow = flowkern.Glow((2, 8, 8), levels=2, depth=1, hidden=4)
+    with pytest.raises(RuntimeError, match="this Glow is not initialised, and several processes train"):
+        glow(torch.rand(2, 2, 8, 8))

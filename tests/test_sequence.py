@@ -282,3 +282,39 @@ def test_layers_alone_keep_their_state_s_precision_under_autocast():
         torch.testing.assert_close(flow.inverse(z), x)
     assert z.dtype == torch.float32
     torch.testing.assert_close((z, d), (wanted, logdet))
+
+
+@pytest.mark.parametrize("memory", ["recompute", "checkpoint", "store"])
+def test_functional_call_says_what_it_needs(memory):
+    flow = ReversibleSequence(steps(n=2), memory)
+    others = {name: (p + 0.01).detach().requires_grad_() for name, p in flow.named_parameters()}
+    loss = torch.func.functional_call(flow, others, (batch().requires_grad_(),))[0].square().sum()
+    if memory == "store":
+        loss.backward()
+        assert all(p.grad.norm() > 0 for p in others.values())
+    else:
+        with pytest.raises(RuntimeError, match="parameters are not those of forward, .* needs memory='store'"):
+            loss.backward()
+
+
+def test_log_determinants_of_layers_add_up_in_place():
+    x = torch.randn(3, 4, 2, 2)
+    total = torch.zeros(3)
+    for layer in (ActNorm(4), InvertibleConv1x1(4)):
+        x, logdet = layer(x)
+        logdet += total
+        total = logdet
+        layer.inverse(x, return_logdet=True)[1].mul_(2)
+    assert total.shape == (3,)
+
+
+@pytest.mark.parametrize("layer", [ActNorm(4), StepOfFlow(4, hidden=4)], ids=["ActNorm", "StepOfFlow"])
+def test_nothing_initialises_itself_among_several_processes(layer, monkeypatch):
+    """Each would from its own images, and what DDP then averages are gradients of different models."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    x, layer = torch.randn(8, 4, 4, 4), copy.deepcopy(layer)
+    with pytest.raises(RuntimeError, match="is not initialised, and several processes train: call initialize"):
+        layer(x)
+    layer.initialize(x)
+    layer(x)

@@ -363,7 +363,7 @@ def test_inverse_trains_each_problem_once_and_writes_one_table(
     denoisers = ["denoising-unet", "denoising-glow"] if denoise_steps else []
     assert fits.done == ["prior", *denoisers, "hole-unet", "hole-glow", "cs-unet", "cs-glow"]
     assert names(tmp_path / "run") == {
-        "config.yaml", "checkpoints", "runs", "table.md", "results.json", "reconstructed.png"
+        "config.yaml", "pictures.json", "checkpoints", "runs", "table.md", "results.json", "reconstructed.png"
     }  # fmt: skip
     titles = [row[0] for row in table(tmp_path / "run")]
     one = ["Measured", "Total variation", "Smoothest image", "MAP over z", "Unfolded U-Net", "Unfolded Glow"]

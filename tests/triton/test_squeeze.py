@@ -6,6 +6,7 @@ from helpers import relative, small_glow
 
 from flowkern import backend as backends
 from flowkern import layers, reference
+from flowkern.audit import audit
 
 KERNELS = backends.table(torch.device("cpu"), "triton")
 
@@ -46,3 +47,19 @@ def test_a_glow_squeezes_no_image_on_its_way_forward(memory, monkeypatch):
         value = model.log_prob(x).sum()
         found.append([value.detach(), *torch.autograd.grad(value, [x, *model.parameters()])])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+def test_a_loss_of_the_log_determinant_alone(memory):
+    """The last level has no gradient of its state, which there is a view of the image's blocks."""
+    found = []
+    for backend in ("triton", "reference"):
+        glow = small_glow((1, 4, 4), levels=1, depth=2, hidden=3, dtype=torch.float32, backend=backend, memory=memory)
+        x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        found.append(torch.autograd.grad(glow(x)[1].sum(), [x, *glow.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_the_audit_of_a_glow_on_a_backend_of_single_precision():
+    glow = small_glow((1, 4, 4), levels=1, depth=1, hidden=3, dtype=torch.float32, backend="triton")
+    assert audit(glow, torch.rand(2, 1, 4, 4)).gradient < 1e-4
