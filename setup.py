@@ -52,8 +52,8 @@ class NativeBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         ext.optional = not _cuda_required()
         folders = {output.parent} | ({ROOT / "flowkern"} if self.used_in_place else set())
-        # A failed build must not leave an older extension behind.
-        for stale in (p for f in folders for p in (*f.glob("_C.*"), f / "_build_error.txt")):
+        # A failed build must not leave an older extension behind; one of another Python's is none of its business.
+        for stale in (f / name for f in folders for name in (output.name, "_build_error.txt")):
             stale.unlink(missing_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -117,32 +117,31 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
     except ImportError as error:
         raise CompileError(f"the build needs {error.name}, which is not installed") from error
     ninja = _ninja()
-    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    compiler = _compiler()
     folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     folder.mkdir(parents=True, exist_ok=True)
-    _run([*compiler, "--version"], "the C++ compiler does not run")
-    # OpenMP's runtime is never linked: its symbols come from the one that torch has loaded.
-    # clang's OpenMP calls another runtime than the one that torch's wheels carry.
-    threads = "-fopenmp" if not _is_clang(compiler) and _compiles(compiler, "-fopenmp", "", folder) else ""
-
     # pip's isolated build finds pybind11 in another folder every time: behind a link, as headers of the system, that is
     # no reason to compile anew.
     headers = folder / "headers"
     headers.unlink(missing_ok=True)
     headers.symlink_to(pybind11.get_include())
-    includes = f"-isystem headers -DFLOWKERN_PYBIND11={pybind11.__version__} -I{sysconfig.get_paths()['include']}"
+    python = shlex.quote(sysconfig.get_paths()["include"])
+    includes = f"-isystem headers -DFLOWKERN_PYBIND11={pybind11.__version__} -I{python}"
     version = _run([*compiler, "--version"], "").splitlines()[0]
     macros = {"FLOWKERN_VERSION": VERSION, "FLOWKERN_COMPILER": version}
     macros |= ({"FLOWKERN_CUDA": " ".join(cuda.archs), "FLOWKERN_NVCC": cuda.version} if cuda
                else {"FLOWKERN_NO_CUDA": why_no_cuda})
     about = shlex.join(f"-D{name}={_quoted(value)}" for name, value in macros.items())
     sets = dict(X86) if platform.machine() in ("x86_64", "AMD64") else {}
+    # Older compilers and assemblers know neither of these two, of which the first one is built on the second.
+    if not _compiles(compiler, X86["avx512bf16"], "(void)_mm512_cvtneps_pbh(_mm512_setzero_ps());", folder):
+        sets = {isa: flags for isa, flags in sets.items() if isa not in ("amx", "avx512bf16")}
     if sys.platform != "linux" or not _compiles(compiler, X86["amx"], "_tile_release();", folder):
         sets.pop("amx", None)
-    given = f"{'-DFLOWKERN_X86' if sets else ''} {'-DFLOWKERN_AMX' if 'amx' in sets else ''}"
+    given = " ".join(f"-DFLOWKERN_{name.upper()}" for name in (*(["x86"] if sets else []), *sets))
     units = [(CSRC / "about.cpp", "about", "compile", about),
              (CSRC / "bindings.cpp", "bindings", "compile", f"{includes} {'-DFLOWKERN_BIND_CUDA' if cuda else ''}"),
-             (CSRC / "cpu" / "parallel.cpp", "parallel", "compile", threads),
+             (CSRC / "cpu" / "parallel.cpp", "parallel", "compile", ""),
              (CSRC / "cpu" / "chain.cpp", "chain", "compile", ""),
              (CSRC / "cpu" / "dispatch.cpp", "dispatch", "compile", given)]
     for isa, flags in {"baseline": "", **sets}.items():
@@ -179,6 +178,22 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
         _run([ninja, "-C", str(folder), target], "compiling the extension failed", kind)
 
 
+def _compiler() -> list[str]:
+    """The C++ compiler: CXX, or else the first that runs of the one that built Python, which may be on another machine,
+    and the usual names. Raises CompileError if none runs.
+    """
+    given = os.environ.get("CXX")
+    found = [given] if given else [sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"]
+    candidates = [shlex.split(name) for name in found if name]
+    for compiler in candidates:
+        try:
+            _run([*compiler, "--version"], "the C++ compiler does not run")
+            return compiler
+        except CompileError as error:
+            if compiler is candidates[-1]:
+                raise error
+
+
 def _ninja() -> str:
     """The program: of the Python package, or the system's. Raises CompileError if there is neither."""
     try:
@@ -194,11 +209,6 @@ def _ninja() -> str:
 def _quoted(text: str) -> str:
     """A C string literal."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _is_clang(compiler: list[str]) -> bool:
-    macros = subprocess.run([*compiler, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
-    return "__clang__" in macros.stdout
 
 
 def _compiles(compiler: list[str], flags: str, body: str, folder: Path) -> bool:

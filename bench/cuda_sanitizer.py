@@ -54,6 +54,7 @@ def main() -> None:
                     result = subprocess.run(command, capture_output=True, text=True, timeout=arguments.seconds)
                 except subprocess.TimeoutExpired:
                     print(f"{tool:<10} {part:<13} not finished after {arguments.seconds:.0f} s", flush=True)
+                    found = True
                     continue
                 summary = [line for line in result.stdout.splitlines() if "SUMMARY" in line or "launches" in line]
                 print(f"{tool:<10} {part:<13} exit {result.returncode}: {'; '.join(summary)}", flush=True)

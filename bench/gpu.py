@@ -34,6 +34,7 @@ PARTS = ("steps", "depths", "ops", "compiled", "batches")
 PUBLISHED = {4: 5.1, 8: 7.9, 16: 13.5, 32: 24.9, 48: 36.2}  # GB, normflows' Glow, InvertibleNetworks.jl's measurement
 PRECISIONS = ("bf16", "fp32", "tf32")
 COMPILED = "PyTorch, torch.compile"
+MOST = 4096  # images of the largest batch that is tried
 
 
 def contenders(precision: str) -> dict:
@@ -52,6 +53,7 @@ def contenders(precision: str) -> dict:
         "PyTorch, checkpoint": lambda glow: Reference(glow, dtype, checkpointed=True),
         "flowkern store": ours("store"),
         "flowkern recompute": ours("recompute"),
+        "PyTorch, channels-last weights": lambda glow: Reference(glow, dtype, channels_last=True),
         COMPILED: lambda glow: Compiled(glow, dtype),
     }
 
@@ -163,6 +165,7 @@ def measure_ops(device: Device, trial: bool):
     numbers = 1 << (12 if trial else 27)
     bandwidth = copy_bandwidth(device, numbers)
     yield {"copy GB/s": bandwidth / 1e9}
+    set_precision("fp32")  # the reference's mixes
     here = [name for name in ("cuda", "triton") if flowkern.backends().get(name) is True]
     for name, channels in itertools.product(["reference", *here], (12,) if trial else (12, 24, 48, 96)):
         for op, (arguments, moved) in op_calls(channels, numbers, device.name).items():
@@ -170,10 +173,6 @@ def measure_ops(device: Device, trial: bool):
             seconds = device.graph_seconds([lambda f=function, a=arguments: f(*a)], 1 if trial else 10)
             yield {"op": op, "channels": channels, "backend": name, "us": 1e6 * seconds,
                    "GB/s": moved / seconds / 1e9, "of copy": moved / seconds / bandwidth}  # fmt: skip
-
-
-def model_of(setup: Setup, device: Device) -> flowkern.Glow:
-    return setup.glow().to(device.name)
 
 
 def measure_step(model: nn.Module, x: Tensor, device: Device, repeats: int) -> dict:
@@ -225,7 +224,7 @@ def _steps(device: Device, trial: bool, names: list[str]):
     deep = Setup(levels=2, depth=2, hidden=8, size=16) if trial else Setup(levels=4, depth=32, hidden=512)
     batch = 2 if trial else 64
     setup = replace(deep, batch=batch)
-    glow, x = model_of(deep, device), setup.images().to(device.name)
+    glow, x = deep.glow(device.name), setup.images().to(device.name)
     few = deep.images()[:2].to(device.name)
     truth = gradient_of(Reference(glow).double(), few.double())
     # Two images over and over have the mean gradient of the two, in the shape for which a model has been compiled.
@@ -249,11 +248,11 @@ def measure_depths(device: Device, trial: bool):
     set_precision("fp32")
     for depth in (1, 2) if trial else (4, 8, 16, 32, 48, 64):
         setup = Setup(levels=3, depth=depth, hidden=8 if trial else 256, size=16 if trial else 256, batch=8)
-        x = setup.images().to(device.name)
+        glow, x = setup.glow(device.name), setup.images().to(device.name)
         for name in ("flowkern recompute", "flowkern store", "PyTorch", "PyTorch, checkpoint"):
             row = {"name": name, "depth": depth, "published GB": PUBLISHED.get(depth)}
             try:
-                model = contenders("fp32")[name](model_of(setup, device))
+                model = contenders("fp32")[name](copy.deepcopy(glow))
                 row |= measure_step(model, x, device, 2)
             except torch.OutOfMemoryError:
                 row["unavailable"] = "out of memory"
@@ -264,25 +263,30 @@ def measure_depths(device: Device, trial: bool):
 def measure_batches(device: Device, trial: bool):
     deep = Setup(levels=2, depth=2, hidden=8, size=16) if trial else Setup(levels=4, depth=32, hidden=512)
     total = torch.cuda.get_device_properties(0).total_memory if device.cuda else 1 << 30
-    images = deep.images()
+    glow, images = deep.glow(device.name), deep.images()
     for precision in ("bf16", "fp32"):
         for name, make in contenders(precision).items():
+            if name == COMPILED:  # for every batch anew, which takes minutes
+                continue
             set_precision(precision)
-            model = make(model_of(deep, device))
+            model = make(copy.deepcopy(glow))
             step(model, images[:2].to(device.name))
-            peaks = {}
+            row, peaks, batch = {"name": name, "precision": precision}, {}, 0
             try:
                 for batch in (16, 48):
                     device.reset_peak()
                     step(model, images[:1].to(device.name).expand(batch, -1, -1, -1).contiguous())
                     peaks[batch] = device.peak()
                 per_image = max(1, (peaks[48] - peaks[16]) // 32)
-                batch = min(4096, int(0.93 * (total - peaks[16]) / per_image) + 16) if device.cuda else 16
+                fits = int(0.93 * (total - peaks[16]) / per_image) + 16
+                batch = min(MOST, fits) if device.cuda else 16
                 step(model, images[:1].to(device.name).expand(batch, -1, -1, -1).contiguous())
-                yield {"name": name, "precision": precision, "MiB per image": per_image / 2**20, "batch": batch}
+                row |= {"MiB per image": per_image / 2**20, "batch": batch}
+                row["largest"] = f"at least {batch}" if fits > batch else str(batch)
             except torch.OutOfMemoryError:
-                yield {"name": name, "precision": precision, "unavailable": "the predicted batch did not fit"}
+                row["unavailable"] = f"a batch of {batch} did not fit"
             model = None
+            yield row
 
 
 MEASURES = {"steps": measure_steps, "depths": measure_depths, "ops": measure_ops,
@@ -306,9 +310,10 @@ def options(prog: str, doc: str) -> argparse.ArgumentParser:
 
 
 def device_for(parser: argparse.ArgumentParser, trial: bool) -> Device:
-    """The GPU; a CPU for a trial alone."""
+    """The GPU; a CPU for a trial alone. cuDNN chooses its algorithms by timing them, as in a training run."""
     if not trial and not torch.cuda.is_available():
         parser.error("torch finds no GPU; --trial tries the program on the CPU")
+    torch.backends.cudnn.benchmark = True
     return Device("cuda" if torch.cuda.is_available() else "cpu")
 
 

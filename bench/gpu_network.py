@@ -7,7 +7,8 @@ tf32: microseconds of a forward evaluation that keeps nothing, and of what one s
 - "triton": flowkern.kernels as it chooses, which "auto" uses; "triton separate": the same without the fused kernel;
 - "cudnn": PyTorch's channels-last convolutions; "cudnn relu": those with cuDNN's bias + ReLU.
 
-Beside each the share of the FLOP/s that a large matrix product reaches in the same run, and the error against fp64.
+Beside each the share of the FLOP/s that a large matrix product reaches in the same run, and the error against fp64 of
+what is timed, on all its pixels. A form is correct whose error is at most twice that of "cudnn" at the same precision.
 The largest sizes come first. `--trial` runs everything tiny, on any device, and writes nothing but to `--out`.
 """
 
@@ -90,20 +91,31 @@ class Problem:
         return [lambda i=i: call(form, form.fold(self.parameters, self.dtype), i) for i in range(2)]
 
     def error(self, form) -> float:
-        """Of the gradients and h against PyTorch's in fp64, relative, on this problem's first images."""
+        """Of the gradients and h against PyTorch's in fp64, relative.
+
+        In the sizes that are timed, as kernels and blocks follow from them: two images over and over, whose gradients
+        are those of the two so many times.
+        """
+        copies = len(self.dh) // 2
         wide = [p.double() for p in self.parameters]
-        a, dh = self.states[0][:2, : self.few], self.dh[:2]
-        found = []
-        for fold, trace, vjp, parameters, dtype, state in (
-            (form.fold, form.trace, form.vjp, self.parameters, self.dtype, a),
-            (plain.fold, plain.trace, plain.vjp, wide, torch.float64, a.double()),
-        ):
-            folded = fold(parameters, dtype)
-            h, kept = trace(folded, state, True)
-            da = torch.zeros_like(state, memory_format=torch.channels_last)
-            gradients = vjp(parameters, folded, state, kept, dh.to(dtype), [True] * 9, da)
-            found.append([t.double() for t in (h, da, *gradients)])
-        return largest_error(*found)
+        a, dh = self.states[0][:2], self.dh[:2]
+        many = self._last(a.repeat(copies, 1, 1, 1)), self._last(dh.repeat(copies, 1, 1, 1))
+        h, da, *gradients = self._everything(form, self.parameters, self.dtype, *many)
+        exact = SimpleNamespace(fold=plain.fold, trace=plain.trace, vjp=plain.vjp)
+        truth = self._everything(exact, wide, torch.float64, a.double(), dh.double())
+        first = self._everything(form, self.parameters, self.dtype, *many, keep=False)
+        every = [t.repeat(copies, 1, 1, 1) for t in (truth[0], truth[1], truth[0])]
+        return largest_error([h, da, first, *(g / copies for g in gradients)], [*every, *truth[2:]])
+
+    def _everything(self, form, parameters: list, dtype: torch.dtype, states: Tensor, dh: Tensor, keep: bool = True):
+        """In double precision: h, the gradients of the state's half and the parameters; h alone with keep=False."""
+        folded, a = form.fold(parameters, dtype), states[:, : self.few]
+        h, kept = form.trace(folded, a, keep)
+        if not keep:
+            return h.double()
+        da = torch.zeros_like(states)[:, : self.few]
+        gradients = form.vjp(parameters, folded, a, kept, dh.to(dtype), [True] * 9, da)
+        return [t.double() for t in (h, da, *gradients)]
 
 
 def measure(device: Device, trial: bool):
@@ -118,11 +130,13 @@ def measure(device: Device, trial: bool):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         set_precision(precision)
         problem = Problem(channels, side, hidden, batch, dtype, device)
+        budget = 2 * problem.error(SimpleNamespace(**dict(zip(("fold", "trace", "vjp"), FORMS["cudnn"], strict=True))))
         for name, (fold, trace, vjp) in FORMS.items():
             row = {"form": name, "precision": precision, "hidden": hidden, "batch": batch, "channels": channels}
             form = SimpleNamespace(fold=fold, trace=trace, vjp=vjp)
             try:
                 row["error"] = problem.error(form)
+                row["correct"] = row["error"] <= budget
                 for direction, flops in problem.flops.items():
                     seconds = device.graph_seconds(problem.runs(direction, form), 10)
                     row[f"{direction} us"] = 1e6 * seconds

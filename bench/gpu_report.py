@@ -36,10 +36,11 @@ def by_form(rows: list[dict]) -> list[dict]:
     """One row a network's precision and sizes, with each form's microseconds, forward / backward."""
     found: dict = {}
     for row in rows:
-        if "forward us" in row:
+        if "forward us" in row and "backward us" in row:
             sizes = {name: row[name] for name in ("precision", "hidden", "batch", "channels")}
             entry = found.setdefault(tuple(sizes.values()), sizes)
-            entry[row["form"]] = f"{row['forward us']:.0f} / {row['backward us']:.0f}"
+            times = f"{row['forward us']:.0f} / {row['backward us']:.0f}"
+            entry[row["form"]] = times if row.get("correct", True) else f"wrong by {row['error']:.1e}"
     return list(found.values())
 
 
@@ -64,7 +65,9 @@ def report(figures: dict) -> str:
     if networks := by_form(figures.get("networks", ())):
         parts.append(
             "## Coupling networks\n\nOne step's, forward / what backward does in recompute mode, microseconds, from a "
-            "CUDA graph.\n\"cuDNN + ReLU\" is PyTorch's convolution with bias and ReLU fused.\n\n"
+            "CUDA graph.\n\"cuDNN + ReLU\" is PyTorch's convolution with bias and ReLU fused."
+            + (f" Cut short {told}: what is missing was not measured." if (told := figures.get("networks cut short"))
+               else "") + "\n\n"
             + markdown(networks, {
                 "network": "{precision}", "hidden": "{hidden}", "batch": "{batch}", "C": "{channels}",
                 "PyTorch (cuDNN)": "{cudnn}", "cuDNN + ReLU": "{cudnn_relu}", "Triton": "{triton}",
@@ -85,7 +88,7 @@ def report(figures: dict) -> str:
             }) + "\n"
         )  # fmt: skip
     if figures.get("batches"):
-        columns = {"": "{name}", "network": "{precision}", "MiB an image": "{MiB_per_image:.1f}", "batch": "{batch}"}
+        columns = {"": "{name}", "network": "{precision}", "MiB an image": "{MiB_per_image:.1f}", "batch": "{largest}"}
         parts.append(f"## Largest batch of that model\n\n{markdown(figures['batches'], columns)}\n")
     if figures.get("depths"):
         columns = {"": "{name}", "K": "{depth}", "allocated GB": "{all_GB:.2f}", "published GB": "{published_GB}",
@@ -126,7 +129,8 @@ def main() -> None:
     figures = json.loads(arguments.file.read_text())
     network = arguments.file.with_name(arguments.file.name.replace("gpu-", "network-", 1))
     if network.is_file():
-        figures["networks"] = json.loads(network.read_text())["rows"]
+        found = json.loads(network.read_text())
+        figures["networks"], figures["networks cut short"] = found["rows"], found.get("cut short")
     (arguments.folder / "gpu-figures.md").write_text(report(figures))
     if figures.get("depths"):
         plot(figures, arguments.folder / "gpu-memory.svg")

@@ -48,8 +48,13 @@ def model_table(group: dict) -> str:
                  for key in (("held", "peak") if trains else ("peak",))]
         lines.append([row["name"], row["network"], duration(row["median"], row["quartiles"]),
                       f"{row['per second']:.1f}", verdict(row), f"{row['of peak']:.0%}", *sizes,
-                      f"{row['error']:.1e}"])
+                      error(row)])
     return markdown(head, lines, left=2)
+
+
+def error(row: dict) -> str:
+    """A dash for what was not finite: stored figures have no number for it."""
+    return "–" if row["error"] is None else f"{row['error']:.1e}"
 
 
 def notes(group: dict) -> str:
@@ -89,7 +94,7 @@ def ops_table(figures: dict) -> str:
             name = case["op"] if case["scale"] == "softclamp" else f"{case['op']}, {case['scale']}"
             lines.append([f"`{name}`", str(case["channels"]), f"{case['batch']}·{case['side']}²", row["name"],
                           duration(row["median"]), f"{row['bytes per second'] / 1e9:.0f}", verdict(row),
-                          f"{row['of bound']:.0%}", row["bound by"], f"{row['error']:.1e}",
+                          f"{row['of bound']:.0%}", row["bound by"], error(row),
                           row["form"] if row["rival"] else ""])
     return markdown(head, lines, left=1)
 

@@ -36,7 +36,7 @@ class Setup:
         generator = torch.Generator().manual_seed(self.seed)
         return self.images() + sigma * torch.randn(self.batch, 3, self.size, self.size, generator=generator)
 
-    def glow(self, **options) -> flowkern.Glow:
+    def glow(self, device: str = "cpu", **options) -> flowkern.Glow:
         """An initialised Glow with couplings that do something. options: those of `flowkern.Glow`."""
         torch.manual_seed(self.seed)
         glow = flowkern.Glow((3, self.size, self.size), levels=self.levels, depth=self.depth, hidden=self.hidden,
@@ -51,7 +51,7 @@ class Setup:
                 for step in level.steps:
                     _without_signs(step.conv)
         # After that, so that the states stay of the order of 1, as training keeps them.
-        glow.initialize(self.images())
+        glow.to(device).initialize(self.images().to(device))
         return glow
 
     def channels(self) -> list[int]:

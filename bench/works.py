@@ -33,17 +33,29 @@ class Work:
 
 
 def gradient(model: nn.Module, *arguments, forward: Callable) -> Tensor:
-    """The gradient of a scalar as one vector in double precision, in the order of the model's parameters."""
-    model.zero_grad(set_to_none=True)
-    forward(model, *arguments).backward()
+    """The gradient of a scalar as one vector in double precision, in the order of the model's parameters, and with
+    respect to the arguments that want one.
+    """
+    _backward(model, *arguments, forward=forward)
     parameters = model.flat_parameters() if hasattr(model, "flat_parameters") else list(model.parameters())
-    return torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None])
+    wanted = [*parameters, *_with_gradient(arguments)]
+    return torch.cat([p.grad.double().flatten() for p in wanted if p.grad is not None])
+
+
+def _backward(model: nn.Module, *arguments, forward: Callable) -> None:
+    model.zero_grad(set_to_none=True)
+    for x in _with_gradient(arguments):
+        x.grad = None
+    forward(model, *arguments).backward()
+
+
+def _with_gradient(arguments: tuple) -> list[Tensor]:
+    return [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
 
 
 def _training(forward: Callable, inputs: Callable, flops: Callable, what: str) -> Work:
     def run(model, *arguments):
-        model.zero_grad(set_to_none=True)
-        forward(model, *arguments).backward()
+        _backward(model, *arguments, forward=forward)
 
     return Work(inputs, run, lambda model, *a: gradient(model, *a, forward=forward), flops, what, forward)
 

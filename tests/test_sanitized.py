@@ -37,7 +37,7 @@ def run(command):
 def program(tmp_path_factory):
     folder, compiler = tmp_path_factory.mktemp("sanitized"), shlex.split(sysconfig.get_config_var("CXX") or "c++")
     sets = flags_of_sets()
-    macros = f"{'-DFLOWKERN_X86' if len(sets) > 1 else ''} {'-DFLOWKERN_AMX' if 'amx' in sets else ''}"
+    macros = " ".join(f"-DFLOWKERN_{name.upper()}" for name in ("x86", *sets) if len(sets) > 1)
     jobs = [("tests/sanitized.cpp", "main", ""), ("csrc/cpu/parallel.cpp", "parallel", ""),
             ("csrc/cpu/chain.cpp", "chain", ""), ("csrc/cpu/dispatch.cpp", "dispatch", macros)]
     jobs += [(f"csrc/cpu/{unit}.cpp", f"{unit}.{isa}", f"-DFLOWKERN_ISA={isa} {flags}")

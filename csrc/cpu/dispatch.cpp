@@ -34,9 +34,11 @@ DECLARE(baseline)
 #ifdef FLOWKERN_X86
 DECLARE(avx2)
 DECLARE(avx512)
-DECLARE(avx512bf16)
 DECLARE_NETWORK(avx2)
 DECLARE_NETWORK(avx512)
+#endif
+#ifdef FLOWKERN_AVX512BF16
+DECLARE(avx512bf16)
 DECLARE_NETWORK(avx512bf16)
 #endif
 #ifdef FLOWKERN_AMX
@@ -49,7 +51,10 @@ namespace {
 #ifdef FLOWKERN_X86
 #define NETWORK(isa, bf16) {bf16, isa::network_packed_size, isa::network_fold, isa::network_trace, isa::network_vjp}
 
-const NetworkLoops wide[] = {NETWORK(avx512bf16, true), NETWORK(avx512, false), NETWORK(avx2, false)};
+const NetworkLoops wide[] = {NETWORK(avx512, false), NETWORK(avx2, false)};
+#ifdef FLOWKERN_AVX512BF16
+const NetworkLoops wide_bf16 = NETWORK(avx512bf16, true);
+#endif
 #ifdef FLOWKERN_AMX
 const NetworkLoops tiled = NETWORK(amx, true);
 #endif
@@ -58,7 +63,9 @@ bool has_avx512() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq");
 }
+#ifdef FLOWKERN_AVX512BF16
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 #endif
 
 #ifdef FLOWKERN_AMX
@@ -77,10 +84,12 @@ const InstructionSet sets[] = {
 #ifdef FLOWKERN_AMX
     ENTRY("amx", avx512bf16, has_amx(), &tiled),  // tiles are for the network's products
 #endif
+#ifdef FLOWKERN_AVX512BF16
+    ENTRY("avx512bf16", avx512bf16, has_avx512bf16(), &wide_bf16),
+#endif
 #ifdef FLOWKERN_X86
-    ENTRY("avx512bf16", avx512bf16, has_avx512bf16(), &wide[0]),
-    ENTRY("avx512", avx512, has_avx512(), &wide[1]),
-    ENTRY("avx2", avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &wide[2]),
+    ENTRY("avx512", avx512, has_avx512(), &wide[0]),
+    ENTRY("avx2", avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &wide[1]),
 #endif
     ENTRY("baseline", baseline, true, nullptr),
 };

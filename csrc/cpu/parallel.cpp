@@ -6,18 +6,46 @@
 
 namespace flowkern {
 
-#ifdef _OPENMP
-// Weak, so that a process without a runtime can load this module and be told what is missing. Nothing but this symbol
-// is taken from the runtime, and no runtime is linked: torch has loaded one, and two would fight over the cores.
-#pragma weak GOMP_parallel
-extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+#ifdef __linux__
+// A team of threads from OpenMP's runtime, called by its name: what a pragma would compile to with gcc, and with clang, whose
+// own OpenMP calls another runtime than the one that torch's wheels carry. Weak, so that a process without a runtime can
+// load this module and be told what is missing. Nothing but this symbol is taken from the runtime, and no runtime is
+// linked: torch has loaded one, and two would fight over the cores.
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
 
 bool openmp_built() { return true; }
 bool openmp_loaded() { return &GOMP_parallel != nullptr; }
 #else
 bool openmp_built() { return false; }
 bool openmp_loaded() { return false; }
+void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) {}
 #endif
+
+namespace {
+
+// What the threads of a team share. Ranges are handed out by a counter, so that a team smaller than requested still covers
+// all of them.
+struct Team {
+    int64_t items, ranges;
+    void (*body)(const void*, int64_t, int64_t);
+    const void* context;
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;
+
+    static void work(void* self) {
+        Team& team = *static_cast<Team*>(self);
+        for (int64_t i; (i = team.next++) < team.ranges;) {
+            try {
+                team.body(team.context, team.items * i / team.ranges, team.items * (i + 1) / team.ranges);
+            } catch (...) {
+                if (!team.failed.exchange(true)) team.failure = std::current_exception();
+            }
+        }
+    }
+};
+
+}  // namespace
 
 void parallel_ranges(int threads, int64_t items, void (*body)(const void*, int64_t, int64_t), const void* context) {
     int64_t ranges = threads < items ? threads : items;
@@ -25,21 +53,9 @@ void parallel_ranges(int threads, int64_t items, void (*body)(const void*, int64
         if (items > 0) body(context, 0, items);
         return;
     }
-    // Ranges are handed out by a counter, so that a team smaller than requested still covers all of them.
-    std::atomic<int64_t> next{0};
-    std::exception_ptr failure;
-    std::atomic<bool> failed{false};
-#pragma omp parallel num_threads(int(ranges))
-    {
-        for (int64_t i; (i = next++) < ranges;) {
-            try {
-                body(context, items * i / ranges, items * (i + 1) / ranges);
-            } catch (...) {
-                if (!failed.exchange(true)) failure = std::current_exception();
-            }
-        }
-    }
-    if (failure) std::rethrow_exception(failure);
+    Team team{items, ranges, body, context};
+    GOMP_parallel(Team::work, &team, unsigned(ranges), 0);
+    if (team.failure) std::rethrow_exception(team.failure);
 }
 
 namespace {
