@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def build_config() -> dict:
 
 def _why_not_built() -> str | None:
     folder = os.path.dirname(__file__)
-    if any(name.startswith("_C.") for name in os.listdir(folder)):
+    if any(os.path.exists(os.path.join(folder, f"_C{suffix}")) for suffix in EXTENSION_SUFFIXES):
         return None
     reason = os.path.join(folder, "_build_error.txt")
     if os.path.exists(reason):
