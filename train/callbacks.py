@@ -1,6 +1,7 @@
 """What a stage reports while it trains: the progress bar, the rows of metrics.csv, speed and peak memory."""
 
 import csv
+import os
 import resource
 import sys
 import time
@@ -48,8 +49,24 @@ class ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description(f"{stage.name}, epoch {trainer.current_epoch}")
 
 
+class _Nowhere:
+    """A writer that takes everything and writes nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *arguments, **options: None
+
+
 class Events(TensorBoardLogger):
     """Event files, without which training goes on where they can't be written, as on a full disk."""
+
+    @property
+    def experiment(self):
+        """The writer; where its file can't be opened, one that does nothing, until the next try."""
+        try:
+            return super().experiment
+        except OSError as error:
+            self._told(error)
+            return _Nowhere()
 
     def log_metrics(self, metrics: dict, step: int | None = None) -> None:
         try:
@@ -57,9 +74,10 @@ class Events(TensorBoardLogger):
         except (OSError, ValueError) as error:  # Lightning makes a ValueError of whatever the writer raises
             self._told(error)
 
-    def save(self) -> None:
+    def finalize(self, status: str) -> None:
+        """The writer's thread may have failed long before, and says so now."""
         try:
-            super().save()
+            super().finalize(status)
         except OSError as error:
             self._told(error)
 
@@ -137,10 +155,12 @@ class Recorder(L.Callback):
         }
         if not trainer.is_global_zero:
             return
+        before = self.path.stat().st_size
         try:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, COLUMNS).writerow(row)
         except OSError as error:
+            os.truncate(self.path, before)  # half a row, to which the next one would be appended
             warnings.warn(f"{self.path.name} lacks epoch {row['epoch']} ({error}); training goes on", stacklevel=2)
         if self.echo:
             print(line(row), flush=True)

@@ -38,7 +38,7 @@ class SafeCheckpoints(TorchCheckpointIO):
             warnings.warn(f"{path.name} could not be written ({error}); training goes on without it", stacklevel=2)
 
 
-class Checkpoint(ModelCheckpoint):
+class _Movable:
     """Finds its files also in a folder that was moved or renamed since: Lightning remembers absolute paths."""
 
     def load_state_dict(self, state: dict) -> None:
@@ -50,7 +50,16 @@ class Checkpoint(ModelCheckpoint):
         super().load_state_dict(state | paths | {"dirpath": self.dirpath, "best_k_models": kept})
 
 
-class StepCheckpoint(Checkpoint):
+class Checkpoint(_Movable, ModelCheckpoint):
+    """Saves after an epoch, in a folder that may be moved."""
+
+    @property
+    def state_key(self) -> str:
+        """As Lightning's own, under which earlier versions of this code saved its state."""
+        return super().state_key.replace("Checkpoint{", "ModelCheckpoint{", 1)
+
+
+class StepCheckpoint(_Movable, ModelCheckpoint):
     """Saves within epochs. Not after an epoch's last step: its validation comes first, and then the epoch's own state.
 
     A state from before that validation would be continued without it. Nor between the parts of a batch, whose gradients
@@ -68,6 +77,11 @@ def previous(state: Path) -> Path:
     return state.with_name(state.name.replace(STATE, "-previous.ckpt"))
 
 
+def torn(state: Path) -> Path:
+    """Where a training state is put that could not be read."""
+    return state.with_name(state.name + ".torn")
+
+
 def newest(state: Path) -> Path | None:
     """The newest training state that can be read: `state`, else its predecessor; None where there is neither.
 
@@ -81,7 +95,8 @@ def newest(state: Path) -> Path | None:
             continue
         if path != state:
             warnings.warn(f"{state.name} is missing or torn; continuing from {path.name}", stacklevel=2)
-            state.unlink(missing_ok=True)  # the next one would take its predecessor's place with it
+            if state.exists():
+                state.replace(torn(state))  # as the next one's predecessor it would take the good one's place
         return path
     if found:
         raise ValueError(
@@ -92,5 +107,5 @@ def newest(state: Path) -> Path | None:
 
 def discard(state: Path) -> None:
     """Remove a training state, its predecessor and what an interrupted write may have left."""
-    for path in (state, previous(state), state.with_name(state.name + ".partial")):
+    for path in (state, previous(state), torn(state), state.with_name(state.name + ".partial")):
         path.unlink(missing_ok=True)

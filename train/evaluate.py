@@ -59,8 +59,9 @@ def prepare(runs: list[str], settings: Settings):
     target = folder.fresh(settings.out, "evaluate")
     images = data.prepare(base, splits=("val", "test"))
     if settings.data is None:
+        held_out = {split: images.pictures.listing[split] for split in ("val", "test")}
         for _, where in found:
-            folder.check_pictures(where, images.pictures.listing, "say with --data which to evaluate on")
+            folder.check_pictures(where, held_out, "say with --data which to evaluate on")
     networks = [run.load_network(config, where) for config, where in found]
     folder.claim(target)
 

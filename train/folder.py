@@ -152,7 +152,8 @@ def create(folder: Folder, config: Config, pictures: dict[str, str]) -> None:
 
     Raises FileExistsError if another process has it, ValueError for a run that was started with other pictures.
     """
-    check_pictures(folder, pictures, "put them back as they were, or pass another --out")
+    if folder.config.is_file():
+        check_pictures(folder, pictures, "put them back as they were, or pass another --out")
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     claim(folder)
     if not folder.config.is_file():
@@ -170,14 +171,13 @@ def claim(folder: Folder) -> None:
 
 
 def check_pictures(folder: Folder, pictures: dict[str, str], advice: str) -> None:
-    """Raise ValueError in one sentence if a run was started with other files than `pictures` lists: what it trained on
-    could be among what it is tested on, as pictures without splits are divided by their number.
+    """Raise ValueError in one sentence if a run was started with other files in these splits than `pictures` lists:
+    what it trained on could be among what it is tested on, as pictures without splits are divided by their number.
     """
     if not folder.pictures.is_file():  # a run of before this was written down
         return
     before = json.loads(folder.pictures.read_text())
-    changed = [f"{split} {was} then, {pictures.get(split)} now" for split, was in before.items()
-               if pictures.get(split) != was]  # fmt: skip
+    changed = [f"{s} {before.get(s)} then, {now} now" for s, now in pictures.items() if before.get(s) != now]
     if changed:
         raise ValueError(f"{folder.path} was started with other pictures ({'; '.join(changed)}): {advice}")
 

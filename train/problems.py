@@ -29,7 +29,8 @@ def report_runs(campaign, problems: dict[str, dict], runs: dict[str, list[Run]],
         )
     header, rows = table(found)
     title = f"PSNR in dB (SSIM), {next(iter(found.values())).images} test images; gains: mean ± standard error."
-    notes = PROTOCOL | MEASURED | {"data": campaign.images.describe()} | protocol(found)
+    of_all = {"data": campaign.images.describe(), "images": report.images(next(iter(found.values())))}
+    notes = PROTOCOL | MEASURED | of_all | protocol(found)
     shown = [(problem, e, max(e.sigmas), image) for problem, e in found.items() for image in range(len(e.clean))]
     figures.panels(folder.reconstructed, shown)
     folder.table.write_text(report.markdown(title, header, rows, notes))

@@ -60,11 +60,14 @@ def title(found: Evaluation) -> str:
 def protocol(found: Evaluation) -> dict[str, str]:
     """What every number was measured as, by name."""
     own = {s.method.title: s.method.protocol for s in found.scores.values() if s.method.protocol}
-    tiles = "" if found.sources is None else (
-        f", tiles of {found.sources} pictures: standard errors are over tiles, and say little about other pictures"
-    )  # fmt: skip
-    measured = {"images": f"{found.images} test images{tiles}", "measured of them": found.measurement.describe()}
+    measured = {"images": images(found), "measured of them": found.measurement.describe()}
     return PROTOCOL | ({} if found.measurement.is_identity else MEASURED) | measured | own
+
+
+def images(found: Evaluation) -> str:
+    """How many test images there are, and of how many pictures."""
+    tiles = f", tiles of {found.sources} pictures: standard errors are over tiles, and say little about other pictures"
+    return f"{found.images} test images{'' if found.sources is None else tiles}"
 
 
 def markdown(title: str, header: list[str], rows: list[list[str]], notes: dict[str, str]) -> str:

@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from flowkern import Glow, GlowProx, ResNetProx, UNetProx, Unfolded, backends
+from flowkern import Glow, GlowProx, ResNetProx, UNetProx, Unfolded
+from flowkern.backend import resolve
 from train import baselines, checkpoints, data, evaluation, figures, likelihood, ranks, report
 from train import config as configuration
 from train import folder as folders
@@ -184,10 +185,18 @@ def compare(
 
 def load_network(config: Config, folder: Folder) -> Unfolded:
     """The trained network of a run. Raises FileNotFoundError or ValueError as `Unfolded.from_pretrained`."""
-    options = config.execution() if config.prox == "glow" else {}
-    if options and backends().get(config.backend) is not True:
-        options["backend"] = "auto"  # trained on another machine
+    options = _execution_here(config) if config.prox == "glow" else {}
     return Unfolded.from_pretrained(folder.model("unfolded"), **options)
+
+
+def _execution_here(config: Config) -> dict:
+    """How the flow of a trained run is evaluated: as it was trained, unless that was on a machine of another kind."""
+    options = config.execution()
+    try:
+        resolve(evaluation.device(), config.backend)
+    except RuntimeError:
+        options["backend"] = "auto"
+    return options
 
 
 def method_of(config: Config, folder: Folder, net: Unfolded) -> Method:
@@ -246,7 +255,7 @@ def references(config: Config, folder: Folder) -> list[Method]:
         elif name == "denoiser":
             made = baselines.reference_denoiser()
         else:
-            prior = Glow.from_pretrained(folder.model("prior"), **config.execution())
+            prior = Glow.from_pretrained(folder.model("prior"), **_execution_here(config))
             made = baselines.MapPrior(prior.to(evaluation.device()))
         found.append(Method(made.key, made.title, made, made.protocol, made.tune))
     return found
