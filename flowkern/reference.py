@@ -45,7 +45,8 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
 
     x (N, C, H, W), matrix (C, C), offset (C,) -> (N, C, H, W).
     """
-    if torch.is_autocast_enabled(x.device.type):  # which would lower the state's precision
+    # Autocast, which meta tensors know nothing of, would lower the state's precision.
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return channel_mix(x, matrix, offset, inverse)
     pixels = x.permute(0, 2, 3, 1)
