@@ -44,10 +44,10 @@ def separate_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]
 
 
 FORMS = {
-    "triton": (kernels.network_fold, kernels.network_trace, kernels.network_vjp),
-    "triton separate": (kernels.network_fold, separate_trace, kernels.network_vjp),
-    "cudnn": (plain.fold, plain.trace, plain.vjp),
-    "cudnn relu": (plain.fold, cudnn_relu_trace, plain.vjp),
+    "triton": SimpleNamespace(fold=kernels.network_fold, trace=kernels.network_trace, vjp=kernels.network_vjp),
+    "triton separate": SimpleNamespace(fold=kernels.network_fold, trace=separate_trace, vjp=kernels.network_vjp),
+    "cudnn": SimpleNamespace(fold=plain.fold, trace=plain.trace, vjp=plain.vjp),
+    "cudnn relu": SimpleNamespace(fold=plain.fold, trace=cudnn_relu_trace, vjp=plain.vjp),
 }
 
 
@@ -101,8 +101,7 @@ class Problem:
         a, dh = self.states[0][:2], self.dh[:2]
         many = self._last(a.repeat(copies, 1, 1, 1)), self._last(dh.repeat(copies, 1, 1, 1))
         h, da, *gradients = self._everything(form, self.parameters, self.dtype, *many)
-        exact = SimpleNamespace(fold=plain.fold, trace=plain.trace, vjp=plain.vjp)
-        truth = self._everything(exact, wide, torch.float64, a.double(), dh.double())
+        truth = self._everything(FORMS["cudnn"], wide, torch.float64, a.double(), dh.double())
         first = self._everything(form, self.parameters, self.dtype, *many, keep=False)
         every = [t.repeat(copies, 1, 1, 1) for t in (truth[0], truth[1], truth[0])]
         return largest_error([h, da, first, *(g / copies for g in gradients)], [*every, *truth[2:]])
@@ -130,10 +129,9 @@ def measure(device: Device, trial: bool):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         set_precision(precision)
         problem = Problem(channels, side, hidden, batch, dtype, device)
-        budget = 2 * problem.error(SimpleNamespace(**dict(zip(("fold", "trace", "vjp"), FORMS["cudnn"], strict=True))))
-        for name, (fold, trace, vjp) in FORMS.items():
+        budget = 2 * problem.error(FORMS["cudnn"])
+        for name, form in FORMS.items():
             row = {"form": name, "precision": precision, "hidden": hidden, "batch": batch, "channels": channels}
-            form = SimpleNamespace(fold=fold, trace=trace, vjp=vjp)
             try:
                 row["error"] = problem.error(form)
                 row["correct"] = row["error"] <= budget

@@ -31,8 +31,6 @@ def check_alone(what: str) -> None:
         )
 
 
-
-
 class ActNorm(nn.Module):
     """exp(log_scale) (x + bias) per channel, initialised from data to zero mean and unit variance (section 3.1).
 
@@ -322,10 +320,14 @@ def _plain_mixes(steps):
 def _check_plain(
     device: torch.device, by_reference: bool, memory: str = "recompute", backend: str = "auto", **_
 ) -> None:
+    if not by_reference:
+        if memory != "store":
+            raise RuntimeError(
+                f"torch.func.grad wants memory='store' with networks of one's own, got memory={memory!r}"
+            )
+        return
     name = backends.resolve(device, backend)
-    if memory != "store" and not by_reference:
-        raise RuntimeError(f"torch.func.grad wants memory='store' with networks of one's own, got memory={memory!r}")
-    if by_reference and (memory != "store" or name != "reference"):
+    if memory != "store" or name != "reference":
         raise RuntimeError(
             "vmap and forward-mode differentiation want memory='store' and backend='reference', got "
             f"memory={memory!r} and backend={name!r}"

@@ -171,7 +171,6 @@ class LocalNets:
         self.context = None if context is None else context.detach()
         self.needs_context = context is not None and context.requires_grad
         self.dcontext: Tensor | None = None
-        self.parameter_lists = [list(m.parameters()) for m in modules]
         self.replays = [Replay(m, device) for m in modules]
 
     def forward(self, k: int, a: Tensor) -> Tensor:
@@ -191,7 +190,7 @@ class LocalNets:
     def check_parameters(self, *steps: int) -> None:
         """Raise RuntimeError if the parameters of these networks (of none: of all) are not those of forward."""
         for k in steps or range(len(self.modules)):
-            if any(p is not q for p, q in zip(self.modules[k].parameters(), self.parameter_lists[k], strict=True)):
+            if not self.replays[k].has_its_parameters():
                 raise RuntimeError(
                     "the coupling networks' parameters are not those of forward, as after torch.func.functional_call; "
                     "with networks of one's own, or a context, that needs memory='store', and has no second derivative"
@@ -208,7 +207,7 @@ class LocalNets:
     def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool], da: Tensor):
         """The parameters' gradients; that of a is added to `da`."""
         h, *inputs = kept
-        wanted = [p for p, needed in zip(self.parameter_lists[k], need, strict=True) if needed]
+        wanted = [p for p, needed in zip(self.replays[k].parameters, need, strict=True) if needed]
         # The graph is retained because in store mode the caller may run backward twice; it dies with `kept`.
         found = torch.autograd.grad(h, [*inputs, *wanted], dh, retain_graph=True, allow_unused=True)
         if found[0] is not None:
@@ -223,4 +222,4 @@ class LocalNets:
         return [next(own) if needed else None for needed in need]
 
     def count(self, k: int) -> int:
-        return len(self.parameter_lists[k])
+        return len(self.replays[k].parameters)

@@ -24,9 +24,14 @@ class Replay:
 
     def __init__(self, module: nn.Module, device: torch.device):
         self._module, self._device = module, device
+        self.parameters = list(module.parameters())
         self._ran = False
         self._states: list[Tensor] | None = None
         self._buffers: list[tuple[nn.Module, str, Tensor]] = []
+
+    def has_its_parameters(self) -> bool:
+        """Whether the module's parameters are still those that it had when this was made."""
+        return all(p is q for p, q in zip(self._module.parameters(), self.parameters, strict=True))
 
     @contextlib.contextmanager
     def recorded(self):

@@ -75,11 +75,6 @@ class _Step:
     def __init__(self, module: nn.Module, device: torch.device, reverse: bool, want_logdet: bool):
         self.module, self.reverse, self.want_logdet = module, reverse, want_logdet
         self.replay = Replay(module, device)
-        self._parameters = list(module.parameters())
-
-    def has_its_parameters(self) -> bool:
-        """Whether the step has the parameters with which it was made."""
-        return all(p is q for p, q in zip(self.module.parameters(), self._parameters, strict=True))
 
     def first(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Output and logdet, as it runs for the first time."""
@@ -135,7 +130,7 @@ class _Sequence(Function):
                 f"a second derivative was asked for (create_graph=True) in memory={ctx.memory!r}, which keeps no graph "
                 "to differentiate; use memory='store'"
             )
-        if not all(step.has_its_parameters() for step in ctx.order):
+        if not all(step.replay.has_its_parameters() for step in ctx.order):
             raise RuntimeError(
                 "the steps' parameters are not those of forward, as after torch.func.functional_call; that needs "
                 "memory='store'"
