@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from flowkern import saving
 from flowkern.consistency import exact_step, gradient_step
 from flowkern.layout import in_order_of
-from flowkern.operators import Identity, Operator, smoothest
+from flowkern.operators import Identity, Operator, least_variation, smoothest
 from flowkern.operators import from_config as operator_from_config
 from flowkern.operators.base import check_operator
 from flowkern.prox import PROXES, inverse_softplus
 
-INITS = ("mode", "adjoint", "smooth")
+INITS = ("mode", "adjoint", "smooth", "tv")
 FINALS = ("prox", "consistency")
 CONSISTENCIES = ("gradient", "exact")
 
@@ -37,8 +37,9 @@ class Unfolded(nn.Module):
     init: where x starts: "mode", the prior's most likely image g(0) through fold 1's flow, computed once per batch;
         "adjoint", A^T y, which is dim or empty where A averages or loses pixels (divided by factor^2 behind
         `Downsample`, black in the holes of `Inpainting`); "smooth", the smoothest image that fits y
-        (`flowkern.operators.smoothest`), for incomplete measurements with little noise; or a function of y. Default:
-        "mode" where the prox has one, else "adjoint".
+        (`flowkern.operators.smoothest`), for incomplete measurements with little noise; "tv", the one of least total
+        variation (`flowkern.operators.least_variation`), which keeps edges; or a function of y. Default: "mode" where
+        the prox has one, else "adjoint".
     final: "prox" ends with the last fold's prox; "consistency" is equation 11 as printed, g(f(x~)) = x~: the last
         fold ends after its data consistency, and its prox, which would cancel, is not run. A plain attribute: it may be
         changed after training.
@@ -106,7 +107,7 @@ class Unfolded(nn.Module):
         has_mode = hasattr(self.proxes[0], "mode")
         self.init = ("mode" if has_mode else "adjoint") if init is None else init
         if self.init not in INITS and not callable(self.init):
-            raise ValueError(f"init must be 'mode', 'adjoint', 'smooth' or a function of y, got {init!r}")
+            raise ValueError(f"init must be 'mode', 'adjoint', 'smooth', 'tv' or a function of y, got {init!r}")
         if self.init == "mode" and not has_mode:
             raise ValueError(
                 f"init='mode' needs a prox with a most likely image; {type(self.proxes[0]).__name__} has none"
@@ -277,6 +278,8 @@ class Unfolded(nn.Module):
             return operator.adjoint(y)
         if self.init == "smooth":
             return smoothest(operator, y)
+        if self.init == "tv":
+            return least_variation(operator, y)
         if self.init == "mode":
             like = operator.adjoint(y)
             return self.proxes[0].mode(like).expand_as(like) if len(like) else like

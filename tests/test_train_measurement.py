@@ -185,11 +185,12 @@ def test_total_variation_is_tuned_for_the_measurement():
     assert (psnr(method(y, 0.05, weight, operator=operator), x) > psnr(y, x) + 5).all()
 
 
-def test_the_smoothest_image_is_tuned_for_the_noise():
+@pytest.mark.parametrize("kind", [variational.Smoothest, variational.LeastVariation])
+def test_what_fits_the_measurement_is_tuned_for_the_noise(kind):
     torch.manual_seed(0)
     x = torch.nn.functional.interpolate(torch.rand(3, 3, 4, 4), (16, 16), mode="bilinear")
     operator = Inpainting((torch.rand(3, 1, 16, 16) < 0.5).float())
-    method, weights = variational.Smoothest(), []
+    method, weights = kind(), []
     for sigma in (0.02, 0.2):
         y = operator.forward(x + sigma * torch.randn_like(x))
         weights.append(method.tune(x, y, sigma, operator=operator))

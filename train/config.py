@@ -83,11 +83,12 @@ class Config(MeasurementSettings):
     final: Literal["prox", "consistency"] = setting(
         "unfolded", "prox", "What the last fold ends with; 'consistency' is the paper's equation 11 as printed."
     )
-    init: Literal["mode", "adjoint", "smooth"] | None = setting(
+    init: Literal["mode", "adjoint", "smooth", "tv"] | None = setting(
         "unfolded",
         None,
-        "Where the iteration starts: the flow's most likely image, the noisy image (of another measurement A^T y), or "
-        "the smoothest image that fits the measurement (default: mode for a Glow, adjoint for the others).",
+        "Where the iteration starts: the flow's most likely image, the noisy image (of another measurement A^T y), "
+        "the smoothest image or that of least total variation that fits the measurement (default: mode for a "
+        "Glow, adjoint for the others).",
     )
     consistency: Literal["gradient", "exact"] = setting(
         "unfolded",
@@ -187,12 +188,12 @@ class Config(MeasurementSettings):
     tensorboard: bool = setting("training", True, "Write event files for TensorBoard into the run's folder.")
     seed: int = setting("training", 0, "Seed of weights, crops, flips and noise.")
 
-    references: list[Literal["tv", "smooth", "denoiser", "map"]] = setting(
+    references: list[Literal["tv", "vtv", "smooth", "denoiser", "map"]] = setting(
         "evaluation",
         ("tv",),
-        "Methods to compare with: total variation; the smoothest image that fits the measurement; BM3D where "
-        "installed, else non-local means, for denoising alone; the MAP estimate in the latent space of the pre-trained "
-        "Glow.",
+        "Methods to compare with: total variation of each channel; of all together; the smoothest image that fits the "
+        "measurement; BM3D where installed, else non-local means, for denoising alone; the MAP estimate in the latent "
+        "space of the pre-trained Glow.",
     )
     eval_sigmas: list[float] = setting("evaluation", (0.10, 0.15, 0.20, 0.25), "Noise levels to evaluate at.")
     figure_images: int = setting("evaluation", 4, "Test images shown in the figure.")

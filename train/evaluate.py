@@ -25,12 +25,12 @@ class Settings(MeasurementSettings):
     eval_size: int | None = setting("evaluation", None, "Side of the test images (default: as the runs).")
     val_images: int | None = setting("evaluation", None, "Images to tune references on (default: as the runs).")
     test_images: int | None = setting("evaluation", None, "Test images (default: as the runs).")
-    references: list[Literal["tv", "smooth", "denoiser", "map"]] | None = setting(
+    references: list[Literal["tv", "vtv", "smooth", "denoiser", "map"]] | None = setting(
         "evaluation",
         None,
-        "Methods to compare with: total variation; the smoothest image that fits the measurement; BM3D where "
-        "installed, else non-local means, for denoising alone; the MAP estimate in the latent space of the first "
-        "Glow's prior (default: tv, and denoiser for denoising).",
+        "Methods to compare with: total variation of each channel; of all together; the smoothest image that fits the "
+        "measurement; BM3D where installed, else non-local means, for denoising alone; the MAP estimate in the latent "
+        "space of the first Glow's prior (default: tv, and denoiser for denoising).",
     )
     eval_sigmas: list[float] | None = setting("evaluation", None, "Noise levels (default: those of the first run).")
     figure_images: int = setting("evaluation", 4, "Test images shown in the figure.")

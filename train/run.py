@@ -25,7 +25,7 @@ from train.folder import Folder
 from train.images import Pictures
 from train.memory import peak_mib
 from train.stages import PriorStage, UnfoldedStage
-from train.variational import MeasuredTotalVariation, Smoothest
+from train.variational import LeastVariation, MeasuredTotalVariation, Smoothest
 
 T = TypeVar("T")
 TITLES = {"glow": "Unfolded Glow", "resnet": "Unfolded ResNet", "unet": "Unfolded U-Net"}
@@ -252,6 +252,8 @@ def references(config: Config, folder: Folder) -> list[Method]:
             made = baselines.TotalVariation() if config.measurement.is_identity else MeasuredTotalVariation()
         elif name == "smooth":
             made = Smoothest()
+        elif name == "vtv":
+            made = LeastVariation()
         elif name == "denoiser":
             made = baselines.reference_denoiser()
         else:

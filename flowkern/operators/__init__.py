@@ -11,9 +11,9 @@ from flowkern.operators.compose import Compose
 from flowkern.operators.downsample import Downsample
 from flowkern.operators.pointwise import Identity, Inpainting
 from flowkern.operators.projection import RandomProjection
-from flowkern.operators.smooth import smoothest
+from flowkern.operators.smooth import least_variation, smoothest
 
 OPERATORS.update({kind.__name__: kind for kind in (Identity, Inpainting, Blur, Downsample, RandomProjection, Compose)})
 
 __all__ = ["OPERATORS", "Blur", "Compose", "Downsample", "Identity", "Inpainting", "Operator", "RandomProjection",
-           "exact_consistency", "from_config", "gaussian_kernel", "smoothest"]
+           "exact_consistency", "from_config", "gaussian_kernel", "least_variation", "smoothest"]
