@@ -1,8 +1,11 @@
 # Each target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
 PYTHON ?= python3
+# How many tests run at once, a thread each.
+JOBS ?= 2
 BENCH_SECONDS ?= 200
 NETWORK_SECONDS ?= 80
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
@@ -18,7 +21,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 unit: .venv/ready
-	$(BIN)/python -m pytest tests -q --durations=15 --ignore=tests/triton --ignore=tests/cuda --ignore=tests/gpu
+	$(PYTEST) tests --durations=15 --ignore=tests/triton --ignore=tests/cuda --ignore=tests/gpu
 
 # The Triton kernels without a GPU: interpreted on CPU tensors, and beside that compiled for GPUs that are not there.
 triton: .venv/ready
@@ -35,7 +38,7 @@ triton-report: .venv/ready
 
 # The CUDA kernels without a GPU: run on the CPU by an emulation, under sanitizers too, and what nvcc made of them.
 cuda: .venv/ready
-	$(BIN)/python -m pytest tests/cuda -q --durations=10
+	$(PYTEST) tests/cuda --durations=10
 
 cuda-report: .venv/ready
 	$(BIN)/python -m bench.cuda_resources --write

@@ -256,8 +256,8 @@ setup(
         "train": ["lightning>=2.6", "jsonargparse[signatures]>=4.32", "torchmetrics>=1.4", "scikit-image>=0.23",
                   "matplotlib>=3.8", "pillow>=10", "imagecodecs>=2025.3.30", "tifffile>=2024.8.30", "rich>=13",
                   "tensorboard", "filelock", "scipy"],
-        "test": ["pytest>=8", "pytest-benchmark>=4", "ruff", "zuko", "scikit-learn", "onnx", "onnxscript",
-                 "huggingface_hub"],
+        "test": ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "ruff", "zuko", "scikit-learn", "onnx",
+                 "onnxscript", "huggingface_hub"],
         # Not the rivals, which go in with --no-deps (see Makefile): memcnn would bring torchvision, and with it another
         # torch. tqdm and scipy are what they import.
         "bench": ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8", "tqdm", "scipy"],

@@ -426,7 +426,7 @@ def aware(prox, sigma):
         (
             lambda p: flowkern.Unfolded(p, init="zero"),
             ValueError,
-            "init must be 'mode', 'adjoint', 'smooth' or a function of y, got 'zero'",
+            "init must be 'mode', 'adjoint', 'smooth', 'tv' or a function of y, got 'zero'",
         ),
         (lambda p: flowkern.Unfolded(p, final="z"), ValueError, "final must be 'prox' or 'consistency', got 'z'"),
         (lambda p: flowkern.Unfolded(p, mu=math.nan), ValueError, "mu must be a finite number, got nan"),
