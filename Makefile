@@ -5,7 +5,7 @@ JOBS ?= 2
 BENCH_SECONDS ?= 200
 NETWORK_SECONDS ?= 80
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install -c constraints.txt
 INSTALLED_FROM := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
@@ -21,7 +21,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 
 unit: .venv/ready
-	$(PYTEST) tests --durations=15 --ignore=tests/triton --ignore=tests/cuda --ignore=tests/gpu
+	$(PYTEST) --dist loadfile tests --durations=15 --ignore=tests/triton --ignore=tests/cuda --ignore=tests/gpu
 
 # The Triton kernels without a GPU: interpreted on CPU tensors, and beside that compiled for GPUs that are not there.
 triton: .venv/ready
@@ -38,7 +38,7 @@ triton-report: .venv/ready
 
 # The CUDA kernels without a GPU: run on the CPU by an emulation, under sanitizers too, and what nvcc made of them.
 cuda: .venv/ready
-	$(PYTEST) tests/cuda --durations=10
+	$(PYTEST) --dist worksteal tests/cuda --durations=10
 
 cuda-report: .venv/ready
 	$(BIN)/python -m bench.cuda_resources --write
