@@ -367,12 +367,13 @@ def test_inverse_trains_each_problem_once_and_writes_one_table(
         "config.yaml", "pictures.json", "checkpoints", "runs", "table.md", "results.json", "reconstructed.png"
     }  # fmt: skip
     titles = [row[0] for row in table(tmp_path / "run")]
-    one = ["Measured", "Total variation", "Smoothest image", "MAP over z", "Unfolded U-Net", "Unfolded Glow"]
+    one = ["Measured", "Total variation", "Vectorial total variation", "Smoothest image", "MAP over z"]
+    one += ["Unfolded U-Net", "Unfolded Glow"]
     one += [f"{title} − Total variation" for title in one[2:]]
     heads = [f"{name}: {measured(**settings).describe()}" for name, settings in problems.items()]
     assert titles == ["", heads[0], *one, heads[1], *one]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert set(results["problems"]["cs"]["methods"]) == {"noisy", "tv", "smooth", "map", "unet", "glow"}
+    assert set(results["problems"]["cs"]["methods"]) == {"noisy", "tv", "vtv", "smooth", "map", "unet", "glow"}
     assert {"Unfolded Glow, cs", "Unfolded U-Net, hole", "Total variation"} <= set(results["protocol"])
     for name, settings in problems.items():
         saved = run.configuration.load(tmp_path / "run" / "runs" / f"{name}-glow" / "config.yaml")
