@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkern.operators import Identity, Operator, least_variation, smoothest
+from flowkern.operators import Identity, Operator, least_variation, smooth, smoothest
 from train.baselines import highest, score
 from train.measurement import as_image, parts
 
@@ -38,9 +38,9 @@ class LeastVariation(Smoothest):
 
     key, title = "vtv", "Vectorial total variation"
     protocol = (
-        "min |A x - y|^2 / 2 + weight TV(x), isotropic, of all channels together, by lagged diffusivity, 6 rounds of "
-        "12 iterations from the smoothest image; the weight at each sigma maximises the mean PSNR on 16 validation "
-        "images at most"
+        "min |A x - y|^2 / 2 + weight TV(x), isotropic, of all channels together, by lagged diffusivity, "
+        f"{smooth.ROUNDS} rounds of {smooth.ROUND_ITERATIONS} iterations from the smoothest image; the weight at each "
+        "sigma maximises the mean PSNR on 16 validation images at most"
     )
     weights = (1e-4, 1)
     solve = staticmethod(least_variation)
