@@ -29,10 +29,13 @@ OPERATORS = {
 MISSING = [("blur, reflect", "depth 4, exact")]     # it has no exact solution
 
 
-def step(operator: str, folds: int = 4, consistency: str = "gradient", **options) -> tuple[int, int]:
+def step(
+    operator: str, folds: int = 4, consistency: str = "gradient", tied=False, kept_images=None, **options
+) -> tuple[int, int]:
     """Bytes held between forward and backward, and those of the peak beside the parameters' gradients.
 
-    operator: a name of OPERATORS. options: those of `bench.workload.Setup` and, for "memory", of the Glow. Runs in a
+    operator: a name of OPERATORS. folds, consistency, tied, kept_images: of the network.
+    options: those of `bench.workload.Setup` and, for "memory", of the Glow. Runs in a
     process started by `bench.memory.measure`.
     """
     mode = options.pop("memory", "recompute")
@@ -43,14 +46,16 @@ def step(operator: str, folds: int = 4, consistency: str = "gradient", **options
         for name, p in glow.named_parameters():
             if name.endswith(("weight3", "bias3")):
                 p.zero_()
-    net = flowkern.Unfolded(flowkern.GlowProx(glow, 0.3), folds, measure, consistency=consistency)
+    chosen = {"consistency": consistency, "tied": tied, "kept_images": kept_images}
+    net = flowkern.Unfolded(flowkern.GlowProx(glow, 0.3), folds, measure, **chosen)
     y = measure.forward(x)
 
     def loss():
         return F.mse_loss(net(y), x)
 
-    loss().backward()       # libraries keep what they prepare on first use
-    net.zero_grad(set_to_none=True)
+    for _ in range(2):      # libraries keep what they prepare on first use
+        loss().backward()
+        net.zero_grad(set_to_none=True)
     with memory.record() as events:
         value = loss()
         events.mark("forward")
@@ -79,12 +84,19 @@ def main() -> None:
         "depth 16": {"depth": 16},
         "depth 4, exact": {"depth": 4, "consistency": "exact"},
         "depth 4, stored": {"depth": 4, "memory": "store"},
+        "depth 4, one image kept": {"depth": 4, "kept_images": 1},
     }
     rows = [(name, flow) for name in OPERATORS for flow in flows if (name, flow) not in MISSING]
     print("Held for backward per image, in images; 32x32, L=3, hidden 32, K folds\n")
     _table(per_image, {(name, flow): {"operator": name} | flows[flow] for name, flow in rows})
     print("\nPeak of a training step beside parameters' gradients, MiB; 8 images of 64x64, L=3, depth 4, hidden 128\n")
-    _table(peaks, {(name, "depth 4"): {"operator": name} for name in OPERATORS})
+    kinds = {
+        "depth 4": {},
+        "depth 4, one image kept": {"kept_images": 1},
+        "depth 4, tied": {"tied": True},
+        "depth 4, tied, one image kept": {"tied": True, "kept_images": 1},
+    }
+    _table(peaks, {(name, kind): {"operator": name} | kinds[kind] for name in OPERATORS for kind in kinds})
 
 
 def _table(function, rows: dict[tuple[str, str], dict]) -> None:

@@ -52,7 +52,7 @@ def _recomputed(step: Callable, operator, x: Tensor, y: Tensor, weight: Tensor) 
     """step(operator, x, y, weight), computed again in backward; ordinary autograd for operators that may not do the
     same twice, and where torch.compile or torch.func would have to see through the recomputation.
     """
-    if not _is_pure(operator) or not torch.is_grad_enabled() or _is_traced():
+    if not _is_pure(operator) or not torch.is_grad_enabled() or transforms.is_traced():
         return step(operator, x, y, weight)
     applied = _Applied(step, operator)
     tensors = dict(applied.named_parameters()) | dict(applied.named_buffers())
@@ -68,7 +68,3 @@ def _is_pure(operator) -> bool:
     """Whether an operator, and all that it is composed of, is of a kind that does the same when it is run again."""
     known = OPERATORS.get(type(operator).__name__) is type(operator)
     return known and all(map(_is_pure, getattr(operator, "operators", ())))
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or transforms.is_transformed()

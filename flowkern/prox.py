@@ -86,10 +86,10 @@ class GlowProx(nn.Module):
         return (x, log_prob) if return_log_prob else x
 
     def mode(self, x: Tensor) -> Tensor:
-        """The image of the latent mode, g(0), (1, C, H, W) of the size of x (N, C, H, W); differentiable. Raises for
-        what the Glow does not take as images.
+        """The image of the latent mode, g(0), (1, C, H, W) of the size of x (N, C, H, W); differentiable. In training
+        mode x initialises the ActNorms that are not yet. Raises for what the Glow does not take as images.
         """
-        x = self.glow._check_image(x)
+        x = self.glow.ready(x)  # initialised later, under the graph of this image, they would spoil it
         return self.glow.inverse(x.new_zeros(1, math.prod(x.shape[1:])), x.shape[2:])
 
 

@@ -78,3 +78,13 @@ class Replay:
     def _changes(self) -> bool:
         """Modules in evaluation mode leave their buffers alone."""
         return any(m.training for m in self._module.modules())
+
+
+def add_gradient(gradients: list[Tensor | None], i: int, found: Tensor | None, like: Tensor) -> None:
+    """Add what was found to the i-th gradient, in its parameter's own layout: accumulation would copy others, at once
+    for all.
+    """
+    if found is None:
+        return
+    found = found if found.stride() == like.stride() else torch.empty_like(like).copy_(found)
+    gradients[i] = found if gradients[i] is None else gradients[i].add_(found)

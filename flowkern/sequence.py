@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from flowkern.chain import MEMORY_MODES
-from flowkern.replay import Replay
+from flowkern.replay import Replay, add_gradient
 
 
 class ReversibleSequence(nn.Module):
@@ -158,8 +158,5 @@ class _Sequence(Function):
                 [o for o, _ in outputs], [leaf, *saved], [c for _, c in outputs], allow_unused=True
             )
             for i, d in enumerate(found):
-                if d is not None:
-                    # In the parameter's own layout: accumulation would copy the others, for all steps at once.
-                    d = d if d.stride() == saved[i].stride() else torch.empty_like(saved[i]).copy_(d)
-                    gradients[i] = d if gradients[i] is None else gradients[i] + d
+                add_gradient(gradients, i, d, saved[i])
         return g, None, None, None, *gradients

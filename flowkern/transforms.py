@@ -20,3 +20,8 @@ def batched_or_forward() -> bool:
 def is_transformed() -> bool:
     """Whether this runs under any transform of torch.func, or under forward-mode differentiation."""
     return batched_or_forward() or bool(get_interpreter_stack())
+
+
+def is_traced() -> bool:
+    """Whether torch.compile or a transform of torch.func would have to see through what is computed again."""
+    return torch.compiler.is_compiling() or is_transformed()

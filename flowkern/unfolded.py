@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowkern import saving
+from flowkern import folds, saving, transforms
 from flowkern.consistency import exact_step, gradient_step
 from flowkern.layout import in_order_of
 from flowkern.operators import Identity, Operator, least_variation, smoothest
@@ -55,10 +55,14 @@ class Unfolded(nn.Module):
         in the posterior. It needs proxes with a lambda, as `GlowProx`. sigma_ref: where the lambdas are as learnt.
         The default is the level at which the paper trains.
 
-    What is kept for backward is what the proxes keep, which for a `GlowProx` in recompute mode is its result: an image
-    a fold, whatever the depth of the flow. Data consistency adds nothing to it with the operators of
-    `flowkern.operators` (and those registered in OPERATORS), whose steps are computed again in backward; a user's own
-    operator is differentiated by autograd, and keeps what that keeps.
+    kept_images: what is kept for backward. None: what the proxes keep, which for a `GlowProx` in recompute mode is its
+        result, an image a fold, whatever the depth of the flow; data consistency adds nothing to it with the operators
+        of `flowkern.operators` (and those registered in OPERATORS), whose steps are computed again in backward; a
+        user's own operator is differentiated by autograd, and keeps what that keeps. A number: so many of the images
+        between folds, however many folds there are, and no more of what proxes and operators keep than one fold does.
+        Folds are evaluated again for it, `flowkern.folds.evaluated_again(folds, kept_images)` times in all. Gradients
+        are those of None; there is no second derivative, and under torch.compile and torch.func it is as None. A plain
+        attribute that is not saved.
 
     Raises TypeError for a prox or operator of the wrong kind, exact consistency with an operator that has none,
     and noise awareness with a prox that has none, ValueError for wrong values.
@@ -77,6 +81,7 @@ class Unfolded(nn.Module):
         mu: float | None = None,
         noise_aware: bool = False,
         sigma_ref: float = 0.2,
+        kept_images: int | None = None,
     ):
         super().__init__()
         if not isinstance(folds, int) or isinstance(folds, bool) or folds < 1:
@@ -117,6 +122,7 @@ class Unfolded(nn.Module):
         if noise_aware and without:
             raise TypeError(f"noise_aware=True scales the lambda of a prox; {without[0]} has none")
         self.noise_aware, self.sigma_ref = bool(noise_aware), float(sigma_ref)
+        self.kept_images = kept_images
 
     @property
     def rho(self) -> Tensor | None:
@@ -132,6 +138,17 @@ class Unfolded(nn.Module):
         if value not in FINALS:
             raise ValueError(f"final must be 'prox' or 'consistency', got {value!r}")
         self._final = value
+
+    @property
+    def kept_images(self) -> int | None:
+        """How many of the images between folds are kept for backward; None: all, and all else that folds keep."""
+        return self._kept_images
+
+    @kept_images.setter
+    def kept_images(self, value: int | None) -> None:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"kept_images must be an int >= 1 or None, got {value!r}")
+        self._kept_images = value
 
     def forward(
         self,
@@ -158,24 +175,24 @@ class Unfolded(nn.Module):
         operator = self.operator if operator is None else operator
         check_operator(operator)
         self._check(y, operator)
-        options = {"return_log_prob": True} if return_log_prob else {}
         without = [type(prox).__name__ for prox in self.proxes if return_log_prob and not hasattr(prox, "glow")]
         if without:
             raise TypeError(f"return_log_prob=True wants proxes with a density, as GlowProx; {without[0]} has none")
         scale = self._scale(sigma, y)
-        if scale is not None:
-            options["scale"] = scale
         x = self._start(y, operator)
-        last = len(self.proxes) - 1
-        log_probs = []
-        for k, prox in enumerate(self.proxes):
-            if k == 1 and isinstance(operator, Identity):
-                y = in_order_of(y, x)  # as the proxes lay images out: once for all folds, each of which keeps it
-            x = self._consistent(x, y, k, operator)
-            if k < last or self.final == "prox":
-                x = prox(x, **options)
-                if return_log_prob:
-                    x, log_prob = x
+        fold = partial(self._fold, operator=operator, return_log_prob=return_log_prob)
+        weights = self.mu if self.raw_rho is None else self.raw_rho
+        if self.kept_images is not None and torch.is_grad_enabled() and not transforms.is_traced():
+            modules = [[prox, *_modules_of(operator)] for prox in self.proxes]
+            shared = [y, weights] if scale is None else [y, weights, torch.as_tensor(scale).to(weights)]
+            x, log_probs = folds.unfold(fold, modules, x, *shared, kept=self.kept_images)
+        else:
+            log_probs = []
+            for k in range(len(self.proxes)):
+                if k == 1 and isinstance(operator, Identity):
+                    y = in_order_of(y, x)  # as the proxes lay images out: once for all folds, each of which keeps it
+                x, log_prob = fold(k, x, y, weights, scale)
+                if log_prob is not None:
                     log_probs.append(log_prob)
         if return_log_prob:
             return x, torch.stack(log_probs) if log_probs else x.new_zeros(0, len(x))
@@ -215,7 +232,7 @@ class Unfolded(nn.Module):
         saving.write(path, self, config)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options) -> "Unfolded":
+    def from_pretrained(cls, path: str | Path, *, kept_images: int | None = None, **options) -> "Unfolded":
         """Load what `save_pretrained` wrote. options: of the proxes' networks (for a Glow: memory, backend, ...).
 
         Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit,
@@ -234,6 +251,7 @@ class Unfolded(nn.Module):
                 final=config["final"],
                 # mu is among the weights: no norm of an operator that is still to be filled.
                 mu=None if config.get("consistency") == "exact" else 0.5,
+                kept_images=kept_images,
                 **{name: config[name] for name in later if name in config},
             )
         except (KeyError, TypeError) as error:
@@ -285,11 +303,41 @@ class Unfolded(nn.Module):
             return self.proxes[0].mode(like).expand_as(like) if len(like) else like
         return self.init(y)
 
-    def _consistent(self, x: Tensor, y: Tensor, fold: int, operator) -> Tensor:
-        """x, drawn towards the images whose measurement is y."""
+    def _fold(
+        self,
+        k: int,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor,
+        scale: float | Tensor | None = None,
+        *,
+        operator,
+        return_log_prob: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x after fold k, and log p (N,) of the image that its prox was given, or None. weights: mu or raw_rho."""
         if self.consistency == "exact":
-            return exact_step(operator, x, y, F.softplus(self.raw_rho[fold]))
-        return gradient_step(operator, x, y, self.mu[fold])
+            x = exact_step(operator, x, y, F.softplus(weights[k]))
+        else:
+            x = gradient_step(operator, x, y, weights[k])
+        if k == len(self.proxes) - 1 and self.final == "consistency":
+            return x, None
+        options = {} if scale is None else {"scale": scale}
+        if return_log_prob:
+            return self.proxes[k](x, return_log_prob=True, **options)
+        return self.proxes[k](x, **options), None
+
+
+def _modules_of(operator) -> list[nn.Module]:
+    """The operator, if it is a module. Raises ValueError for one that is not and holds a tensor that is trained."""
+    if isinstance(operator, nn.Module):
+        return [operator]
+    held = [name for name, t in getattr(operator, "__dict__", {}).items() if isinstance(t, Tensor) and t.requires_grad]
+    if held:
+        raise ValueError(
+            f"with kept_images, an operator that is trained must be an nn.Module; {type(operator).__name__}, which is "
+            f"none, has a {held[0]} that requires a gradient"
+        )
+    return []
 
 
 def _norm(operator, prox: nn.Module) -> float:

@@ -108,6 +108,12 @@ class Config(MeasurementSettings):
         "The network is told the noise level of each image and scales its lambdas, those of a Glow, by its square; "
         "--lam is lambda at the largest level. For one network that serves a range.",
     )
+    kept_images: int | None = setting(
+        "unfolded",
+        None,
+        "Keep so many of the images between folds, and compute the rest again in backward: memory that does not grow "
+        "with the folds, for more time (default: keep all).",
+    )
     resnet_width: int = setting("unfolded", 128, "Maps of the ResNet.")
     resnet_blocks: int = setting("unfolded", 2, "Residual blocks of the ResNet.")
     unet_width: int = setting("unfolded", 64, "Maps of the U-Net at full resolution.")
@@ -272,6 +278,7 @@ class Config(MeasurementSettings):
         _require("seeds", self.seeds, differ and min(self.seeds) >= 0, "different numbers, 0 or more")
         if self.noise_aware and self.prox != "glow":
             raise ValueError(f"noise_aware scales the lambda of a Glow; prox is {self.prox!r}")
+        _require("kept_images", self.kept_images, self.kept_images is None or self.kept_images >= 1, "1 or more")
         if self.init == "mode" and self.prox != "glow":
             raise ValueError(f"init='mode' needs the most likely image of a Glow; prox is {self.prox!r}")
         if "map" in self.references and self.prox != "glow":

@@ -116,7 +116,7 @@ class Run:
             return load_network(config, folder)
         prox = self.make_prox()
         operator = config.measurement.operator(config.size)
-        names = ("tied", "init", "final", "consistency", "mu", "noise_aware")
+        names = ("tied", "init", "final", "consistency", "mu", "noise_aware", "kept_images")
         options = {name: getattr(config, name) for name in names}
         # A lambda means what it did where it was learnt.
         level = self.start.sigma_ref if self.start is not None else config.sigma_max or config.sigma

@@ -1,0 +1,195 @@
+"""The folds of an unfolded network in the memory of a few images, however many folds there are.
+
+Between two folds lies an image. Only some of these are kept for backward, the others are computed again, by binomial
+checkpointing (Griewank and Walther 2000, "revolve"): of all ways to come back with so many images at a time, one that
+evaluates the fewest folds again.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.func import functional_call
+
+from flowkern import ops
+from flowkern.replay import Replay, add_gradient
+
+
+def unfold(
+    fold: Callable, modules: Sequence[Sequence[nn.Module]], x: Tensor, *shared: Tensor, kept: int
+) -> tuple[Tensor, list[Tensor]]:
+    """All folds, one after the other: the image (N, C, H, W), and what each told of log p, (N,).
+
+    fold: fold(k, x, *shared) -> x after fold k, and log p (N,) or None. modules: for each fold those that it uses.
+    shared: tensors that all folds use. kept: how many images are kept at a time, >= 1, beside the one that the fold
+    at hand starts from. Differentiable once, in x, shared and the modules' parameters, and nothing else. Batch norm is
+    updated once and dropout the same when a fold is evaluated again; what modules hold beside parameters and buffers
+    must not change before backward.
+    """
+    folds = [_Fold(fold, k, used, x.device) for k, used in enumerate(modules)]
+    trained = {id(p): p for one in folds for p in one.replay.parameters if p.requires_grad}
+    place = {name: i for i, name in enumerate(trained, start=len(shared))}
+    for one in folds:
+        one.places = [place.get(id(p)) for p in one.replay.parameters]
+    x, *log_probs = _Folds.apply(folds, kept, len(shared), x, *shared, *trained.values())
+    return x, log_probs
+
+
+def evaluated_again(folds: int, kept: int) -> int:
+    """How many evaluations of a fold backward adds to those of forward."""
+    return _plan(folds, kept)[0]
+
+
+@cache
+def _plan(count: int, kept: int) -> tuple[float, int]:
+    """For `count` folds from an image that is there, one of the `kept`: the fewest evaluations that are made again, and
+    after how many folds the next image is kept then.
+    """
+    if count == 1:
+        return 0, 0
+    if kept == 0:
+        return float("inf"), 0
+    return min((n + _plan(n, kept)[0] + _plan(count - n, kept - 1)[0], n) for n in range(1, count))
+
+
+class _Fold:
+    """One fold, as it runs for the first time and again. places: of its parameters among the tensors of `_Folds`, None
+    for those that are not trained.
+    """
+
+    def __init__(self, fold: Callable, k: int, modules: Sequence[nn.Module], device: torch.device):
+        self.applied = _Applied(fold, k, modules)
+        self.replay = Replay(self.applied, device)
+        self.places: list[int | None] = []
+
+    def __call__(self, x: Tensor, *shared: Tensor):
+        with self.replay.again_or_first():
+            return self.applied(x, *shared)
+
+    def graph(self, x: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool], count: int):
+        """Leaves by their places, that of x at -1, and the outputs made from them. The leaves are the fold's own: the
+        hooks of parameters are for the gradients that `_Folds` returns.
+        """
+        used = [*range(count), *(i for i in self.places if i is not None)]
+        with torch.enable_grad(), self.replay.again_or_first():
+            leaves = {i: tensors[i].detach().requires_grad_(needed[i]) for i in used}
+            leaves[-1] = x.detach().requires_grad_()
+            names = (name for name, _ in self.applied.named_parameters())
+            values = {name: leaves[i] for name, i in zip(names, self.places, strict=True) if i is not None}
+            inputs = (leaves[-1], *(leaves[i] for i in range(count)))
+            return leaves, functional_call(self.applied, values, inputs)
+
+
+class _Applied(nn.Module):
+    """A fold as a module, whose parameters may then be given."""
+
+    def __init__(self, fold: Callable, k: int, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.fold, self.k, self.used = fold, k, nn.ModuleList(modules)
+        # Whether buffers may change is asked of every module, and these two have no say.
+        self.training = self.used.training = False
+
+    def forward(self, x: Tensor, *shared: Tensor):
+        return self.fold(self.k, x, *shared)
+
+
+class _Folds(Function):
+    """All folds: tensors are the `count` shared ones and the parameters."""
+
+    @staticmethod
+    def forward(ctx, folds, kept, count, x, *tensors):
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.folds, ctx.kept, ctx.count = folds, kept, count
+        images: dict[int, Tensor] = {}
+        log_probs, start, last = [], 0, len(folds) - 1
+        with _autocast(ctx, x):
+            for k, fold in enumerate(folds):
+                if k == start:
+                    start += _plan(len(folds) - k, kept - len(images))[1]
+                    images[k] = x
+                if k < last:
+                    x, log_prob = fold(x, *tensors[:count])
+                else:  # The graph of the last one is kept, because backward starts with it.
+                    ctx.last = fold.graph(x, tensors, ctx.needs_input_grad[4:], count)
+                    x, log_prob = (t if t is None else t.detach() for t in ctx.last[1])
+                if log_prob is not None:
+                    log_probs.append(log_prob)
+        ctx.set_materialize_grads(False)
+        ctx.starts = list(images)
+        ctx.save_for_backward(*images.values(), *tensors)
+        return x, *log_probs
+
+    @staticmethod
+    def backward(ctx, g, *dlog_probs):
+        if ops.wants_graph():
+            raise RuntimeError(
+                "a second derivative was asked for (create_graph=True) with kept_images, which keep no graph to "
+                "differentiate; use kept_images=None"
+            )
+        if not all(fold.replay.has_its_parameters() for fold in ctx.folds):
+            raise RuntimeError(
+                "the folds' parameters are not those of forward, as after torch.func.functional_call; that needs "
+                "kept_images=None"
+            )
+        images, tensors = ctx.saved_tensors[: len(ctx.starts)], ctx.saved_tensors[len(ctx.starts) :]
+        backward = _Backward(ctx, tensors, dlog_probs)
+        last = len(ctx.folds)
+        for used, (start, x) in reversed(list(enumerate(zip(ctx.starts, images, strict=True)))):
+            g = backward.through(start, last, x, g, ctx.kept - used)
+            last = start
+        return None, None, None, g, *backward.found
+
+
+class _Backward:
+    """One backward pass through `_Folds`. found: the gradients of the tensors so far."""
+
+    def __init__(self, ctx, tensors: Sequence[Tensor], dlog_probs: Sequence[Tensor | None]):
+        self.ctx, self.tensors, self.dlog_probs = ctx, tensors, dlog_probs
+        self.found: list[Tensor | None] = [None] * len(tensors)
+
+    def through(self, first: int, last: int, x: Tensor, g: Tensor | None, kept: int) -> Tensor | None:
+        """The gradient of x, the image before fold `first`, from that of the one before fold `last`."""
+        while last > first + 1:
+            middle = first + _plan(last - first, kept)[1]
+            g = self.through(middle, last, self._evaluated(first, middle, x), g, kept - 1)
+            last = middle
+        return self._through_one(first, x, g)
+
+    def _evaluated(self, first: int, last: int, x: Tensor) -> Tensor:
+        with torch.no_grad(), _autocast(self.ctx, x):
+            for fold in self.ctx.folds[first:last]:
+                x, _ = fold(x, *self.tensors[: self.ctx.count])
+        return x
+
+    def _through_one(self, k: int, x: Tensor, g: Tensor | None) -> Tensor | None:
+        leaves, outputs = self._graph(k, x)
+        pairs = zip(outputs, (g, self.dlog_probs[k] if k < len(self.dlog_probs) else None), strict=True)
+        pairs = [(out, d) for out, d in pairs if d is not None and out.requires_grad]
+        if not pairs:
+            return None
+        outputs, gradients = zip(*pairs, strict=True)
+        wanted = {i: t for i, t in leaves.items() if t.requires_grad}
+        found = torch.autograd.grad(outputs, [*wanted.values()], gradients, allow_unused=True)
+        found = dict(zip(wanted, found, strict=True))
+        g = found.pop(-1)
+        for i, d in found.items():
+            add_gradient(self.found, i, d, self.tensors[i])
+        return g
+
+    def _graph(self, k: int, x: Tensor):
+        ctx = self.ctx
+        if k == len(ctx.folds) - 1 and ctx.last is not None:  # there is none the second time, with retain_graph=True
+            graph, ctx.last = ctx.last, None
+            return graph
+        with _autocast(ctx, x):
+            return ctx.folds[k].graph(x, self.tensors, ctx.needs_input_grad[4:], ctx.count)
+
+
+def _autocast(ctx, x: Tensor):
+    """Autocast as in forward, but without its cache: what that keeps of a weight that was cast without a graph would
+    have none in backward.
+    """
+    enabled, dtype = ctx.autocast
+    return torch.autocast(x.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)

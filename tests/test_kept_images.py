@@ -1,0 +1,199 @@
+"""Unfolded networks that keep few of the images between folds: the same values, gradients and statistics as all."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from unfolded_cases import MEASUREMENTS, make_glow, make_net, measured
+
+import flowkern
+from flowkern import folds
+
+
+def graded(net, y, kept, **options):
+    """Loss and the gradients of y and of all parameters."""
+    net.kept_images = kept
+    out = net(y, **options)
+    out, log_prob = out if isinstance(out, tuple) else (out, out.new_zeros(1))
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    loss = (out * weights).sum() + 0.01 * log_prob.sum()
+    return loss, *torch.autograd.grad(loss, [y, *net.parameters()], materialize_grads=True, allow_unused=True)
+
+
+def check_same(net, y, kept=(1, 2, 8), **options):
+    y = y.detach().requires_grad_()
+    wanted = graded(net, y, None, **options)
+    for number in kept:
+        for got, want in zip(graded(net, y, number, **options), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_values_and_gradients_are_those_of_all_images(name):
+    net = make_net(folds=4, operator=MEASUREMENTS[name]())
+    check_same(net, measured(net.operator))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "options", [{}, {"consistency": "exact", "init": "adjoint"}, {"final": "consistency"}, {"noise_aware": True}]
+)
+def test_values_and_gradients_of_every_kind_and_number_of_folds(options, count):
+    net = make_net(folds=count, operator=MEASUREMENTS["mask"](), **options)
+    called = {"sigma": torch.tensor([0.1, 0.3])} if net.noise_aware else {}
+    check_same(net, measured(net.operator), return_log_prob=True, **called)
+
+
+def test_tied_folds():
+    net = flowkern.Unfolded(flowkern.GlowProx(make_glow()), 5, tied=True).double()
+    check_same(net, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+
+
+def test_the_gradient_of_log_prob_alone():
+    net = make_net(folds=3)
+    y = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    found = []
+    for net.kept_images in (None, 1):
+        second = net(y, return_log_prob=True)[1][1].sum()
+        found.append(torch.autograd.grad(second, net.parameters(), materialize_grads=True, allow_unused=True))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+class Noisy(nn.Module):
+    """A prox with batch norm and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.3))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("make", [Noisy, lambda: flowkern.ResNetProx(3, 4, 1), lambda: flowkern.UNetProx(3, 2)])
+def test_batch_norm_is_updated_once_and_dropout_the_same(make):
+    torch.manual_seed(0)
+    nets = [flowkern.Unfolded(make(), 4).double().train()]
+    nets.append(copy.deepcopy(nets[0]))
+    nets[1].kept_images = 1
+    results = []
+    for net in nets:
+        torch.manual_seed(1)
+        for _ in range(2):
+            net(torch.rand(2, 3, 16, 16, dtype=torch.float64)).square().sum().backward()
+        results.append([*(p.grad for p in net.parameters()), *net.buffers(), torch.rand(1)])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+def test_hooks_of_parameters_run_once():
+    net = make_net(folds=3)
+    y = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    plain = graded(net, y, 1)[2:]
+    for p in net.parameters():
+        p.register_hook(lambda g: 2 * g)
+    for got, want in zip(graded(net, y, 1)[2:], plain, strict=True):
+        torch.testing.assert_close(got, 2 * want)
+
+
+def test_a_frozen_flow_and_a_measurement_without_gradient():
+    net = make_net(folds=3).requires_grad_(False)
+    net.mu.requires_grad_()
+    y, found = torch.rand(2, 3, 8, 8, dtype=torch.float64), []
+    for net.kept_images in (None, 1):
+        found.append(torch.autograd.grad(net(y).square().sum(), net.mu)[0])
+    torch.testing.assert_close(*found)
+
+
+def test_autocast_is_that_of_forward():
+    net = flowkern.Unfolded(flowkern.GlowProx(make_glow(dtype=torch.float32)), 3)
+    y = torch.rand(2, 3, 8, 8)
+    found = []
+    for net.kept_images in (None, 1):
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = net(y).square().sum()
+        loss.backward()
+        found.append([loss, *(p.grad for p in net.parameters())])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_backward_twice_through_a_retained_graph():
+    net = make_net(folds=3, kept_images=1)
+    loss = net(torch.rand(2, 3, 8, 8, dtype=torch.float64)).square().sum()
+    first = torch.autograd.grad(loss, net.parameters(), retain_graph=True)
+    for got, want in zip(torch.autograd.grad(loss, net.parameters()), first, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [None, 1])
+@pytest.mark.parametrize("init", ["mode", "adjoint"])
+def test_the_first_training_step_initialises_the_flows(init, kept):
+    """Also those of the fold whose mode is the start, before its graph is made."""
+    torch.manual_seed(0)
+    prox = flowkern.GlowProx(flowkern.Glow((3, 8, 8), levels=2, depth=2, hidden=8))
+    net = flowkern.Unfolded(prox, 3, init=init, kept_images=kept).train()
+    net(torch.rand(4, 3, 8, 8)).square().mean().backward()
+    assert all(p.glow.is_initialized for p in net.proxes)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_the_number_of_evaluations(monkeypatch):
+    """What is promised is what runs; and for few folds no other choice of images makes do with fewer."""
+    runs = []
+
+    class Counted(nn.Conv2d):
+        def forward(self, x):
+            runs.append(1)
+            return super().forward(x)
+
+    for count, kept in itertools.product((1, 2, 5, 8), (1, 2, 3, 8)):
+        net = flowkern.Unfolded(Counted(3, 3, 1), count, kept_images=kept)
+        runs.clear()
+        net(torch.rand(1, 3, 4, 4)).sum().backward()
+        assert len(runs) == count + folds.evaluated_again(count, kept)
+    assert [folds.evaluated_again(8, kept) for kept in (1, 2, 3, 7, 9)] == [28, 14, 11, 7, 7]
+
+
+def test_a_parameter_changed_before_backward_is_an_error():
+    net = make_net(folds=3, kept_images=1)
+    loss = net(torch.rand(2, 3, 8, 8, dtype=torch.float64)).sum()
+    with torch.no_grad():
+        net.mu += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_it_can_t_do_is_said():
+    net = make_net(folds=2, kept_images=1)
+    y = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"second derivative was asked for .* use kept_images=None"):
+        torch.autograd.grad(net(y).sum(), y, create_graph=True)
+    operator = MEASUREMENTS["own"]()
+    operator.gain = torch.ones((), requires_grad=True)
+    with pytest.raises(ValueError, match="an operator that is trained must be an nn.Module; Bands, which is none, has"):
+        net(operator.forward(y), operator=operator)
+    for wrong in (0, True, 1.0, "all"):
+        with pytest.raises(ValueError, match="kept_images must be an int >= 1 or None, got"):
+            net.kept_images = wrong
+
+
+def test_it_is_an_option_of_loading_and_not_saved(tmp_path):
+    flowkern.Unfolded(flowkern.GlowProx(make_glow(dtype=torch.float32)), 2, kept_images=1).save_pretrained(tmp_path)
+    assert flowkern.Unfolded.from_pretrained(tmp_path).kept_images is None
+    assert flowkern.Unfolded.from_pretrained(tmp_path, kept_images=2).kept_images == 2
+
+
+def test_without_gradients_and_compiled_it_is_as_without():
+    net = flowkern.Unfolded(nn.Conv2d(3, 3, 1), 3)
+    y = torch.rand(1, 3, 4, 4)
+    wanted = net(y)
+    net.kept_images = 1
+    with torch.no_grad():
+        assert torch.equal(net(y), wanted)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(y)
+    torch.testing.assert_close(compiled, wanted)
