@@ -189,7 +189,7 @@ def test_it_is_an_option_of_loading_and_not_saved(tmp_path):
 
 
 def test_without_gradients_and_compiled_it_is_as_without():
-    net = flowkern.Unfolded(nn.Conv2d(3, 3, 1), 3)
+    net = flowkern.Unfolded(nn.Conv2d(3, 3, 1), 3, init=lambda y: y / 2)
     y = torch.rand(1, 3, 4, 4)
     wanted = net(y)
     net.kept_images = 1
