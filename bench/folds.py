@@ -1,17 +1,21 @@
 """What the unfolded network keeps of each image for backward, by operator, folds and depth of the flow, and what a
-training step peaks at.
+training step peaks at and takes.
 
     python -m bench.folds
 
-prints both tables. Every allocated byte is counted (`bench.memory`). For the first table with two batches, and the
+prints the tables. Every allocated byte is counted (`bench.memory`). For the first table with two batches, and the
 difference is taken: what belongs to parameters (gradients, composed channel mixes) is the same in both.
 """
+
+import statistics
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 import flowkern
 from bench import memory
+from bench.timing import interleave
 from bench.workload import Setup
 from flowkern.operators import Blur, Downsample, Identity, Inpainting, RandomProjection, gaussian_kernel
 
@@ -29,30 +33,34 @@ OPERATORS = {
 MISSING = [("blur, reflect", "depth 4, exact")]     # it has no exact solution
 
 
-def step(
-    operator: str, folds: int = 4, consistency: str = "gradient", tied=False, kept_images=None, **options
-) -> tuple[int, int]:
-    """Bytes held between forward and backward, and those of the peak beside the parameters' gradients.
+def network(operator: str, folds: int = 4, prox: str = "glow", **options) -> tuple[flowkern.Unfolded, Callable]:
+    """A network and what computes its loss.
 
-    operator: a name of OPERATORS. folds, consistency, tied, kept_images: of the network.
-    options: those of `bench.workload.Setup` and, for "memory", of the Glow. Runs in a
-    process started by `bench.memory.measure`.
+    operator: a name of OPERATORS. prox: "glow", or "resnet", of as many maps as the Glow's coupling networks have.
+    options: consistency, tied and kept_images are the network's, memory the Glow's, others `bench.workload.Setup`'s.
     """
+    chosen = {name: options.pop(name) for name in ("consistency", "tied", "kept_images") if name in options}
     mode = options.pop("memory", "recompute")
     setup = Setup(**(DEFAULT | options))
     x, measure = setup.images(), OPERATORS[operator](setup.size)
-    glow = setup.glow(memory=mode)
-    with torch.no_grad():       # couplings that change nothing: through eight folds of others images would overflow
-        for name, p in glow.named_parameters():
-            if name.endswith(("weight3", "bias3")):
-                p.zero_()
-    chosen = {"consistency": consistency, "tied": tied, "kept_images": kept_images}
-    net = flowkern.Unfolded(flowkern.GlowProx(glow, 0.3), folds, measure, **chosen)
-    y = measure.forward(x)
+    if prox == "glow":
+        glow = setup.glow(memory=mode)
+        with torch.no_grad():       # couplings that change nothing: through eight folds of others images would overflow
+            for name, p in glow.named_parameters():
+                if name.endswith(("weight3", "bias3")):
+                    p.zero_()
+        made = flowkern.GlowProx(glow, 0.3)
+    else:
+        made = flowkern.ResNetProx(3, setup.hidden)
+    net, y = flowkern.Unfolded(made, folds, measure, **chosen), measure.forward(x)
+    return net, lambda: F.mse_loss(net(y), x)
 
-    def loss():
-        return F.mse_loss(net(y), x)
 
+def step(**case) -> tuple[int, int]:
+    """Bytes held between forward and backward, and those of the peak beside the parameters' gradients, of a case of
+    `network`. Runs in a process started by `bench.memory.measure`.
+    """
+    net, loss = network(**case)
     for _ in range(2):      # libraries keep what they prepare on first use
         loss().backward()
         net.zero_grad(set_to_none=True)
@@ -77,6 +85,15 @@ def peaks(cases: list[dict]) -> list[float]:
     return [step(**(REALISTIC | case))[1] / 2**20 for case in cases]
 
 
+def seconds(cases: list[dict]) -> list[float]:
+    """Of a training step in each case: medians of seven rounds, in which cases take turns."""
+    losses = [network(**(REALISTIC | case))[1] for case in cases]
+    for loss in losses:
+        loss().backward()
+    found = interleave({str(i): lambda loss=loss: loss().backward() for i, loss in enumerate(losses)}, 7)
+    return [statistics.median(found[str(i)]) for i in range(len(cases))]
+
+
 def main() -> None:
     """Print the tables."""
     flows = {
@@ -86,26 +103,28 @@ def main() -> None:
         "depth 4, stored": {"depth": 4, "memory": "store"},
         "depth 4, one image kept": {"depth": 4, "kept_images": 1},
     }
-    rows = [(name, flow) for name in OPERATORS for flow in flows if (name, flow) not in MISSING]
+    rows = {(name, flow): {"operator": name} | flows[flow] for name in OPERATORS for flow in flows}
+    rows = {row: case for row, case in rows.items() if row not in MISSING}
     print("Held for backward per image, in images; 32x32, L=3, hidden 32, K folds\n")
-    _table(per_image, {(name, flow): {"operator": name} | flows[flow] for name, flow in rows})
+    _table(per_image, rows)
+    kept = {"all images kept": {}, "one image kept": {"kept_images": 1}}
+    rows = {(name, how): {"operator": name} | kept[how] for name in OPERATORS for how in kept}
+    more = {"tied": {"tied": True}, "32 images": {"batch": 32}, "ResNet, 128 maps": {"prox": "resnet"}}
+    rows |= {("blur", f"{what}, {how}"): {"operator": "blur"} | more[what] | kept[how] for what in more for how in kept}
     print("\nPeak of a training step beside parameters' gradients, MiB; 8 images of 64x64, L=3, depth 4, hidden 128\n")
-    kinds = {
-        "depth 4": {},
-        "depth 4, one image kept": {"kept_images": 1},
-        "depth 4, tied": {"tied": True},
-        "depth 4, tied, one image kept": {"tied": True, "kept_images": 1},
-    }
-    _table(peaks, {(name, kind): {"operator": name} | kinds[kind] for name in OPERATORS for kind in kinds})
+    _table(peaks, rows)
+    kept["two images kept"] = {"kept_images": 2}
+    print("\nSeconds of a training step of the same\n")
+    _table(seconds, {("blur", how): {"operator": "blur"} | kept[how] for how in kept}, ".2f")
 
 
-def _table(function, rows: dict[tuple[str, str], dict]) -> None:
+def _table(function, rows: dict[tuple[str, str], dict], digits: str = ".1f") -> None:
     cases = [case | {"folds": folds} for case in rows.values() for folds in FOLDS]
     seen = iter(memory.measure(function, cases=cases, timeout=1800))
     print("| operator | flow | " + " | ".join(f"K = {folds}" for folds in FOLDS) + " |")
     print("|---|---|" + "---:|" * len(FOLDS))
     for row in rows:
-        print(f"| {' | '.join(row)} | " + " | ".join(f"{next(seen):.1f}" for _ in FOLDS) + " |")
+        print(f"| {' | '.join(row)} | " + " | ".join(f"{next(seen):{digits}}" for _ in FOLDS) + " |", flush=True)
 
 
 if __name__ == "__main__":

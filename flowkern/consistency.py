@@ -5,14 +5,16 @@ backward, all of which exist anyway: the residual, Fourier coefficients and mirr
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from flowkern import ops, transforms
 from flowkern.operators import OPERATORS, Identity, exact_consistency
+from flowkern.replay import Applied
 
 
 def gradient_step(operator, x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
@@ -37,24 +39,13 @@ def _gradient(operator, x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
     return x - mu * operator.adjoint(measured - y)
 
 
-class _Applied(nn.Module):
-    """A step by an operator as a module, whose tensors may then be given."""
-
-    def __init__(self, step: Callable, operator: nn.Module):
-        super().__init__()
-        self.step, self.operator = step, operator
-
-    def forward(self, *arguments):
-        return self.step(self.operator, *arguments)
-
-
 def _recomputed(step: Callable, operator, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """step(operator, x, y, weight), computed again in backward; ordinary autograd for operators that may not do the
     same twice, and where torch.compile or torch.func would have to see through the recomputation.
     """
     if not _is_pure(operator) or not torch.is_grad_enabled() or transforms.is_traced():
         return step(operator, x, y, weight)
-    applied = _Applied(step, operator)
+    applied = Applied(partial(step, operator), [operator])
     tensors = dict(applied.named_parameters()) | dict(applied.named_buffers())
 
     # The tensors are arguments, so that backward has those of now, whatever mask the operator has by then.

@@ -6,7 +6,7 @@ evaluates the fewest folds again.
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 
 from flowkern import ops
-from flowkern.replay import Replay, add_gradient
+from flowkern.replay import Applied, Autocast, Replay, add_gradient, check_parameters
 
 
 def unfold(
@@ -38,7 +38,7 @@ def unfold(
 
 
 def evaluated_again(folds: int, kept: int) -> int:
-    """How many evaluations of a fold backward adds to those of forward."""
+    """How many evaluations of a fold backward adds to those of forward; folds and kept >= 1."""
     return _plan(folds, kept)[0]
 
 
@@ -60,7 +60,7 @@ class _Fold:
     """
 
     def __init__(self, fold: Callable, k: int, modules: Sequence[nn.Module], device: torch.device):
-        self.applied = _Applied(fold, k, modules)
+        self.applied = Applied(partial(fold, k), modules)
         self.replay = Replay(self.applied, device)
         self.places: list[int | None] = []
 
@@ -82,29 +82,15 @@ class _Fold:
             return leaves, functional_call(self.applied, values, inputs)
 
 
-class _Applied(nn.Module):
-    """A fold as a module, whose parameters may then be given."""
-
-    def __init__(self, fold: Callable, k: int, modules: Sequence[nn.Module]):
-        super().__init__()
-        self.fold, self.k, self.used = fold, k, nn.ModuleList(modules)
-        # Whether buffers may change is asked of every module, and these two have no say.
-        self.training = self.used.training = False
-
-    def forward(self, x: Tensor, *shared: Tensor):
-        return self.fold(self.k, x, *shared)
-
-
 class _Folds(Function):
     """All folds: tensors are the `count` shared ones and the parameters."""
 
     @staticmethod
     def forward(ctx, folds, kept, count, x, *tensors):
-        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-        ctx.folds, ctx.kept, ctx.count = folds, kept, count
+        ctx.folds, ctx.kept, ctx.count, ctx.autocast = folds, kept, count, Autocast(x.device)
         images: dict[int, Tensor] = {}
         log_probs, start, last = [], 0, len(folds) - 1
-        with _autocast(ctx, x):
+        with ctx.autocast():
             for k, fold in enumerate(folds):
                 if k == start:
                     start += _plan(len(folds) - k, kept - len(images))[1]
@@ -128,11 +114,7 @@ class _Folds(Function):
                 "a second derivative was asked for (create_graph=True) with kept_images, which keep no graph to "
                 "differentiate; use kept_images=None"
             )
-        if not all(fold.replay.has_its_parameters() for fold in ctx.folds):
-            raise RuntimeError(
-                "the folds' parameters are not those of forward, as after torch.func.functional_call; that needs "
-                "kept_images=None"
-            )
+        check_parameters((fold.replay for fold in ctx.folds), "folds'", "that needs kept_images=None")
         images, tensors = ctx.saved_tensors[: len(ctx.starts)], ctx.saved_tensors[len(ctx.starts) :]
         backward = _Backward(ctx, tensors, dlog_probs)
         last = len(ctx.folds)
@@ -158,7 +140,7 @@ class _Backward:
         return self._through_one(first, x, g)
 
     def _evaluated(self, first: int, last: int, x: Tensor) -> Tensor:
-        with torch.no_grad(), _autocast(self.ctx, x):
+        with torch.no_grad(), self.ctx.autocast():
             for fold in self.ctx.folds[first:last]:
                 x, _ = fold(x, *self.tensors[: self.ctx.count])
         return x
@@ -183,13 +165,5 @@ class _Backward:
         if k == len(ctx.folds) - 1 and ctx.last is not None:  # there is none the second time, with retain_graph=True
             graph, ctx.last = ctx.last, None
             return graph
-        with _autocast(ctx, x):
+        with ctx.autocast():
             return ctx.folds[k].graph(x, self.tensors, ctx.needs_input_grad[4:], ctx.count)
-
-
-def _autocast(ctx, x: Tensor):
-    """Autocast as in forward, but without its cache: what that keeps of a weight that was cast without a graph would
-    have none in backward.
-    """
-    enabled, dtype = ctx.autocast
-    return torch.autocast(x.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import backend, ops
-from flowkern.replay import Replay
+from flowkern.layout import in_order_of
+from flowkern.replay import Replay, check_parameters
 
 PARAMETERS = 9
 
@@ -189,12 +190,11 @@ class LocalNets:
 
     def check_parameters(self, *steps: int) -> None:
         """Raise RuntimeError if the parameters of these networks (of none: of all) are not those of forward."""
-        for k in steps or range(len(self.modules)):
-            if not self.replays[k].has_its_parameters():
-                raise RuntimeError(
-                    "the coupling networks' parameters are not those of forward, as after torch.func.functional_call; "
-                    "with networks of one's own, or a context, that needs memory='store', and has no second derivative"
-                )
+        check_parameters(
+            (self.replays[k] for k in steps or range(len(self.modules))),
+            "coupling networks'",
+            "with networks of one's own, or a context, that needs memory='store', and has no second derivative",
+        )
 
     def evaluate(self, k: int, a: Tensor, context: Tensor | None) -> Tensor:
         """The network k of a (and context), recorded the first time and replayed afterwards."""
@@ -216,7 +216,7 @@ class LocalNets:
             self.dcontext = found[1] if self.dcontext is None else self.dcontext + found[1]
         # In the parameter's own layout, step by step: accumulation would copy the others, for a whole level at once.
         own = iter(
-            g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            g if g is None else in_order_of(g, p)
             for g, p in zip(found[len(inputs) :], wanted, strict=True)
         )
         return [next(own) if needed else None for needed in need]

@@ -5,9 +5,12 @@ running statistics must be updated once).
 """
 
 import contextlib
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from flowkern.layout import in_order_of
 
 
 class Replay:
@@ -80,11 +83,45 @@ class Replay:
         return any(m.training for m in self._module.modules())
 
 
+class Applied(nn.Module):
+    """A function as a module with the modules that it uses, whose parameters and buffers may then be given."""
+
+    def __init__(self, function: Callable, modules: Sequence[nn.Module]):
+        super().__init__()
+        self.function, self.used = function, nn.ModuleList(modules)
+        # Whether buffers may change is asked of every module, and these two have no say.
+        self.training = self.used.training = False
+
+    def forward(self, *arguments):
+        return self.function(*arguments)
+
+
+class Autocast:
+    """Autocast as it is where this is made, but without its cache: what that keeps of a weight that was cast without a
+    graph would have none in backward.
+    """
+
+    def __init__(self, device: torch.device):
+        self._kind = device.type
+        self._enabled, self._dtype = torch.is_autocast_enabled(self._kind), torch.get_autocast_dtype(self._kind)
+
+    def __call__(self) -> torch.autocast:
+        """A context in which it is so again."""
+        return torch.autocast(self._kind, self._dtype, self._enabled, cache_enabled=False)
+
+
+def check_parameters(replays: Iterable[Replay], whose: str, instead: str) -> None:
+    """Raise RuntimeError if the modules' parameters are not those that they had in forward."""
+    if not all(replay.has_its_parameters() for replay in replays):
+        raise RuntimeError(
+            f"the {whose} parameters are not those of forward, as after torch.func.functional_call; {instead}"
+        )
+
+
 def add_gradient(gradients: list[Tensor | None], i: int, found: Tensor | None, like: Tensor) -> None:
     """Add what was found to the i-th gradient, in its parameter's own layout: accumulation would copy others, at once
-    for all.
+    for all. Not in place, because one tensor may be the gradient of two parameters.
     """
-    if found is None:
-        return
-    found = found if found.stride() == like.stride() else torch.empty_like(like).copy_(found)
-    gradients[i] = found if gradients[i] is None else gradients[i].add_(found)
+    if found is not None:
+        found = in_order_of(found, like)
+        gradients[i] = found if gradients[i] is None else gradients[i] + found

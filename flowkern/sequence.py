@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from flowkern.chain import MEMORY_MODES
-from flowkern.replay import Replay, add_gradient
+from flowkern.chain import MEMORY_MODES, no_second_derivative
+from flowkern.replay import Autocast, Replay, add_gradient, check_parameters
 
 
 class ReversibleSequence(nn.Module):
@@ -108,10 +108,8 @@ class _Sequence(Function):
     @staticmethod
     def forward(ctx, x, order, every, memory, *parameters):
         given, logdet, kept = x, x.new_zeros(x.shape[0]), []
-        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-        # Without autocast's cache: what it keeps of a weight that was cast here, without a graph, would have none in
-        # backward.
-        with torch.autocast(x.device.type, ctx.autocast[1], ctx.autocast[0], cache_enabled=False):
+        ctx.autocast = Autocast(x.device)
+        with ctx.autocast():
             for position, step in enumerate(order):
                 kept.append(x if every and position and position % every == 0 else None)
                 x, d = step.first(x)
@@ -126,24 +124,16 @@ class _Sequence(Function):
     @staticmethod
     def backward(ctx, g, glogdet):
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"a second derivative was asked for (create_graph=True) in memory={ctx.memory!r}, which keeps no graph "
-                "to differentiate; use memory='store'"
-            )
-        if not all(step.replay.has_its_parameters() for step in ctx.order):
-            raise RuntimeError(
-                "the steps' parameters are not those of forward, as after torch.func.functional_call; that needs "
-                "memory='store'"
-            )
+            raise no_second_derivative(ctx.memory)
+        check_parameters((step.replay for step in ctx.order), "steps'", "that needs memory='store'")
         boundary, *saved = ctx.saved_tensors
         kept = {position: saved.pop(0) for position, has in enumerate(ctx.positions) if has}
         if ctx.memory == "checkpoint":
             kept[0] = boundary
         gradients: list[Tensor | None] = [None] * len(saved)
         v = boundary
-        enabled, dtype = ctx.autocast
         for position in reversed(range(len(ctx.order))):
-            with torch.autocast(boundary.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+            with ctx.autocast():
                 step = ctx.order[position]
                 x = kept.pop(position) if position in kept else step.back(v)
                 with torch.enable_grad():

@@ -61,5 +61,6 @@ def test_the_table_prints(capsys, monkeypatch):
     monkeypatch.setattr(memory, "measure", lambda function, cases, timeout: [1.5] * len(cases))
     folds.main()
     lines = capsys.readouterr().out.splitlines()
-    held, peaks = 5 * len(folds.OPERATORS) - 1, 4 * len(folds.OPERATORS)
-    assert len(lines) == 4 + held + 5 + peaks and lines[-1].endswith("| 1.5 | 1.5 | 1.5 | 1.5 |")
+    held, peaks, times = 5 * len(folds.OPERATORS) - 1, 2 * len(folds.OPERATORS) + 6, 3
+    assert len(lines) == 4 + held + 5 + peaks + 5 + times
+    assert lines[-times - 6].endswith("| 1.5 | 1.5 | 1.5 | 1.5 |") and lines[-1].endswith("|" + " 1.50 |" * 4)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -89,6 +90,22 @@ def test_batch_norm_is_updated_once_and_dropout_the_same(make):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
+class Shifted(nn.Module):
+    """A prox with two parameters whose gradients are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Parameter(torch.zeros(2, 3, 8, 8, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x):
+        return x + (self.a + self.b)
+
+
+def test_gradients_that_are_one_tensor():
+    net = flowkern.Unfolded(Shifted(), 4, tied=True).double()
+    check_same(net, torch.rand(2, 3, 8, 8, dtype=torch.float64))
+
+
 def test_hooks_of_parameters_run_once():
     net = make_net(folds=3)
     y = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
@@ -142,8 +159,8 @@ def test_the_first_training_step_initialises_the_flows(init, kept):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-def test_the_number_of_evaluations(monkeypatch):
-    """What is promised is what runs; and for few folds no other choice of images makes do with fewer."""
+def test_the_number_of_evaluations():
+    """What is promised is what runs, and the least that there is: the formula of Griewank and Walther (2000)."""
     runs = []
 
     class Counted(nn.Conv2d):
@@ -157,6 +174,10 @@ def test_the_number_of_evaluations(monkeypatch):
         net(torch.rand(1, 3, 4, 4)).sum().backward()
         assert len(runs) == count + folds.evaluated_again(count, kept)
     assert [folds.evaluated_again(8, kept) for kept in (1, 2, 3, 7, 9)] == [28, 14, 11, 7, 7]
+    for count, kept in itertools.product((2, 5, 8, 16, 30), (1, 2, 3, 5)):
+        times = next(r for r in itertools.count(1) if math.comb(kept + r, kept) >= count)
+        least = times * count - math.comb(kept + times, times - 1)
+        assert folds.evaluated_again(count, kept) == least
 
 
 def test_a_parameter_changed_before_backward_is_an_error():
