@@ -139,6 +139,16 @@ struct NetworkVjp {
     Type type;
 };
 
+// The network evaluated again together with its gradients, some images at a time: `between` makes of the output h of `count`
+// images from `first` on its gradient dh, both of `type`, on several threads or within one of them.
+struct NetworkReplay {
+    NetworkVjp vjp;  // h1, h2 and dh are unused
+    const float* packed;
+    void* memory;    // of network_replay_bytes()
+    void (*between)(const void* context, int64_t first, int64_t count, const void* h, void* dh, int threads);
+    const void* context;
+};
+
 // The steps of flow of a level, or in `reverse` their inverses, with fp32 states. Arrays are dense, images channels-last.
 struct Chain {
     const Network* networks;                 // one a step

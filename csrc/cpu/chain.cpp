@@ -40,9 +40,8 @@ class Ops {
     }
     void network(int64_t k, const float* state, void* h, void* h1, void* h2) const {
         const Network& n = c_.networks[k];
-        float* packed = reinterpret_cast<float*>(packed_.data());
-        set_.network->fold({n, packed, c_.type}, threads_);
-        set_.network->trace({packed, image(const_cast<float*>(state)), h, h1, h2, c_.samples, c_.height, c_.width, n.few, n.hidden,
+        fold(n);
+        set_.network->trace({packed(), image(const_cast<float*>(state)), h, h1, h2, c_.samples, c_.height, c_.width, n.few, n.hidden,
                              n.out, c_.type}, threads_);
     }
     void network_vjp(int64_t k, const Network& gradient, const float* state, float* dstate, const Kept& at, const void* dh) const {
@@ -50,8 +49,25 @@ class Ops {
                            c_.height, c_.width, c_.type}, threads_);
     }
     void couple_vjp(const float* v, const float* g, const void* h, const float* glogdet, float* rebuilt, float* dv, void* dh) const {
-        set_.couple_vjp({v, g, h, glogdet, rebuilt, dv, dh, c_.samples, c_.height * c_.width, c_.channels, c_.alpha, c_.scale,
-                         c_.reverse, rebuilt == nullptr, Type::f32, c_.type}, threads_);
+        couple_vjp(v, g, h, glogdet, rebuilt, dv, dh, 0, c_.samples, threads_);
+    }
+    int64_t replay_bytes() const {
+        return largest([&](const Network& n) { return set_.network->replay_bytes(replay_of(n, n, nullptr, nullptr, nullptr), threads_); });
+    }
+    // Both derivatives of a step's coupling, with its network evaluated again.
+    void replay(int64_t k, const Network& gradient, const float* v, const float* g, const float* glogdet, float* rebuilt, float* dv,
+                void* memory) const {
+        const Network& n = c_.networks[k];
+        fold(n);
+        NetworkReplay m = replay_of(n, gradient, v, dv, memory);
+        const auto between = [&](int64_t first, int64_t count, const void* h, void* dh, int threads) {
+            couple_vjp(v, g, h, glogdet, rebuilt, dv, dh, first, count, threads);
+        };
+        m.between = [](const void* f, int64_t first, int64_t count, const void* h, void* dh, int threads) {
+            (*static_cast<decltype(between)*>(f))(first, count, h, dh, threads);
+        };
+        m.context = &between;
+        set_.network->replay(m, threads_);
     }
     void mix_vjp(int64_t k, const float* v, const float* g, float* rebuilt, float* dv, float* dmatrix, float* doffset) const {
         const int64_t n = c_.channels;
@@ -60,6 +76,20 @@ class Ops {
     }
 
   private:
+    float* packed() const { return reinterpret_cast<float*>(packed_.data()); }
+    void fold(const Network& n) const { set_.network->fold({n, packed(), c_.type}, threads_); }
+    NetworkReplay replay_of(const Network& n, const Network& gradient, const float* v, float* dv, void* memory) const {
+        return {{n, gradient, image(const_cast<float*>(v)), image(dv), nullptr, nullptr, nullptr, c_.samples, c_.height, c_.width,
+                 c_.type}, packed(), memory, nullptr, nullptr};
+    }
+    // Of `count` samples from `first` on, whose h and dh these are.
+    void couple_vjp(const float* v, const float* g, const void* h, const float* glogdet, float* rebuilt, float* dv, void* dh,
+                    int64_t first, int64_t count, int threads) const {
+        const int64_t at = first * c_.height * c_.width * c_.channels;
+        set_.couple_vjp({v + at, g + at, h, glogdet + first, rebuilt ? rebuilt + at : nullptr, dv + at, dh, count,
+                         c_.height * c_.width, c_.channels, c_.alpha, c_.scale, c_.reverse, rebuilt == nullptr, Type::f32,
+                         c_.type}, threads);
+    }
     // The half that the network reads.
     Image image(float* state) const {
         return {state, c_.height * c_.width * c_.channels, c_.width * c_.channels, c_.channels};
@@ -146,8 +176,11 @@ void chain_vjp(const ChainVjp& m, int threads) {
     const Chain& c = m.chain;
     const Ops ops(c, threads);
     const bool traces = !m.kept[0].h;
-    const Bytes h(traces ? ops.output_size() : 0), h1(traces ? ops.hidden_size() : 0), h2(traces ? ops.hidden_size() : 0);
-    const Bytes dh(ops.output_size()), middle(ops.state_size()), between(ops.state_size());
+    // Where the coupling's and the network's derivatives follow the network at once, they take a few images at a time.
+    const bool replays = traces && !(c.stored && c.reverse), retraces = traces && !replays;
+    const Bytes h(retraces ? ops.output_size() : 0), h1(retraces ? ops.hidden_size() : 0), h2(retraces ? ops.hidden_size() : 0);
+    const Bytes dh(replays ? 0 : ops.output_size()), memory(replays ? ops.replay_bytes() : 0);
+    const Bytes middle(ops.state_size()), between(ops.state_size());
     std::vector<float> unused(c.samples);
     // The states before and after a step's two halves, and the gradients there, alternate between results and scratch.
     float *y = numbers(middle), *gy = numbers(between);
@@ -156,12 +189,8 @@ void chain_vjp(const ChainVjp& m, int threads) {
         const int64_t k = c.reverse ? c.steps - 1 - position : position;
         Kept at = m.kept[position];
         const float* state = static_cast<const float*>(at.state);  // a stored step's input, or an exact state
-        const auto activations = [&](const float* of) {
-            if (!traces) return;
-            at = {at.state, h.data(), h1.data(), h2.data()};
-            ops.network(k, of, at.h, at.h1, at.h2);
-        };
         const auto through_network = [&](const float* from, const float* g, float* rebuilt, float* dv) {
+            if (replays) return ops.replay(k, m.gradients[k], from, g, m.glogdet, rebuilt, dv, memory.data());
             ops.couple_vjp(from, g, at.h, m.glogdet, rebuilt, dv, dh.data());
             ops.network_vjp(k, m.gradients[k], from, dv, at, dh.data());
         };
@@ -171,24 +200,23 @@ void chain_vjp(const ChainVjp& m, int threads) {
         if (c.stored) {
             if (!state) state = m.boundary;
             if (c.reverse) {
-                activations(state);
+                if (traces) {
+                    at = {at.state, h.data(), h1.data(), h2.data()};
+                    ops.network(k, state, at.h, at.h1, at.h2);
+                }
                 ops.couple(state, at.h, y, unused.data(), -1, true);
                 through_mix(y, g, nullptr, gy);
                 through_network(state, gy, nullptr, m.dx);
             } else {
                 ops.mix(k, state, y, false);
-                activations(y);
                 through_network(y, g, nullptr, gy);
                 through_mix(state, gy, nullptr, m.dx);
             }
         } else if (c.reverse) {
             through_mix(state ? state : v, g, state ? nullptr : y, gy);
-            const float* coupled = state ? state : y;
-            activations(coupled);
-            through_network(coupled, gy, m.rebuilt, m.dx);
+            through_network(state ? state : y, gy, m.rebuilt, m.dx);
             v = m.rebuilt;
         } else {
-            activations(v);
             through_network(v, g, y, gy);
             through_mix(state ? state : y, gy, state ? nullptr : m.rebuilt, m.dx);
             v = state ? state : m.rebuilt;

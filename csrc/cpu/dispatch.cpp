@@ -25,6 +25,8 @@
     void network_fold(const NetworkFold&, int);                       \
     void network_trace(const NetworkTrace&, int);                     \
     void network_vjp(const NetworkVjp&, int);                         \
+    int64_t network_replay_bytes(const NetworkReplay&, int);          \
+    void network_replay(const NetworkReplay&, int);                   \
     }
 #define ENTRY(name, isa, supported, network) \
     {name, supported, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency, \
@@ -49,7 +51,8 @@ namespace flowkern::cpu {
 namespace {
 
 #ifdef FLOWKERN_X86
-#define NETWORK(isa, bf16) {bf16, isa::network_packed_size, isa::network_fold, isa::network_trace, isa::network_vjp}
+#define NETWORK(isa, bf16) {bf16, isa::network_packed_size, isa::network_fold, isa::network_trace, isa::network_vjp, \
+                            isa::network_replay_bytes, isa::network_replay}
 
 const NetworkLoops wide[] = {NETWORK(avx512, false), NETWORK(avx2, false)};
 #ifdef FLOWKERN_AVX512BF16

@@ -11,6 +11,8 @@ struct NetworkLoops {
     void (*fold)(const NetworkFold&, int threads);
     void (*trace)(const NetworkTrace&, int threads);
     void (*vjp)(const NetworkVjp&, int threads);
+    int64_t (*replay_bytes)(const NetworkReplay&, int threads);
+    void (*replay)(const NetworkReplay&, int threads);
 };
 
 struct InstructionSet {

@@ -1,7 +1,7 @@
 // What the factors of matrix products are made of (product.h): fp32 or bf16 numbers in 32-bit units, a number of fp32, or a
 // pair of bf16 numbers that are neighbours along the dimension that is summed over. So one set of loops serves both.
 #pragma once
-#ifdef __AVX512BF16__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -49,22 +49,59 @@ inline void store_numbers(BFloat16* p, Vector<float> v) {
 }
 #endif
 
+// Copies numbers that won't be read soon: whole vectors to memory without fetching the lines that they replace. Other
+// threads see them after `end_copies_past_cache`.
+template <class E>
+inline void copy_past_cache(E* to, const E* from, int64_t n) {
+    [[maybe_unused]] constexpr int64_t VECTOR = VECTOR_BYTES / sizeof(E);
+#if defined(__AVX512F__) || defined(__AVX2__)
+    if (reinterpret_cast<uintptr_t>(to) % VECTOR_BYTES == 0) {
+        for (; n >= VECTOR; n -= VECTOR, to += VECTOR, from += VECTOR) {
+#ifdef __AVX512F__
+            _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#else
+            _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#endif
+        }
+    }
+#endif
+    memcpy(to, from, n * sizeof(E));
+}
+
+inline void end_copies_past_cache() {
+#if defined(__AVX512F__) || defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
 // A matrix's units, rows `stride` apart.
 struct Units {
     const float* data;
     int64_t stride;
 };
 
-// A scratch array of rows of numbers of E, zero at first.
+// Rows of numbers of E.
 template <class E>
-class Rows {
+struct View {
+    E* data;
+    int64_t row;
+
+    E* operator[](int64_t i) const { return data + i * row; }
+    View from(int64_t first) const { return {data + first * row, row}; }
+    Units units() const { return {reinterpret_cast<const float*>(data), row / PER_UNIT<E>}; }
+};
+
+// A scratch array of them, zero at first, that may be read two vectors beyond its end.
+template <class E>
+class Rows : public View<E> {
   public:
-    Rows(int64_t count, int64_t row) : row_(row), memory_(count * row + 2 * WIDTH * PER_UNIT<E>) { memory_.clear(); }
-    E* operator[](int64_t i) const { return memory_.data() + i * row_; }
-    Units units() const { return {reinterpret_cast<const float*>(memory_.data()), row_ / PER_UNIT<E>}; }
+    Rows(int64_t count, int64_t row) : View<E>{nullptr, row}, memory_(size(count, row)) {
+        memory_.clear();
+        this->data = memory_.data();
+    }
+    static int64_t size(int64_t count, int64_t row) { return count * row + 2 * WIDTH * PER_UNIT<E>; }
 
   private:
-    int64_t row_;
     Scratch<E> memory_;
 };
 

@@ -65,7 +65,7 @@ class OuterProduct {
 
     // total (a's columns, b's columns) += the sum over `pixels` rows, a multiple of ROWS. Columns of b are padded to whole
     // vectors; with tiles, a's to a multiple of as many.
-    void add(const Rows<E>& a, int64_t a_columns, const Rows<E>& b, int64_t b_columns, int64_t pixels, float* total) const {
+    void add(const View<E>& a, int64_t a_columns, const View<E>& b, int64_t b_columns, int64_t pixels, float* total) const {
         const int64_t depth = pixels / PER_UNIT<E>;
         if constexpr (TILED<E>) {
             for (int64_t p = 0; p < pixels; p += 2 * WIDTH) {
@@ -87,7 +87,7 @@ class OuterProduct {
     // An odd number of cache lines, so that columns don't collide.
     static int64_t line(int64_t units) { return padded<float>(units) | WIDTH; }
 
-    static Units pair_rows(const Rows<E>& rows, const Rows<float>& pairs, int64_t count, int64_t columns) {
+    static Units pair_rows(const View<E>& rows, const Rows<float>& pairs, int64_t count, int64_t columns) {
         for (int64_t p = 0; p < count; p += 2) {
             const E *low = rows[p], *high = rows[p + 1];
             float* to = pairs[p / 2];

@@ -1,0 +1,156 @@
+// The coupling network backward, on chunks of a band's pixels (network.cpp says which products).
+#pragma once
+#include "outer.h"
+#include "trace.h"
+
+namespace flowkern::FLOWKERN_ISA {
+
+// total += the sums over rows of `columns` columns from the first on, and up to a vector.
+template <class E>
+void add_rows(const View<E>& rows, int64_t first, int64_t count, int64_t columns, float* total) {
+    for (int64_t c = 0; c < columns; c += WIDTH) {
+        Vector<float> sum{};
+        for (int64_t p = 0; p < count; p++) sum += load_numbers(rows[p] + first + c);
+        store(total + c, load(total + c) + sum);
+    }
+}
+
+// What all threads read: the transposed factors; and where each adds up the weights' gradients.
+template <class E>
+class WeightGradients {
+  public:
+    WeightGradients(const NetworkVjp& m, int64_t ranges, int threads)
+        : s(m.network.few, m.network.hidden, m.network.out), where(s), scales(m.network), back(m.network, s, scales, threads),
+          need1(m.gradient.weight1.data || m.gradient.scale1 || m.gradient.bias1),
+          need2(m.gradient.weight2.data || m.gradient.scale2 || m.gradient.bias2),
+          need3(m.gradient.weight3.data || m.gradient.bias3 || m.gradient.logs), ranges_(ranges), totals_(ranges * where.size) {
+        totals_.clear();
+    }
+    float* total(int64_t range) const { return totals_.data() + range * where.size; }
+
+    // Writes the parameters' gradients. Ranges are added in order, so that threads may take them in any.
+    void finish(const NetworkVjp& m, int threads) const {
+        float* sum = total(0);
+        parallel(threads, ceil_div(where.size, 1024), [&](int64_t begin, int64_t end) {
+            for (int64_t r = 1; r < ranges_; r++) {
+                const float* other = total(r);
+                for (int64_t i = begin * 1024; i < min(end * 1024, where.size); i++) sum[i] += other[i];
+            }
+        });
+        unfold(m.network, m.gradient, s, scales, sum, threads);
+    }
+
+    const Sizes<E> s;
+    const Sums<E> where;
+    const Scales scales;
+    const Backward<E> back;
+    const bool need1, need2, need3;
+
+  private:
+    const int64_t ranges_;
+    const Scratch<float> totals_;
+};
+
+// The loop over bands, with one thread's scratch memory.
+template <class E>
+class VjpBands {
+  public:
+    // kept: hidden activations, or null.
+    VjpBands(const WeightGradients<E>& weights, const Bands& bands, const Hidden<E>* kept)
+        : w_(weights), s_(w_.s), bands_(bands), kept_(kept), few_(s_.few_units * PER_UNIT<E>), out_(s_.out_units * PER_UNIT<E>),
+          taps_(padded<float>(9 * s_.few) | WIDTH), image_(bands.bordered(), few_), gradient_(bands.bordered(), out_),
+          x_(CHUNK<E>, s_.row(9 * s_.few_units)), d_(CHUNK<E>, s_.row(9 * s_.out_units)), h1_(kept ? 0 : CHUNK<E>, s_.hidden_row()),
+          h2_(kept ? 0 : CHUNK<E>, s_.hidden_row()), g1_(CHUNK<E>, s_.hidden_row()), g2_(CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_),
+          outer_(CHUNK<E>, max(max(9 * few_, 9 * out_), s_.hidden), s_.hidden) {}
+
+    // Adds weights' gradients to `total`, and puts what the pixels of bands send to their neighbours into `sums` of each.
+    // Hidden activations are those of `m` if none are kept.
+    void run(const NetworkVjp& m, int64_t begin, int64_t end, float* sums, float* total) const {
+        const Bands& bands = bands_;
+        const Network& n = m.network;
+        const Sums<E>& where = w_.where;
+        const int64_t size = bands.bordered() * n.few;
+        const auto masked = [](const View<E>& to, const View<E>& by) {
+            return [=](int64_t r, int64_t c, Vector<float> v) {
+                store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
+            };
+        };
+        for (int64_t band = begin; band < end; band++) {
+            load_band(bands, band, pixels_of(m.a), n.few, few_, image_[0]);
+            load_band(bands, band, dense_pixels<E>(m.dh, bands, n.out), n.out, out_, gradient_[0]);
+            float* to = sums + band * size;
+            memset(to, 0, size * sizeof(float));
+            const int64_t pixels = bands.row_count(band) * m.width;
+            for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
+                const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
+                const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
+                const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
+                const int64_t pixel = bands.first_pixel(band) + first;
+                for (int64_t p = 0; !kept_ && p < count; p++) {
+                    memcpy(h1[p], static_cast<const E*>(m.h1) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
+                    memcpy(h2[p], static_cast<const E*>(m.h2) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
+                }
+                gather_taps(gradient_.units().data, m.width, s_.out_units, first, count, d_.units());
+                // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
+                for (int64_t p = count; p < rows; p++) memset(d_[p], 0, d_.row * sizeof(E));
+                multiply<E>(d_.units(), rows, 9 * s_.out_units, w_.back.w3.data(), n.hidden, nullptr, masked(g2_, h2));
+                if (w_.need3) {
+                    outer_.add(d_, 9 * out_, h2, n.hidden, rows, total + where.w3);
+                    add_rows(d_, 4 * out_, count, n.out, total + where.b3);
+                }
+                multiply<E>(g2_.units(), rows, s_.hidden_units, w_.back.w2.data(), n.hidden, nullptr, masked(g1_, h1));
+                if (w_.need2) {
+                    outer_.add(g2_, n.hidden, h1, n.hidden, rows, total + where.w2);
+                    add_rows(g2_, 0, count, s_.hidden, total + where.b2);
+                }
+                if (w_.need1) {
+                    gather_taps(image_.units().data, m.width, s_.few_units, first, count, x_.units());
+                    for (int64_t p = count; p < rows; p++) memset(x_[p], 0, x_.row * sizeof(E));
+                    outer_.add(x_, 9 * few_, g1_, n.hidden, rows, total + where.w1);
+                    add_rows(g1_, 0, count, s_.hidden, total + where.b1);
+                }
+                multiply<E>(g1_.units(), rows, s_.hidden_units, w_.back.w1.data(), 9 * n.few, nullptr,
+                            [&](int64_t r, int64_t c, Vector<float> v) { store(sent_[r] + c, v); });
+                scatter(sent_[0], taps_, m.width, first, count, n.few, to);
+            }
+        }
+    }
+
+  private:
+    const WeightGradients<E>& w_;
+    const Sizes<E>& s_;
+    const Bands& bands_;
+    const Hidden<E>* const kept_;
+    const int64_t few_, out_, taps_;
+    [[maybe_unused]] Tiles<E> tiles_;
+    const Rows<E> image_, gradient_, x_, d_, h1_, h2_, g1_, g2_;
+    const Rows<float> sent_;
+    const OuterProduct<E> outer_;
+};
+
+// Adds weights' gradients to those of `ranges` ranges from `first_range` on, and to the gradient of a. kept: as of VjpBands.
+template <class E>
+void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, const WeightGradients<E>& weights,
+               int64_t first_range, int64_t ranges, int threads) {
+    const int64_t count = bands.count(), few = m.network.few;
+    const Scratch<float> sums(count * bands.bordered() * few + WIDTH);
+    parallel(threads, ranges, [&](int64_t begin, int64_t end) {
+        const VjpBands<E> loop(weights, bands, kept);
+        for (int64_t r = begin; r < end; r++) {
+            loop.run(m, count * r / ranges, count * (r + 1) / ranges, sums.data(), weights.total(first_range + r));
+        }
+    });
+    parallel(threads, count, [&](int64_t begin, int64_t end) {
+        float* da = static_cast<float*>(m.da.data);
+        for (int64_t band = begin; band < end; band++) {
+            finish_band(bands, band, sums.data(), few, [&](int64_t sample, int64_t y, const float* row) {
+                float* to = da + sample * m.da.sample + y * m.da.row;
+                for (int64_t x = 0; x < bands.width; x++, to += m.da.pixel, row += few) {
+                    for (int64_t c = 0; c < few; c++) to[c] += row[c];
+                }
+            });
+        }
+    });
+}
+
+}  // namespace flowkern::FLOWKERN_ISA

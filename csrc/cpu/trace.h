@@ -1,0 +1,112 @@
+// The coupling network forward, on chunks of a band's pixels (network.cpp says which products).
+#pragma once
+#include "taps.h"
+#include "weights.h"
+
+namespace flowkern::FLOWKERN_ISA {
+
+// Pixels, a multiple of ROWS. Sums over pixels leave a tile after each chunk, which larger chunks make up for.
+template <class E>
+constexpr int64_t CHUNK = TILED<E> ? 128 : 64;
+
+// Both hidden activations of some bands, in rows as products want them: whole blocks of rows a band.
+template <class E>
+struct Hidden {
+    View<E> first, second;
+    int64_t rows;
+
+    static int64_t rows_of(const Bands& bands) { return ceil_div(bands.rows * bands.width, ROWS<E>) * ROWS<E>; }
+    Hidden band(int64_t i) const { return {first.from(i * rows), second.from(i * rows), rows}; }
+};
+
+// Images given by a pointer and strides, or dense ones.
+inline auto pixels_of(const Image& image) {
+    return [=](int64_t n, int64_t y, int64_t x) {
+        return static_cast<const float*>(image.data) + n * image.sample + y * image.row + x * image.pixel;
+    };
+}
+template <class E>
+auto dense_pixels(const void* data, const Bands& bands, int64_t channels) {
+    return [=](int64_t n, int64_t y, int64_t x) {
+        return static_cast<const E*>(data) + ((n * bands.height + y) * bands.width + x) * channels;
+    };
+}
+
+// The loop over bands, with one thread's scratch memory.
+template <class E>
+class TraceBands {
+  public:
+    // kept: where hidden activations are left, or null.
+    TraceBands(const Sizes<E>& sizes, const Bands& bands, const Hidden<E>* kept)
+        : s_(sizes), bands_(bands), kept_(kept), wide_(s_.few_units * PER_UNIT<E>), taps_(padded<float>(9 * s_.out) | WIDTH),
+          image_(bands.bordered(), wide_), x_(CHUNK<E>, s_.row(9 * s_.few_units)), h1_(kept ? 0 : CHUNK<E>, s_.hidden_row()),
+          h2_(kept ? 0 : CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_) {}
+
+    // What the pixels of bands send to their neighbours, into `sums` of each; and hidden activations into those of `m`.
+    void run(const NetworkTrace& m, int64_t begin, int64_t end, float* sums) const {
+        const Bands& bands = bands_;
+        const Folded<E> folded(s_);
+        const float* packed = m.packed;
+        const int64_t size = bands.bordered() * m.out;
+        const auto rectified = [](const View<E>& to) {  // NaN stays
+            return [to](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v < 0 ? Vector<float>{} : v); };
+        };
+        for (int64_t band = begin; band < end; band++) {
+            load_band(bands, band, pixels_of(m.a), m.few, wide_, image_[0]);
+            float* to = sums + band * size;
+            memset(to, 0, size * sizeof(float));
+            const int64_t pixels = bands.row_count(band) * m.width;
+            for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
+                const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
+                const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
+                const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
+                gather_taps(image_.units().data, m.width, s_.few_units, first, count, x_.units());
+                multiply<E>(x_.units(), rows, 9 * s_.few_units, packed + folded.w1, m.hidden, packed + folded.b1, rectified(h1));
+                multiply<E>(h1.units(), rows, s_.hidden_units, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
+                multiply<E>(h2.units(), rows, s_.hidden_units, packed + folded.w3, 9 * m.out, nullptr,
+                            [&](int64_t r, int64_t c, Vector<float> v) { store(sent_[r] + c, v); });
+                scatter(sent_[0], taps_, m.width, first, count, m.out, to);
+                if (!m.h1) continue;
+                const int64_t pixel = bands.first_pixel(band) + first;
+                for (int64_t p = 0; p < count; p++) {
+                    copy_past_cache(static_cast<E*>(m.h1) + (pixel + p) * m.hidden, h1[p], m.hidden);
+                    copy_past_cache(static_cast<E*>(m.h2) + (pixel + p) * m.hidden, h2[p], m.hidden);
+                }
+            }
+        }
+        if (m.h1) end_copies_past_cache();
+    }
+
+  private:
+    const Sizes<E>& s_;
+    const Bands& bands_;
+    const Hidden<E>* const kept_;
+    const int64_t wide_, taps_;
+    [[maybe_unused]] Tiles<E> tiles_;
+    const Rows<E> image_, x_, h1_, h2_;
+    const Rows<float> sent_;
+};
+
+// The network's output, and hidden activations as TraceBands has them.
+template <class E>
+void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kept, int threads) {
+    const Sizes<E> sizes(m.few, m.hidden, m.out);
+    const int64_t numbers = m.width * m.out;
+    const Scratch<float> sums(bands.count() * bands.bordered() * m.out + WIDTH), biases(numbers);  // of a row of pixels
+    parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
+        TraceBands<E>(sizes, bands, kept).run(m, begin, end, sums.data());
+    });
+    const float* of_channels = m.packed + Folded<E>(sizes).b3;
+    for (int64_t i = 0; i < numbers; i++) biases.data()[i] = of_channels[i % m.out];
+    parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
+        const float* bias = biases.data();
+        for (int64_t band = begin; band < end; band++) {
+            finish_band(bands, band, sums.data(), m.out, [&](int64_t sample, int64_t y, const float* row) {
+                E* h = static_cast<E*>(m.h) + (sample * m.height + y) * numbers;
+                for (int64_t i = 0; i < numbers; i++) convert(row[i] + bias[i], h[i]);
+            });
+        }
+    });
+}
+
+}  // namespace flowkern::FLOWKERN_ISA
