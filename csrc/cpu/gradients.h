@@ -63,9 +63,9 @@ class VjpBands {
           h2_(kept ? 0 : CHUNK<E>, s_.hidden_row()), g1_(CHUNK<E>, s_.hidden_row()), g2_(CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_),
           outer_(CHUNK<E>, max(max(9 * few_, 9 * out_), s_.hidden), s_.hidden) {}
 
-    // Adds weights' gradients to `total`, and puts what the pixels of bands send to their neighbours into `sums` of each.
-    // Hidden activations are those of `m` if none are kept.
-    void run(const NetworkVjp& m, int64_t begin, int64_t end, float* sums, float* total) const {
+    // Adds weights' gradients to `total`, and puts what the band's pixels send to their neighbours into its `sums`. Hidden
+    // activations are those of `m` if none are kept.
+    void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
         const Bands& bands = bands_;
         const Network& n = m.network;
         const Sums<E>& where = w_.where;
@@ -75,44 +75,42 @@ class VjpBands {
                 store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
             };
         };
-        for (int64_t band = begin; band < end; band++) {
-            load_band(bands, band, pixels_of(m.a), n.few, few_, image_[0]);
-            load_band(bands, band, dense_pixels<E>(m.dh, bands, n.out), n.out, out_, gradient_[0]);
-            float* to = sums + band * size;
-            memset(to, 0, size * sizeof(float));
-            const int64_t pixels = bands.row_count(band) * m.width;
-            for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
-                const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
-                const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
-                const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
-                const int64_t pixel = bands.first_pixel(band) + first;
-                for (int64_t p = 0; !kept_ && p < count; p++) {
-                    memcpy(h1[p], static_cast<const E*>(m.h1) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
-                    memcpy(h2[p], static_cast<const E*>(m.h2) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
-                }
-                gather_taps(gradient_.units().data, m.width, s_.out_units, first, count, d_.units());
-                // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
-                for (int64_t p = count; p < rows; p++) memset(d_[p], 0, d_.row * sizeof(E));
-                multiply<E>(d_.units(), rows, 9 * s_.out_units, w_.back.w3.data(), n.hidden, nullptr, masked(g2_, h2));
-                if (w_.need3) {
-                    outer_.add(d_, 9 * out_, h2, n.hidden, rows, total + where.w3);
-                    add_rows(d_, 4 * out_, count, n.out, total + where.b3);
-                }
-                multiply<E>(g2_.units(), rows, s_.hidden_units, w_.back.w2.data(), n.hidden, nullptr, masked(g1_, h1));
-                if (w_.need2) {
-                    outer_.add(g2_, n.hidden, h1, n.hidden, rows, total + where.w2);
-                    add_rows(g2_, 0, count, s_.hidden, total + where.b2);
-                }
-                if (w_.need1) {
-                    gather_taps(image_.units().data, m.width, s_.few_units, first, count, x_.units());
-                    for (int64_t p = count; p < rows; p++) memset(x_[p], 0, x_.row * sizeof(E));
-                    outer_.add(x_, 9 * few_, g1_, n.hidden, rows, total + where.w1);
-                    add_rows(g1_, 0, count, s_.hidden, total + where.b1);
-                }
-                multiply<E>(g1_.units(), rows, s_.hidden_units, w_.back.w1.data(), 9 * n.few, nullptr,
-                            [&](int64_t r, int64_t c, Vector<float> v) { store(sent_[r] + c, v); });
-                scatter(sent_[0], taps_, m.width, first, count, n.few, to);
+        load_band(bands, band, pixels_of(m.a), n.few, few_, image_[0]);
+        load_band(bands, band, dense_pixels<E>(m.dh, bands, n.out), n.out, out_, gradient_[0]);
+        float* to = sums + band * size;
+        memset(to, 0, size * sizeof(float));
+        const int64_t pixels = bands.row_count(band) * m.width;
+        for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
+            const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
+            const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
+            const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
+            const int64_t pixel = bands.first_pixel(band) + first;
+            for (int64_t p = 0; !kept_ && p < count; p++) {
+                memcpy(h1[p], static_cast<const E*>(m.h1) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
+                memcpy(h2[p], static_cast<const E*>(m.h2) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
             }
+            gather_taps(gradient_.units().data, m.width, s_.out_units, first, count, d_.units());
+            // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
+            for (int64_t p = count; p < rows; p++) memset(d_[p], 0, d_.row * sizeof(E));
+            multiply<E>(d_.units(), rows, 9 * s_.out_units, w_.back.w3.data(), n.hidden, nullptr, masked(g2_, h2));
+            if (w_.need3) {
+                outer_.add(d_, 9 * out_, h2, n.hidden, rows, total + where.w3);
+                add_rows(d_, 4 * out_, count, n.out, total + where.b3);
+            }
+            multiply<E>(g2_.units(), rows, s_.hidden_units, w_.back.w2.data(), n.hidden, nullptr, masked(g1_, h1));
+            if (w_.need2) {
+                outer_.add(g2_, n.hidden, h1, n.hidden, rows, total + where.w2);
+                add_rows(g2_, 0, count, s_.hidden, total + where.b2);
+            }
+            if (w_.need1) {
+                gather_taps(image_.units().data, m.width, s_.few_units, first, count, x_.units());
+                for (int64_t p = count; p < rows; p++) memset(x_[p], 0, x_.row * sizeof(E));
+                outer_.add(x_, 9 * few_, g1_, n.hidden, rows, total + where.w1);
+                add_rows(g1_, 0, count, s_.hidden, total + where.b1);
+            }
+            multiply<E>(g1_.units(), rows, s_.hidden_units, w_.back.w1.data(), 9 * n.few, nullptr,
+                        [&](int64_t r, int64_t c, Vector<float> v) { store(sent_[r] + c, v); });
+            scatter(sent_[0], taps_, m.width, first, count, n.few, to);
         }
     }
 
@@ -128,16 +126,19 @@ class VjpBands {
     const OuterProduct<E> outer_;
 };
 
-// Adds weights' gradients to those of `ranges` ranges from `first_range` on, and to the gradient of a. kept: as of VjpBands.
+// Adds weights' gradients to those of ranges of bands, numbered from `first_range` on, and to the gradient of a. kept: as of
+// VjpBands.
 template <class E>
 void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, const WeightGradients<E>& weights,
-               int64_t first_range, int64_t ranges, int threads) {
+               const Ranges& ranges, int64_t first_range, int threads) {
     const int64_t count = bands.count(), few = m.network.few;
     const Scratch<float> sums(count * bands.bordered() * few + WIDTH);
-    parallel(threads, ranges, [&](int64_t begin, int64_t end) {
+    share_out(threads, ranges.count(), [&](Counter& next) {
         const VjpBands<E> loop(weights, bands, kept);
-        for (int64_t r = begin; r < end; r++) {
-            loop.run(m, count * r / ranges, count * (r + 1) / ranges, sums.data(), weights.total(first_range + r));
+        for (int64_t r; (r = next.take()) < ranges.count();) {
+            for (int64_t band = ranges.begin(r); band < ranges.begin(r + 1); band++) {
+                loop.run(m, band, sums.data(), weights.total(first_range + r));
+            }
         }
     });
     parallel(threads, count, [&](int64_t begin, int64_t end) {

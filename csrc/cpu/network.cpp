@@ -10,23 +10,27 @@
 namespace flowkern::FLOWKERN_ISA {
 namespace {
 
+// Whether gradients of weights are worth summing over more ranges than there are threads, which costs an array of as many
+// sums a thread.
+bool worth_small_ranges(const NetworkVjp& m, int threads) { return threads > 1 && m.samples * m.height * m.width >= threads * 1024; }
+
 template <class E>
 void vjp(const NetworkVjp& m, int threads) {
     const Bands bands(m.samples, m.height, m.width);
-    const int64_t ranges = min(threads, bands.count());
-    const WeightGradients<E> weights(m, ranges, threads);
-    vjp_bands<E>(m, bands, nullptr, weights, 0, ranges, threads);
+    const Ranges ranges{bands.count(), threads, !worth_small_ranges(m, threads)};
+    const WeightGradients<E> weights(m, ranges.count(), threads);
+    vjp_bands<E>(m, bands, nullptr, weights, ranges, 0, threads);
     weights.finish(m, threads);
 }
 
-// How a replay divides its images. Each thread takes `share` of them, `at_once` at a time, so that hidden activations stay in
-// its cache until they are used. The rest, fewer than there are threads, all threads take together.
+// How a replay divides its images. `whole` of them each thread takes for itself, `at_once` at a time, so that hidden
+// activations stay in its cache until they are used. The rest, fewer than there are threads, all threads take together.
 struct Shares {
-    int64_t share, at_once, rest;
+    int64_t rest, whole, at_once;
 
     Shares(const NetworkVjp& m, int threads)
-        : share(m.samples / threads), at_once(max(1, min(share, FEW_PIXELS / (m.height * m.width)))),
-          rest(m.samples - share * threads) {}
+        : rest(m.samples % threads), whole(m.samples - rest),
+          at_once(max(1, min(whole / threads, FEW_PIXELS / (m.height * m.width)))) {}
     static constexpr int64_t FEW_PIXELS = 512;  // for which scratch arrays are worth their set-up
 };
 
@@ -74,31 +78,35 @@ template <class E>
 int64_t replay_bytes(const NetworkReplay& m, int threads) {
     const Shares shares(m.vjp, threads);
     const auto bytes = [&](int64_t images) { return images ? Images<E>(m, 0, images, nullptr).bytes() : 0; };
-    return max(shares.share ? threads * bytes(shares.at_once) : 0, bytes(shares.rest));
+    return max(shares.whole ? threads * bytes(shares.at_once) : 0, bytes(shares.rest));
 }
 
 template <class E>
 void replay(const NetworkReplay& m, int threads) {
     const Shares shares(m.vjp, threads);
-    const WeightGradients<E> weights(m.vjp, threads, threads);
-    const auto run = [&](int64_t first, int64_t count, char* memory, int64_t range, int team) {
+    const bool even = !worth_small_ranges(m.vjp, threads);
+    const Ranges ranges{shares.whole, threads, even};
+    const WeightGradients<E> weights(m.vjp, even ? threads : 2 * threads, threads);
+    const auto run = [&](int64_t first, int64_t count, char* memory, bool alone, int64_t range, int team) {
         const Images<E> images(m, first, count, memory);
         images.clear_padding();
         trace_bands<E>(images.trace, images.bands, &images.hidden, team);
         m.between(m.context, first, count, images.trace.h, images.dh, team);
-        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, range, min(team, images.bands.count()), team);
+        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, Ranges{images.bands.count(), team, alone || even}, range, team);
     };
     char* memory = static_cast<char*>(m.memory);
     const int64_t bytes = Images<E>(m, 0, shares.at_once, memory).bytes();
-    parallel(threads, shares.share ? threads : 0, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; r++) {
-            const int64_t last = (r + 1) * shares.share;
-            for (int64_t i = r * shares.share; i < last; i += shares.at_once) {
-                run(i, min(shares.at_once, last - i), memory + r * bytes, r, 1);
+    Counter workers;
+    if (shares.whole) {
+        share_out(threads, ranges.count(), [&](Counter& next) {
+            char* own = memory + workers.take() * bytes;
+            for (int64_t r; (r = next.take()) < ranges.count();) {
+                const int64_t end = ranges.begin(r + 1);
+                for (int64_t i = ranges.begin(r); i < end; i += shares.at_once) run(i, min(shares.at_once, end - i), own, true, r, 1);
             }
-        }
-    });
-    if (shares.rest) run(m.vjp.samples - shares.rest, shares.rest, memory, 0, threads);
+        });
+    }
+    if (shares.rest) run(shares.whole, shares.rest, memory, false, 0, threads);
     weights.finish(m.vjp, threads);
 }
 

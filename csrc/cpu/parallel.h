@@ -28,6 +28,37 @@ void parallel(int threads, int64_t items, const F& body) {
     parallel_ranges(threads, items, call, &body);
 }
 
+// Hands out 0, 1, ..., each once.
+class Counter {
+  public:
+    int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+
+  private:
+    int64_t next_ = 0;
+};
+
+// Calls body(next), on each of `threads` threads, for them to take [0, items) one by one from a Counter: where other
+// work slows one thread down, the others take more. For results that don't depend on which thread did what.
+template <class F>
+void share_out(int threads, int64_t items, const F& body) {
+    Counter next;
+    parallel(threads, min(threads, items), [&](int64_t, int64_t) { body(next); });
+}
+
+// Items in ranges to be shared out where each range has sums of its own: a large one for each thread, then small ones for
+// those that are done first. They depend on the number of threads alone, so that sums over them do.
+struct Ranges {
+    int64_t items, threads;
+    bool even;  // large ones alone
+
+    int64_t count() const { return even ? min(threads, items) : 2 * threads; }
+    int64_t begin(int64_t range) const {
+        if (even) return items * range / count();
+        const int64_t large = items * 3 / 4;
+        return range < threads ? large * range / threads : large + (items - large) * (range - threads) / threads;
+    }
+};
+
 // Memory for one call. Raises std::bad_alloc.
 template <class T>
 class Scratch {

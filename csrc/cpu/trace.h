@@ -42,8 +42,8 @@ class TraceBands {
           image_(bands.bordered(), wide_), x_(CHUNK<E>, s_.row(9 * s_.few_units)), h1_(kept ? 0 : CHUNK<E>, s_.hidden_row()),
           h2_(kept ? 0 : CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_) {}
 
-    // What the pixels of bands send to their neighbours, into `sums` of each; and hidden activations into those of `m`.
-    void run(const NetworkTrace& m, int64_t begin, int64_t end, float* sums) const {
+    // What the band's pixels send to their neighbours, into its `sums`; and hidden activations into those of `m`.
+    void run(const NetworkTrace& m, int64_t band, float* sums) const {
         const Bands& bands = bands_;
         const Folded<E> folded(s_);
         const float* packed = m.packed;
@@ -51,27 +51,25 @@ class TraceBands {
         const auto rectified = [](const View<E>& to) {  // NaN stays
             return [to](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v < 0 ? Vector<float>{} : v); };
         };
-        for (int64_t band = begin; band < end; band++) {
-            load_band(bands, band, pixels_of(m.a), m.few, wide_, image_[0]);
-            float* to = sums + band * size;
-            memset(to, 0, size * sizeof(float));
-            const int64_t pixels = bands.row_count(band) * m.width;
-            for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
-                const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
-                const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
-                const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
-                gather_taps(image_.units().data, m.width, s_.few_units, first, count, x_.units());
-                multiply<E>(x_.units(), rows, 9 * s_.few_units, packed + folded.w1, m.hidden, packed + folded.b1, rectified(h1));
-                multiply<E>(h1.units(), rows, s_.hidden_units, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
-                multiply<E>(h2.units(), rows, s_.hidden_units, packed + folded.w3, 9 * m.out, nullptr,
-                            [&](int64_t r, int64_t c, Vector<float> v) { store(sent_[r] + c, v); });
-                scatter(sent_[0], taps_, m.width, first, count, m.out, to);
-                if (!m.h1) continue;
-                const int64_t pixel = bands.first_pixel(band) + first;
-                for (int64_t p = 0; p < count; p++) {
-                    copy_past_cache(static_cast<E*>(m.h1) + (pixel + p) * m.hidden, h1[p], m.hidden);
-                    copy_past_cache(static_cast<E*>(m.h2) + (pixel + p) * m.hidden, h2[p], m.hidden);
-                }
+        load_band(bands, band, pixels_of(m.a), m.few, wide_, image_[0]);
+        float* to = sums + band * size;
+        memset(to, 0, size * sizeof(float));
+        const int64_t pixels = bands.row_count(band) * m.width;
+        for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
+            const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
+            const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
+            const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
+            gather_taps(image_.units().data, m.width, s_.few_units, first, count, x_.units());
+            multiply<E>(x_.units(), rows, 9 * s_.few_units, packed + folded.w1, m.hidden, packed + folded.b1, rectified(h1));
+            multiply<E>(h1.units(), rows, s_.hidden_units, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
+            multiply<E>(h2.units(), rows, s_.hidden_units, packed + folded.w3, 9 * m.out, nullptr,
+                        [&](int64_t r, int64_t c, Vector<float> v) { store(sent_[r] + c, v); });
+            scatter(sent_[0], taps_, m.width, first, count, m.out, to);
+            if (!m.h1) continue;
+            const int64_t pixel = bands.first_pixel(band) + first;
+            for (int64_t p = 0; p < count; p++) {
+                copy_past_cache(static_cast<E*>(m.h1) + (pixel + p) * m.hidden, h1[p], m.hidden);
+                copy_past_cache(static_cast<E*>(m.h2) + (pixel + p) * m.hidden, h2[p], m.hidden);
             }
         }
         if (m.h1) end_copies_past_cache();
@@ -93,8 +91,9 @@ void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kep
     const Sizes<E> sizes(m.few, m.hidden, m.out);
     const int64_t numbers = m.width * m.out;
     const Scratch<float> sums(bands.count() * bands.bordered() * m.out + WIDTH), biases(numbers);  // of a row of pixels
-    parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
-        TraceBands<E>(sizes, bands, kept).run(m, begin, end, sums.data());
+    share_out(threads, bands.count(), [&](Counter& next) {
+        const TraceBands<E> loop(sizes, bands, kept);
+        for (int64_t band; (band = next.take()) < bands.count();) loop.run(m, band, sums.data());
     });
     const float* of_channels = m.packed + Folded<E>(sizes).b3;
     for (int64_t i = 0; i < numbers; i++) biases.data()[i] = of_channels[i % m.out];
