@@ -16,10 +16,11 @@ import torch
 from flowkern import backend as backends
 
 # The working memory of one step's backward, in tensors: states with their gradients, (raw_s, t) with its gradient, and
-# hidden activations with their gradients: two activations if they are not stored, and a gradient or two unless the
-# network runs in tiles.
+# hidden activations with their gradients: two activations if they are not stored, and a gradient or two.
 STATES, OUTPUTS, HIDDEN_RECOMPUTED, HIDDEN_STORED = 6, 2, 3, 2
-TILED_RECOMPUTED, TILED_STORED = 2, 0
+# Where the network runs in tiles there are no such gradients, and each thread recomputes both activations of some
+# images at a time, of so many pixels together or of one: in blocks of pixels, and longer rows by so many bytes.
+REPLAYED, BLOCK, LONGER = 512, 32, 192
 # Beside them: folded weights, their gradients and the convolutions' scratch, in copies of one step's weights, of which
 # there is one a thread too; a share of the tensors, and a constant.
 WEIGHTS, SCRATCH, CONSTANT = 3, 1 / 16, 512 << 10
@@ -36,7 +37,8 @@ class Level(NamedTuple):
     """What the memory of a level depends on."""
 
     depth: int
-    pixels: int  # of the batch
+    images: int
+    pixels: int  # of all images
     channels: int
     outputs: int  # of the coupling network
     hidden: int
@@ -66,12 +68,21 @@ class Level(NamedTuple):
 
     def working(self, stored: bool, machine: "Machine") -> int:
         """Upper bound of what backward of a step allocates beyond what is held."""
-        recomputed, kept = (TILED_RECOMPUTED, TILED_STORED) if machine.tiled else (HIDDEN_RECOMPUTED, HIDDEN_STORED)
-        hidden = self.hidden * ((kept if stored else recomputed) + machine.copies)
-        tensors = STATES * self.state + self.pixels * self.network_bytes * (OUTPUTS * self.outputs + hidden)
+        outputs = OUTPUTS * self.outputs * self.pixels * self.network_bytes
+        tensors = STATES * self.state + outputs + self._hidden_working(stored, machine)
         weights = (WEIGHTS + machine.threads) * self.weights * self.state_bytes
         mixes = MIXES * self.depth * self.channels**2 * 8
         return max(int((1 + SCRATCH) * tensors) + weights, mixes) + CONSTANT
+
+    def _hidden_working(self, stored: bool, machine: "Machine") -> int:
+        """Of it, hidden activations and their gradients."""
+        number = self.hidden * self.network_bytes
+        if machine.tiled:
+            # An image's bands of rows, of 257 pixels or more unless it is smaller, are whole blocks each.
+            rows = -(self.pixels // max(self.images, 1) * 9 // -(8 * BLOCK)) * BLOCK
+            rows = min(machine.threads * max(REPLAYED, rows), self.images * rows)
+            return 0 if stored else 2 * rows * (number + LONGER)
+        return self.pixels * number * ((HIDDEN_STORED if stored else HIDDEN_RECOMPUTED) + machine.copies)
 
 
 class Machine(NamedTuple):

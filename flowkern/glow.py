@@ -222,7 +222,7 @@ class Glow(nn.Module):
             net, pixels = level.steps[0].coupling.net, n * (h >> i + 1) * (w >> i + 1)
             channels, outputs, hidden = len(level.steps[0].actnorm.bias), len(net.bias3), len(net.weight1)
             numbers = like.element_size(), dtype.itemsize
-            levels.append((len(level.steps), pixels, channels, outputs, hidden, *numbers, learned))
+            levels.append((len(level.steps), n, pixels, channels, outputs, hidden, *numbers, learned))
         anchors = self.anchor_every or 0
         backend = backends.resolve(like.device, self.backend)
         placed = like.device, backend, like.dtype, dtype

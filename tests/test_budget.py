@@ -15,9 +15,9 @@ from flowkern.layers import StepOfFlow, run_steps
 
 SIZE, ALL = (8, 12), 1 << 40
 LEVELS = (
-    budget.Level(8, 8192, 12, 12, 128, 4, 4, False),
-    budget.Level(8, 2048, 24, 24, 128, 4, 4, False),
-    budget.Level(8, 512, 48, 48, 128, 4, 4, False),
+    budget.Level(8, 8, 8192, 12, 12, 128, 4, 4, False),
+    budget.Level(8, 8, 2048, 24, 24, 128, 4, 4, False),
+    budget.Level(8, 8, 512, 48, 48, 128, 4, 4, False),
 )
 MACHINE = budget.Machine(threads=1, copies=0, tiled=False)
 
@@ -211,7 +211,7 @@ def test_an_audit_measures_a_glow_with_a_budget():
 
 @pytest.mark.parametrize("reverse, sizes, dynamic", [(False, (4, 5), None), (True, (4,), None), (False, (4,), True)])
 def test_compiled_whole(reverse, sizes, dynamic):
-    glow = small_glow((3, *SIZE), levels=1, depth=2, dtype=torch.float32)
+    glow = small_glow((3, *SIZE), levels=1, depth=2, hidden=32, dtype=torch.float32)
     glow.memory_budget = partly(glow, reverse)
     function, parameters = run(glow, reverse), list(glow.parameters())
 

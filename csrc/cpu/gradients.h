@@ -24,7 +24,9 @@ class WeightGradients {
           need1(m.gradient.weight1.data || m.gradient.scale1 || m.gradient.bias1),
           need2(m.gradient.weight2.data || m.gradient.scale2 || m.gradient.bias2),
           need3(m.gradient.weight3.data || m.gradient.bias3 || m.gradient.logs), ranges_(ranges), totals_(ranges * where.size) {
-        totals_.clear();
+        parallel(threads, ranges, [&](int64_t begin, int64_t end) {
+            memset(total(begin), 0, (end - begin) * where.size * sizeof(float));
+        });
     }
     float* total(int64_t range) const { return totals_.data() + range * where.size; }
 

@@ -28,10 +28,9 @@ void vjp(const NetworkVjp& m, int threads) {
 struct Shares {
     int64_t rest, whole, at_once;
 
-    Shares(const NetworkVjp& m, int threads)
-        : rest(m.samples % threads), whole(m.samples - rest),
-          at_once(max(1, min(whole / threads, FEW_PIXELS / (m.height * m.width)))) {}
-    static constexpr int64_t FEW_PIXELS = 512;  // for which scratch arrays are worth their set-up
+    Shares(const NetworkVjp& m, int64_t rows, int threads)  // rows of an image's hidden activations
+        : rest(m.samples % threads), whole(m.samples - rest), at_once(max(1, min(whole / threads, FEW / rows))) {}
+    static constexpr int64_t FEW = 512;  // for which scratch arrays are worth their set-up; flowkern/budget.py knows
 };
 
 inline Image from_sample(Image image, int64_t sample) {
@@ -75,15 +74,21 @@ struct Images {
 };
 
 template <class E>
+Shares shares_of(const NetworkReplay& m, int threads) {
+    const Bands image(1, m.vjp.height, m.vjp.width);
+    return {m.vjp, image.count() * Hidden<E>::rows_of(image), threads};
+}
+
+template <class E>
 int64_t replay_bytes(const NetworkReplay& m, int threads) {
-    const Shares shares(m.vjp, threads);
+    const Shares shares = shares_of<E>(m, threads);
     const auto bytes = [&](int64_t images) { return images ? Images<E>(m, 0, images, nullptr).bytes() : 0; };
     return max(shares.whole ? threads * bytes(shares.at_once) : 0, bytes(shares.rest));
 }
 
 template <class E>
 void replay(const NetworkReplay& m, int threads) {
-    const Shares shares(m.vjp, threads);
+    const Shares shares = shares_of<E>(m, threads);
     const bool even = !worth_small_ranges(m.vjp, threads);
     const Ranges ranges{shares.whole, threads, even};
     const WeightGradients<E> weights(m.vjp, even ? threads : 2 * threads, threads);
