@@ -211,7 +211,7 @@ def test_an_audit_measures_a_glow_with_a_budget():
 
 @pytest.mark.parametrize("reverse, sizes, dynamic", [(False, (4, 5), None), (True, (4,), None), (False, (4,), True)])
 def test_compiled_whole(reverse, sizes, dynamic):
-    glow = small_glow((3, *SIZE), levels=1, depth=2, hidden=32, dtype=torch.float32)
+    glow = small_glow((3, *SIZE), levels=1, depth=2, hidden=128, dtype=torch.float32)
     glow.memory_budget = partly(glow, reverse)
     function, parameters = run(glow, reverse), list(glow.parameters())
 
