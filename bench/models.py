@@ -176,8 +176,7 @@ def _memories(family: str, works: list[str], setup: dict, rows: list[str], full:
 
 def _footprint(work, model, setup: Setup) -> dict:
     arguments = work.inputs(model, setup)
-    for _ in range(2):
-        work.run(model, *arguments)
+    work.run(model, *arguments)
     model.zero_grad(set_to_none=True)
     with record() as events:
         if not work.trains:
