@@ -152,13 +152,14 @@ class CouplingNet(nn.Module):
 
     def flat_parameters(self) -> list[Tensor]:
         """The nine parameters in the order of `flowkern.network`."""
+        norm1, norm2 = self.norm1, self.norm2
         return [
             self.weight1,
-            self.norm1.log_scale,
-            self.norm1.bias,
+            norm1.log_scale,
+            norm1.bias,
             self.weight2,
-            self.norm2.log_scale,
-            self.norm2.bias,
+            norm2.log_scale,
+            norm2.bias,
             self.weight3,
             self.bias3,
             self.logs,

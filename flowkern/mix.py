@@ -21,9 +21,11 @@ def compose(steps, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tenso
 
     Differentiable, M^-1 excepted: gradients of the inverse direction are expressed through M and m too.
     """
-    sign, permutation = (torch.stack([getattr(s.conv, name) for s in steps]) for name in ("sign", "permutation"))
+    convs, norms = [s.conv for s in steps], [s.actnorm for s in steps]
+    sign, permutation = (torch.stack([getattr(conv, name) for conv in convs]) for name in ("sign", "permutation"))
     parameters = [
-        p for s in steps for p in (s.conv.lower, s.conv.upper, s.conv.log_s, s.actnorm.log_scale, s.actnorm.bias)
+        p for conv, norm in zip(convs, norms, strict=True)
+        for p in (conv.lower, conv.upper, conv.log_s, norm.log_scale, norm.bias)
     ]
     name = backends.resolve(sign.device, backend)
     # Without gradients the Function is left out: torch.compile binds the arguments of a variadic one wrongly there.

@@ -30,7 +30,7 @@ class WeightGradients {
     }
     float* total(int64_t range) const { return totals_.data() + range * where.size; }
 
-    // Writes the parameters' gradients. Ranges are added in order, so that threads may take them in any.
+    // Writes the parameters' gradients. Ranges are added in order, whoever took them.
     void finish(const NetworkVjp& m, int threads) const {
         float* sum = total(0);
         parallel(threads, ceil_div(where.size, 1024), [&](int64_t begin, int64_t end) {
@@ -68,17 +68,21 @@ class VjpBands {
     // Adds weights' gradients to `total`, and puts what the band's pixels send to their neighbours into its `sums`. Hidden
     // activations are those of `m` if none are kept.
     void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
-        const Bands& bands = bands_;
+        const Bands bands = bands_;
         const Network& n = m.network;
-        const Sums<E>& where = w_.where;
+        const Sizes<E> s = s_;
+        const Sums<E> where = w_.where;
+        // Of one's own, as for all that compilers know what is stored may change members.
+        const View<E> image = image_, gradient = gradient_, x = x_, d = d_, g1 = g1_, g2 = g2_;
+        const View<float> sent = sent_;
         const int64_t size = bands.bordered() * n.few;
         const auto masked = [](const View<E>& to, const View<E>& by) {
             return [=](int64_t r, int64_t c, Vector<float> v) {
                 store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
             };
         };
-        load_band(bands, band, pixels_of(m.a), n.few, few_, image_[0]);
-        load_band(bands, band, dense_pixels<E>(m.dh, bands, n.out), n.out, out_, gradient_[0]);
+        load_band(bands, band, pixels_of(m.a), n.few, few_, image[0]);
+        load_band(bands, band, dense_pixels<E>(m.dh, bands, n.out), n.out, out_, gradient[0]);
         float* to = sums + band * size;
         memset(to, 0, size * sizeof(float));
         const int64_t pixels = bands.row_count(band) * m.width;
@@ -91,28 +95,28 @@ class VjpBands {
                 memcpy(h1[p], static_cast<const E*>(m.h1) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
                 memcpy(h2[p], static_cast<const E*>(m.h2) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
             }
-            gather_taps(gradient_.units().data, m.width, s_.out_units, first, count, d_.units());
+            gather_taps(gradient.units().data, m.width, s.out_units, first, count, d.units());
             // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
-            for (int64_t p = count; p < rows; p++) memset(d_[p], 0, d_.row * sizeof(E));
-            multiply<E>(d_.units(), rows, 9 * s_.out_units, w_.back.w3.data(), n.hidden, nullptr, masked(g2_, h2));
+            for (int64_t p = count; p < rows; p++) memset(d[p], 0, d.row * sizeof(E));
+            multiply<E>(d.units(), rows, 9 * s.out_units, w_.back.w3.data(), n.hidden, nullptr, masked(g2, h2));
             if (w_.need3) {
-                outer_.add(d_, 9 * out_, h2, n.hidden, rows, total + where.w3);
-                add_rows(d_, 4 * out_, count, n.out, total + where.b3);
+                outer_.add(d, 9 * out_, h2, n.hidden, rows, total + where.w3);
+                add_rows(d, 4 * out_, count, n.out, total + where.b3);
             }
-            multiply<E>(g2_.units(), rows, s_.hidden_units, w_.back.w2.data(), n.hidden, nullptr, masked(g1_, h1));
+            multiply<E>(g2.units(), rows, s.hidden_units, w_.back.w2.data(), n.hidden, nullptr, masked(g1, h1));
             if (w_.need2) {
-                outer_.add(g2_, n.hidden, h1, n.hidden, rows, total + where.w2);
-                add_rows(g2_, 0, count, s_.hidden, total + where.b2);
+                outer_.add(g2, n.hidden, h1, n.hidden, rows, total + where.w2);
+                add_rows(g2, 0, count, s.hidden, total + where.b2);
             }
             if (w_.need1) {
-                gather_taps(image_.units().data, m.width, s_.few_units, first, count, x_.units());
-                for (int64_t p = count; p < rows; p++) memset(x_[p], 0, x_.row * sizeof(E));
-                outer_.add(x_, 9 * few_, g1_, n.hidden, rows, total + where.w1);
-                add_rows(g1_, 0, count, s_.hidden, total + where.b1);
+                gather_taps(image.units().data, m.width, s.few_units, first, count, x.units());
+                for (int64_t p = count; p < rows; p++) memset(x[p], 0, x.row * sizeof(E));
+                outer_.add(x, 9 * few_, g1, n.hidden, rows, total + where.w1);
+                add_rows(g1, 0, count, s.hidden, total + where.b1);
             }
-            multiply<E>(g1_.units(), rows, s_.hidden_units, w_.back.w1.data(), 9 * n.few, nullptr,
-                        [&](int64_t r, int64_t c, Vector<float> v) { store(sent_[r] + c, v); });
-            scatter(sent_[0], taps_, m.width, first, count, n.few, to);
+            multiply<E>(g1.units(), rows, s.hidden_units, w_.back.w1.data(), 9 * n.few, nullptr,
+                        [&](int64_t r, int64_t c, Vector<float> v) { store(sent[r] + c, v); });
+            scatter(sent[0], taps_, m.width, first, count, n.few, to);
         }
     }
 
@@ -135,9 +139,9 @@ void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, c
                const Ranges& ranges, int64_t first_range, int threads) {
     const int64_t count = bands.count(), few = m.network.few;
     const Scratch<float> sums(count * bands.bordered() * few + WIDTH);
-    share_out(threads, ranges.count(), [&](Counter& next) {
+    share_out(threads, ranges.count(), [&](Shared& left) {
         const VjpBands<E> loop(weights, bands, kept);
-        for (int64_t r; (r = next.take()) < ranges.count();) {
+        for (int64_t r; (r = left.take()) >= 0;) {
             for (int64_t band = ranges.begin(r); band < ranges.begin(r + 1); band++) {
                 loop.run(m, band, sums.data(), weights.total(first_range + r));
             }

@@ -89,25 +89,25 @@ int64_t replay_bytes(const NetworkReplay& m, int threads) {
 template <class E>
 void replay(const NetworkReplay& m, int threads) {
     const Shares shares = shares_of<E>(m, threads);
-    const bool even = !worth_small_ranges(m.vjp, threads);
-    const Ranges ranges{shares.whole, threads, even};
-    const WeightGradients<E> weights(m.vjp, even ? threads : 2 * threads, threads);
+    const bool whole = !worth_small_ranges(m.vjp, threads);
+    const Ranges ranges{shares.whole, threads, whole};
+    const WeightGradients<E> weights(m.vjp, whole ? threads : 2 * threads, threads);
     const auto run = [&](int64_t first, int64_t count, char* memory, bool alone, int64_t range, int team) {
         const Images<E> images(m, first, count, memory);
         images.clear_padding();
         trace_bands<E>(images.trace, images.bands, &images.hidden, team);
         m.between(m.context, first, count, images.trace.h, images.dh, team);
-        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, Ranges{images.bands.count(), team, alone || even}, range, team);
+        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, Ranges{images.bands.count(), team, alone || whole}, range, team);
     };
     char* memory = static_cast<char*>(m.memory);
     const int64_t bytes = Images<E>(m, 0, shares.at_once, memory).bytes();
-    Counter workers;
     if (shares.whole) {
-        share_out(threads, ranges.count(), [&](Counter& next) {
-            char* own = memory + workers.take() * bytes;
-            for (int64_t r; (r = next.take()) < ranges.count();) {
+        share_out(threads, ranges.count(), [&](Shared& left) {
+            for (int64_t r; (r = left.take()) >= 0;) {
                 const int64_t end = ranges.begin(r + 1);
-                for (int64_t i = ranges.begin(r); i < end; i += shares.at_once) run(i, min(shares.at_once, end - i), own, true, r, 1);
+                for (int64_t i = ranges.begin(r); i < end; i += shares.at_once) {
+                    run(i, min(shares.at_once, end - i), memory + left.own() * bytes, true, r, 1);
+                }
             }
         });
     }

@@ -28,34 +28,47 @@ void parallel(int threads, int64_t items, const F& body) {
     parallel_ranges(threads, items, call, &body);
 }
 
-// Hands out 0, 1, ..., each once.
-class Counter {
+// Items that threads share: each takes its own part's from the front, as much of it as the caches of a thread have seen of
+// these items before, and then from the back of the others'. For results that don't depend on which thread did what.
+class Shared {
   public:
-    int64_t take() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+    // parts: of each thread, the first item that is left and the end, 32 bits each.
+    Shared(uint64_t* parts, int64_t count, int64_t own) : parts_(parts), count_(count), own_(own) {}
+
+    // The next item for this thread, or -1.
+    int64_t take() {
+        for (int64_t i = 0; i < count_; i++) {
+            uint64_t* part = parts_ + (own_ + i) % count_;
+            uint64_t left = __atomic_load_n(part, __ATOMIC_RELAXED);
+            while (left >> 32 < (left & LOW)) {
+                const uint64_t rest = i == 0 ? left + (uint64_t(1) << 32) : left - 1;
+                if (__atomic_compare_exchange_n(part, &left, rest, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+                    return i == 0 ? int64_t(left >> 32) : int64_t(rest & LOW);
+                }
+            }
+        }
+        return -1;
+    }
+    int64_t own() const { return own_; }
+
+    static constexpr uint64_t LOW = 0xFFFFFFFF;
 
   private:
-    int64_t next_ = 0;
+    uint64_t* parts_;
+    int64_t count_, own_;
 };
 
-// Calls body(next), on each of `threads` threads, for them to take [0, items) one by one from a Counter: where other
-// work slows one thread down, the others take more. For results that don't depend on which thread did what.
-template <class F>
-void share_out(int threads, int64_t items, const F& body) {
-    Counter next;
-    parallel(threads, min(threads, items), [&](int64_t, int64_t) { body(next); });
-}
-
-// Items in ranges to be shared out where each range has sums of its own: a large one for each thread, then small ones for
-// those that are done first. They depend on the number of threads alone, so that sums over them do.
+// Ranges of items that have sums of their own: a thread's part in a large and a small one, which a thread that is done early
+// may take. They depend on the number of threads alone, so that sums over them do.
 struct Ranges {
     int64_t items, threads;
-    bool even;  // large ones alone
+    bool whole;  // parts are not divided
 
-    int64_t count() const { return even ? min(threads, items) : 2 * threads; }
+    int64_t count() const { return whole ? min(threads, items) : 2 * threads; }
     int64_t begin(int64_t range) const {
-        if (even) return items * range / count();
-        const int64_t large = items * 3 / 4;
-        return range < threads ? large * range / threads : large + (items - large) * (range - threads) / threads;
+        if (whole) return items * range / count();
+        const int64_t part = range / 2, first = items * part / threads, size = items * (part + 1) / threads - first;
+        return range % 2 ? first + size * 3 / 4 : first;
     }
 };
 
@@ -74,6 +87,21 @@ class Scratch {
     int64_t size_;
     T* data_;
 };
+
+// Calls body(items) on each of so many threads, for them to take [0, items) one by one: where other work slows a thread down,
+// the others do more.
+template <class F>
+void share_out(int threads, int64_t items, const F& body) {
+    const int64_t count = min(threads, items);
+    const Scratch<uint64_t> parts(count);
+    for (int64_t i = 0; i < count; i++) parts.data()[i] = uint64_t(items * i / count) << 32 | uint64_t(items * (i + 1) / count);
+    parallel(threads, count, [&](int64_t begin, int64_t end) {
+        for (int64_t own = begin; own < end; own++) {
+            Shared left(parts.data(), count, own);
+            body(left);
+        }
+    });
+}
 
 }  // namespace FLOWKERN_ISA
 }  // namespace flowkern

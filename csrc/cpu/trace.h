@@ -44,14 +44,18 @@ class TraceBands {
 
     // What the band's pixels send to their neighbours, into its `sums`; and hidden activations into those of `m`.
     void run(const NetworkTrace& m, int64_t band, float* sums) const {
-        const Bands& bands = bands_;
-        const Folded<E> folded(s_);
+        const Bands bands = bands_;
+        const Sizes<E> s = s_;
+        const Folded<E> folded(s);
+        // Of one's own, as for all that compilers know what is stored may change members.
+        const View<E> image = image_, x = x_;
+        const View<float> sent = sent_;
         const float* packed = m.packed;
         const int64_t size = bands.bordered() * m.out;
         const auto rectified = [](const View<E>& to) {  // NaN stays
             return [to](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v < 0 ? Vector<float>{} : v); };
         };
-        load_band(bands, band, pixels_of(m.a), m.few, wide_, image_[0]);
+        load_band(bands, band, pixels_of(m.a), m.few, wide_, image[0]);
         float* to = sums + band * size;
         memset(to, 0, size * sizeof(float));
         const int64_t pixels = bands.row_count(band) * m.width;
@@ -59,12 +63,12 @@ class TraceBands {
             const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
             const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
             const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
-            gather_taps(image_.units().data, m.width, s_.few_units, first, count, x_.units());
-            multiply<E>(x_.units(), rows, 9 * s_.few_units, packed + folded.w1, m.hidden, packed + folded.b1, rectified(h1));
-            multiply<E>(h1.units(), rows, s_.hidden_units, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
-            multiply<E>(h2.units(), rows, s_.hidden_units, packed + folded.w3, 9 * m.out, nullptr,
-                        [&](int64_t r, int64_t c, Vector<float> v) { store(sent_[r] + c, v); });
-            scatter(sent_[0], taps_, m.width, first, count, m.out, to);
+            gather_taps(image.units().data, m.width, s.few_units, first, count, x.units());
+            multiply<E>(x.units(), rows, 9 * s.few_units, packed + folded.w1, m.hidden, packed + folded.b1, rectified(h1));
+            multiply<E>(h1.units(), rows, s.hidden_units, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
+            multiply<E>(h2.units(), rows, s.hidden_units, packed + folded.w3, 9 * m.out, nullptr,
+                        [&](int64_t r, int64_t c, Vector<float> v) { store(sent[r] + c, v); });
+            scatter(sent[0], taps_, m.width, first, count, m.out, to);
             if (!m.h1) continue;
             const int64_t pixel = bands.first_pixel(band) + first;
             for (int64_t p = 0; p < count; p++) {
@@ -91,9 +95,9 @@ void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kep
     const Sizes<E> sizes(m.few, m.hidden, m.out);
     const int64_t numbers = m.width * m.out;
     const Scratch<float> sums(bands.count() * bands.bordered() * m.out + WIDTH), biases(numbers);  // of a row of pixels
-    share_out(threads, bands.count(), [&](Counter& next) {
+    share_out(threads, bands.count(), [&](Shared& left) {
         const TraceBands<E> loop(sizes, bands, kept);
-        for (int64_t band; (band = next.take()) < bands.count();) loop.run(m, band, sums.data());
+        for (int64_t band; (band = left.take()) >= 0;) loop.run(m, band, sums.data());
     });
     const float* of_channels = m.packed + Folded<E>(sizes).b3;
     for (int64_t i = 0; i < numbers; i++) biases.data()[i] = of_channels[i % m.out];
