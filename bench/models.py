@@ -10,6 +10,7 @@ from bench.memory import measure, record
 from bench.timing import interleave, ratio, repeats_for, summary
 from bench.workload import Setup
 from bench.works import WORKS, Errors
+from flowkern import cpp
 
 # Errors that are fine however exact PyTorch is, of results and, through the kinks of ReLU, of gradients; and errors
 # that are wrong however far off PyTorch is.
@@ -147,7 +148,8 @@ def memories(family: str, works: tuple[str, ...], setup: Setup, rows: list[str],
              timeout: float = 1200) -> dict:
     """Row -> work -> allocated bytes "held" between forward and backward (training alone) and at the "peak".
 
-    Above what exists before, without the parameters' gradients; nothing for a row where counting fails.
+    Above what exists before, without the parameters' gradients; the scratch memory that our threads keep is counted at
+    the peak. Nothing for a row where counting fails.
     """
     try:
         return measure(_memories, timeout, family=family, works=list(works), setup=vars(setup), rows=rows,
@@ -167,7 +169,10 @@ def _memories(family: str, works: list[str], setup: dict, rows: list[str], full:
             if not contenders.FAMILIES[family][row].does(name, full):
                 continue
             try:
-                found[row][name] = _footprint(WORKS[name], model, Setup(**setup))
+                footprint = _footprint(WORKS[name], model, Setup(**setup))
+                if not contenders.FAMILIES[family][row].rival:
+                    footprint["peak"] += cpp.kept_scratch()
+                found[row][name] = footprint
             except Exception as error:      # as in `Family.measure`
                 found[row][name] = {"memory unavailable": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
         del model

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import flowkern
 from bench.memory import record
+from flowkern import cpp
 from flowkern.audit import smooth_fields
 
 
@@ -103,8 +104,8 @@ def footprint(depth: int = 8, reverse: bool = False, own: bool = False, compute_
               **options) -> dict:
     """Allocated bytes of one training step above what exists before it (images, parameters, buffers).
 
-    "held": between forward and backward; "peak": over the step. Both without the parameters' gradients (their data and
-    their tensor objects) and the composed channel mixes (M and its inverse), which stand beside them.
+    "held": between forward and backward; "peak": over the step, with the scratch memory that threads keep. Both
+    without the parameters' gradients (their data and their tensor objects) and the composed channel mixes (M and its inverse), which stand beside them.
     Runs in a process started by `bench.memory.measure`.
     own: with a user's own coupling network. options: those of `flowkern.Glow`.
     """
@@ -127,7 +128,8 @@ def footprint(depth: int = 8, reverse: bool = False, own: bool = False, compute_
     # What outlives the step is the gradients, their tensor objects included: each is listed, none is hidden.
     survivors = events.alive()
     mixes = events.of_size([depth * c * c * x.element_size() for c in setup.channels()], at="forward")
-    return {"held": events.held("forward", without=mixes), "peak": events.peak(without=survivors | mixes),
+    return {"held": events.held("forward", without=mixes),
+            "peak": events.peak(without=survivors | mixes) + cpp.kept_scratch(),
             "mixes": events.size(mixes), "gradients": events.size(gradients),
             "gradient objects": events.size(survivors - gradients), "everything": events.peak(),
             "parameters": sum(p.numel() * p.element_size() for p in glow.parameters()),

@@ -44,6 +44,11 @@ def build_config() -> dict:
     return _native().build_config()
 
 
+def kept_scratch() -> int:
+    """Bytes of scratch memory that threads have used and keep for their next calls, at most 2 MiB each."""
+    return _native().kept_scratch() if probe() is None else 0
+
+
 def _why_not_built() -> str | None:
     folder = os.path.dirname(__file__)
     if any(os.path.exists(os.path.join(folder, f"_C{suffix}")) for suffix in EXTENSION_SUFFIXES):

@@ -62,14 +62,21 @@ namespace {
 
 constexpr std::align_val_t LINE{64};
 
+std::atomic<int64_t> kept{0};
+
 struct Reserve {
     char* data = nullptr;
-    int64_t used = 0;
-    ~Reserve() { ::operator delete(data, LINE); }
+    int64_t used = 0, most = 0;  // most: of `used`, ever
+    ~Reserve() {
+        ::operator delete(data, LINE);
+        kept -= most;
+    }
 };
 thread_local Reserve reserve;
 
 }  // namespace
+
+int64_t kept_scratch() { return kept; }
 
 void* take_scratch(int64_t bytes) {
     bytes = (bytes + 63) / 64 * 64;
@@ -78,6 +85,10 @@ void* take_scratch(int64_t bytes) {
         if (!reserve.data) reserve.data = static_cast<char*>(::operator new(RESERVE, LINE));
         char* memory = reserve.data + reserve.used;
         reserve.used += bytes;
+        if (reserve.used > reserve.most) {
+            kept += reserve.used - reserve.most;
+            reserve.most = reserve.used;
+        }
         return memory;
     }
 #endif

@@ -19,6 +19,7 @@ void parallel_ranges(int threads, int64_t items, void (*body)(const void*, int64
 constexpr int64_t RESERVE = 2 << 20;
 void* take_scratch(int64_t bytes);
 void give_scratch(void* memory);
+int64_t kept_scratch();  // bytes that threads have used of what is their own, which nobody else can use meanwhile
 
 namespace FLOWKERN_ISA {
 
