@@ -76,5 +76,6 @@ def _commit() -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", "flowkern", "csrc", "bench", "setup.py")
+    measured = "flowkern", "csrc", "bench", "setup.py", ":!bench/results"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
     return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "") or "unknown"

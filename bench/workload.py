@@ -105,7 +105,8 @@ def footprint(depth: int = 8, reverse: bool = False, own: bool = False, compute_
     """Allocated bytes of one training step above what exists before it (images, parameters, buffers).
 
     "held": between forward and backward; "peak": over the step, with the scratch memory that threads keep. Both
-    without the parameters' gradients (their data and their tensor objects) and the composed channel mixes (M and its inverse), which stand beside them.
+    without the parameters' gradients (their data and their tensor objects) and the composed channel mixes (M and its
+    inverse), which stand beside them.
     Runs in a process started by `bench.memory.measure`.
     own: with a user's own coupling network. options: those of `flowkern.Glow`.
     """
