@@ -85,6 +85,45 @@ def test_equal_to_the_ops_one_by_one(isa, dtype, scale, steps):
             assert (mine[4] - x).abs().max() < 1e-2
 
 
+PORTIONS = {
+    "one thread": (1, 5, (6, 5)),
+    "fewer images than threads": (3, 2, (40, 30)),
+    "a rest": (3, 7, (40, 30)),
+    "no rest": (2, 4, (36, 40)),
+    "several at once": (5, 12, (4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", PORTIONS)
+@pytest.mark.parametrize("dtype", NETWORKS)
+def test_recomputed_images_in_portions(isa, dtype, case):
+    """However threads divide a batch, states are the ones of the ops one by one, and sums over it up to rounding; the
+    same bits again.
+    """
+    dtype, (count, images, size) = NETWORKS[dtype], PORTIONS[case]
+    if not cpp.network_tiled(torch.float32, dtype):
+        pytest.skip(f"{isa} has no loops for bf16")
+    x, mixes, parameters = level(2, "softclamp", n=images, size=size)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        for memory, reverse in [("recompute", False), ("recompute", True), ("checkpoint", False)]:
+            options = {"parameters": parameters, "reverse": reverse, "scale": "softclamp", "alpha": 0.8, "dtype": dtype,
+                       "memory": memory}
+            out, logdet, kept = cpp.chain(x, *mixes, anchor_every=0, table=None, **options)
+            given = (out if memory == "recompute" else x), torch.randn_like(x), logdet
+            options["need"] = [True] * len(parameters)
+            mine, again = (cpp.chain_vjp(*given, [list(k) for k in kept], *mixes, table=None, **options) for _ in range(2))
+            theirs = backends.default("chain_vjp")(*given, [list(k) for k in kept], *mixes, **options,
+                                                   table=backends.table(x.device, "cpp"))
+            assert_same([*mine[:3], *mine[3]], [*again[:3], *again[3]])
+            assert torch.equal(mine[0], theirs[0]) and (memory != "recompute" or torch.equal(mine[4], theirs[4]))
+            for a, b in zip([*mine[1:3], *mine[3]], [*theirs[1:3], *theirs[3]], strict=True):
+                assert (a - b).norm() <= 1e-5 * b.norm()
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(("dtype", "images"), [(torch.float16, 2), (torch.float32, 0)])
 def test_what_it_leaves_to_the_default(monkeypatch, dtype, images):
     """Other precisions and empty batches are not for the native loop."""

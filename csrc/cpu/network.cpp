@@ -25,12 +25,13 @@ void vjp(const NetworkVjp& m, int threads) {
 
 // How a replay divides its images. `whole` of them each thread takes for itself, `at_once` at a time, so that hidden
 // activations stay in its cache until they are used. The rest, fewer than there are threads, all threads take together.
-struct Shares {
+struct Portions {
     int64_t rest, whole, at_once;
 
-    Shares(const NetworkVjp& m, int64_t rows, int threads)  // rows of an image's hidden activations
-        : rest(m.samples % threads), whole(m.samples - rest), at_once(max(1, min(whole / threads, FEW / rows))) {}
-    static constexpr int64_t FEW = 512;  // for which scratch arrays are worth their set-up; flowkern/budget.py knows
+    // rows: of an image's hidden activations.
+    Portions(const NetworkVjp& m, int64_t rows, int threads)
+        : rest(m.samples % threads), whole(m.samples - rest), at_once(max(1, min(whole / threads, FEW_ROWS / rows))) {}
+    static constexpr int64_t FEW_ROWS = 512;  // for which scratch arrays are worth their set-up; flowkern/budget.py knows
 };
 
 inline Image from_sample(Image image, int64_t sample) {
@@ -74,44 +75,44 @@ struct Images {
 };
 
 template <class E>
-Shares shares_of(const NetworkReplay& m, int threads) {
+Portions portions_of(const NetworkReplay& m, int threads) {
     const Bands image(1, m.vjp.height, m.vjp.width);
     return {m.vjp, image.count() * Hidden<E>::rows_of(image), threads};
 }
 
 template <class E>
 int64_t replay_bytes(const NetworkReplay& m, int threads) {
-    const Shares shares = shares_of<E>(m, threads);
+    const Portions portions = portions_of<E>(m, threads);
     const auto bytes = [&](int64_t images) { return images ? Images<E>(m, 0, images, nullptr).bytes() : 0; };
-    return max(shares.whole ? threads * bytes(shares.at_once) : 0, bytes(shares.rest));
+    return max(portions.whole ? threads * bytes(portions.at_once) : 0, bytes(portions.rest));
 }
 
 template <class E>
 void replay(const NetworkReplay& m, int threads) {
-    const Shares shares = shares_of<E>(m, threads);
+    const Portions portions = portions_of<E>(m, threads);
     const bool whole = !worth_small_ranges(m.vjp, threads);
-    const Ranges ranges{shares.whole, threads, whole};
+    const Ranges ranges{portions.whole, threads, whole};
     const WeightGradients<E> weights(m.vjp, whole ? threads : 2 * threads, threads);
-    const auto run = [&](int64_t first, int64_t count, char* memory, bool alone, int64_t range, int team) {
+    const auto run = [&](int64_t first, int64_t count, char* memory, int64_t range, int team) {
         const Images<E> images(m, first, count, memory);
         images.clear_padding();
         trace_bands<E>(images.trace, images.bands, &images.hidden, team);
         m.between(m.context, first, count, images.trace.h, images.dh, team);
-        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, Ranges{images.bands.count(), team, alone || whole}, range, team);
+        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, Ranges{images.bands.count(), team, team == 1 || whole}, range, team);
     };
     char* memory = static_cast<char*>(m.memory);
-    const int64_t bytes = Images<E>(m, 0, shares.at_once, memory).bytes();
-    if (shares.whole) {
+    const int64_t bytes = Images<E>(m, 0, portions.at_once, memory).bytes();
+    if (portions.whole) {
         share_out(threads, ranges.count(), [&](Shared& left) {
             for (int64_t r; (r = left.take()) >= 0;) {
                 const int64_t end = ranges.begin(r + 1);
-                for (int64_t i = ranges.begin(r); i < end; i += shares.at_once) {
-                    run(i, min(shares.at_once, end - i), memory + left.own() * bytes, true, r, 1);
+                for (int64_t i = ranges.begin(r); i < end; i += portions.at_once) {
+                    run(i, min(portions.at_once, end - i), memory + left.own() * bytes, r, 1);
                 }
             }
         });
     }
-    if (shares.rest) run(shares.whole, shares.rest, memory, false, 0, threads);
+    if (portions.rest) run(portions.whole, portions.rest, memory, 0, threads);
     weights.finish(m.vjp, threads);
 }
 
