@@ -113,7 +113,8 @@ def test_recomputed_images_in_portions(isa, dtype, case):
             out, logdet, kept = cpp.chain(x, *mixes, anchor_every=0, table=None, **options)
             given = (out if memory == "recompute" else x), torch.randn_like(x), logdet
             options["need"] = [True] * len(parameters)
-            mine, again = (cpp.chain_vjp(*given, [list(k) for k in kept], *mixes, table=None, **options) for _ in range(2))
+            mine, again = (cpp.chain_vjp(*given, [list(k) for k in kept], *mixes, table=None, **options)
+                           for _ in range(2))
             theirs = backends.default("chain_vjp")(*given, [list(k) for k in kept], *mixes, **options,
                                                    table=backends.table(x.device, "cpp"))
             assert_same([*mine[:3], *mine[3]], [*again[:3], *again[3]])
