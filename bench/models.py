@@ -169,6 +169,7 @@ def _memories(family: str, works: list[str], setup: dict, rows: list[str], full:
             if not contenders.FAMILIES[family][row].does(name, full):
                 continue
             try:
+                cpp.kept_scratch(afresh=True)
                 footprint = _footprint(WORKS[name], model, Setup(**setup))
                 if not contenders.FAMILIES[family][row].rival:
                     footprint["peak"] += cpp.kept_scratch()

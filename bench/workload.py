@@ -110,6 +110,7 @@ def footprint(depth: int = 8, reverse: bool = False, own: bool = False, compute_
     Runs in a process started by `bench.memory.measure`.
     own: with a user's own coupling network. options: those of `flowkern.Glow`.
     """
+    cpp.kept_scratch(afresh=True)
     setup = Setup(depth=depth)
     options["network"] = own_network if own else None
     options["compute_dtype"] = getattr(torch, compute_dtype) if compute_dtype else None

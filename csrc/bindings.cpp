@@ -353,6 +353,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("chain", &chain);
     module.def("chain_vjp", &chain_vjp);
     module.def("kept_scratch", &kept_scratch, "Bytes of scratch memory that threads have used and keep for their next call.");
+    module.def("count_scratch_afresh", &count_scratch_afresh, "Have kept_scratch tell what is used from now on.");
     module.def("build_config", &build_config, "What was compiled, and what runs: a dict.");
     module.def("select_isa", &select_isa, "Use one instruction set from now on. Raises ValueError where it can't run.");
 #ifdef FLOWKERN_BIND_CUDA

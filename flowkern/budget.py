@@ -22,7 +22,7 @@ STATES, OUTPUTS, HIDDEN_RECOMPUTED, HIDDEN_STORED = 6, 2, 3, 2
 # images at a time, of so many pixels together or of one: in blocks of pixels, and longer rows by so many bytes.
 REPLAYED, BLOCK, LONGER = 512, 32, 192
 # Beside them: folded weights, their gradients and the convolutions' scratch, in copies of one step's weights, of which
-# there is one a thread too; a share of the tensors, and a constant.
+# there are two a thread too; a share of the tensors, and a constant.
 WEIGHTS, SCRATCH, CONSTANT = 3, 1 / 16, 512 << 10
 # Where PyTorch has no oneDNN convolution for a precision it unfolds what 3x3 ones read, into nine copies.
 UNFOLDED = 9
@@ -70,7 +70,7 @@ class Level(NamedTuple):
         """Upper bound of what backward of a step allocates beyond what is held."""
         outputs = OUTPUTS * self.outputs * self.pixels * self.network_bytes
         tensors = STATES * self.state + outputs + self._hidden_working(stored, machine)
-        weights = (WEIGHTS + machine.threads) * self.weights * self.state_bytes
+        weights = (WEIGHTS + 2 * machine.threads) * self.weights * self.state_bytes
         mixes = MIXES * self.depth * self.channels**2 * 8
         return max(int((1 + SCRATCH) * tensors) + weights, mixes) + CONSTANT
 

@@ -44,9 +44,17 @@ def build_config() -> dict:
     return _native().build_config()
 
 
-def kept_scratch() -> int:
-    """Bytes of scratch memory that threads have used and keep for their next calls, at most 2 MiB each."""
-    return _native().kept_scratch() if probe() is None else 0
+def kept_scratch(afresh: bool = False) -> int:
+    """Bytes of scratch memory that threads have used and keep for their next calls, at most 2 MiB each.
+
+    afresh: have the next call tell what is used from now on.
+    """
+    if probe() is not None:
+        return 0
+    found = _native().kept_scratch()
+    if afresh:
+        _native().count_scratch_afresh()
+    return found
 
 
 def _why_not_built() -> str | None:

@@ -159,6 +159,8 @@ int main(int count, char** arguments) {
         for (int64_t steps : {1, 2, 3}) {
             for (bool reverse : {false, true}) chains(type, steps, 1 + steps % 2, 7, 5, 2 * steps, 10 * steps, reverse);
         }
+        chains(type, 1, 5, 24, 24, 6, 17, false);  // bands of different size, and an image that is left of two threads' four
+        chains(type, 1, 9, 4, 4, 6, 17, true);     // several images at once
     }
     std::printf("%lld couplings on %s\n", static_cast<long long>(calls), isa.name);
 }

@@ -134,13 +134,14 @@ def test_without_gradients_a_level_is_one_chain(monkeypatch):
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("anchor_every", [None, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_options_beside_a_budget(reverse, anchor_every, dtype):
+def test_options_beside_a_budget(monkeypatch, reverse, anchor_every, dtype):
+    """Gradients are the same whichever steps are kept; budgets of so small a Glow don't lead to all of these."""
     glow = made(dtype=torch.float32, anchor_every=anchor_every, compute_dtype=dtype)
     function, parameters = run(glow, reverse), list(glow.parameters())
     wanted = gradients(function, images(torch.float32), parameters)
-    plans = every_plan(glow, reverse)
-    assert len(plans) > 3
-    for glow.memory_budget in plans.values():
+    glow.memory_budget = ALL
+    for plan in ((0, 0), (1, 2), (0, 3), (2, 0), (3, 1), (3, 3)):
+        monkeypatch.setattr(budget, "plan", lambda *_, plan=plan: plan)
         found = gradients(function, images(torch.float32), parameters)
         for a, b in zip(found, wanted, strict=True):
             # Where rounding to bf16 falls otherwise, gradients differ by its precision.

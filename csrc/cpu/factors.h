@@ -1,9 +1,7 @@
 // What the factors of matrix products are made of (product.h): fp32 or bf16 numbers in 32-bit units, a number of fp32, or a
 // pair of bf16 numbers that are neighbours along the dimension that is summed over. So one set of loops serves both.
 #pragma once
-#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
-#endif
 
 #include "convert.h"
 #include "parallel.h"
@@ -53,8 +51,7 @@ inline void store_numbers(BFloat16* p, Vector<float> v) {
 // threads see them after `end_copies_past_cache`.
 template <class E>
 inline void copy_past_cache(E* to, const E* from, int64_t n) {
-    [[maybe_unused]] constexpr int64_t VECTOR = VECTOR_BYTES / sizeof(E);
-#if defined(__AVX512F__) || defined(__AVX2__)
+    constexpr int64_t VECTOR = VECTOR_BYTES / sizeof(E);
     if (reinterpret_cast<uintptr_t>(to) % VECTOR_BYTES == 0) {
         for (; n >= VECTOR; n -= VECTOR, to += VECTOR, from += VECTOR) {
 #ifdef __AVX512F__
@@ -64,15 +61,10 @@ inline void copy_past_cache(E* to, const E* from, int64_t n) {
 #endif
         }
     }
-#endif
     memcpy(to, from, n * sizeof(E));
 }
 
-inline void end_copies_past_cache() {
-#if defined(__AVX512F__) || defined(__AVX2__)
-    _mm_sfence();
-#endif
-}
+inline void end_copies_past_cache() { _mm_sfence(); }
 
 // A matrix's units, rows `stride` apart.
 struct Units {

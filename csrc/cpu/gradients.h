@@ -72,10 +72,10 @@ class VjpBands {
         const Network& n = m.network;
         const Sizes<E> s = s_;
         const Sums<E> where = w_.where;
-        // Of one's own, as for all that compilers know what is stored may change members.
+        // Copies, because compilers must assume that each store changes members, and would load them again.
         const View<E> image = image_, gradient = gradient_, x = x_, d = d_, g1 = g1_, g2 = g2_;
         const View<float> sent = sent_;
-        const int64_t size = bands.bordered() * n.few;
+        const int64_t size = bands.bordered() * n.few, row = Hidden<E>::first_row(bands, band);
         const auto masked = [](const View<E>& to, const View<E>& by) {
             return [=](int64_t r, int64_t c, Vector<float> v) {
                 store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
@@ -88,12 +88,14 @@ class VjpBands {
         const int64_t pixels = bands.row_count(band) * m.width;
         for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
             const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
-            const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
-            const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
-            const int64_t pixel = bands.first_pixel(band) + first;
-            for (int64_t p = 0; !kept_ && p < count; p++) {
-                memcpy(h1[p], static_cast<const E*>(m.h1) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
-                memcpy(h2[p], static_cast<const E*>(m.h2) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
+            const View<E> h1 = kept_ ? kept_->first.from(row + first) : View<E>(h1_);
+            const View<E> h2 = kept_ ? kept_->second.from(row + first) : View<E>(h2_);
+            if (!kept_) {
+                const int64_t pixel = bands.first_pixel(band) + first;
+                for (int64_t p = 0; p < count; p++) {
+                    memcpy(h1[p], static_cast<const E*>(m.h1) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
+                    memcpy(h2[p], static_cast<const E*>(m.h2) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
+                }
             }
             gather_taps(gradient.units().data, m.width, s.out_units, first, count, d.units());
             // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.

@@ -10,109 +10,108 @@
 namespace flowkern::FLOWKERN_ISA {
 namespace {
 
-// Whether gradients of weights are worth summing over more ranges than there are threads, which costs an array of as many
-// sums a thread.
-bool worth_small_ranges(const NetworkVjp& m, int threads) { return threads > 1 && m.samples * m.height * m.width >= threads * 1024; }
+// Whether gradients of weights are worth summing over two ranges a thread, each with an array of as many sums.
+bool worth_dividing(const NetworkVjp& m, int64_t items, int threads) {
+    return threads > 1 && items >= 2 * threads && m.samples * m.height * m.width >= threads * 1024;
+}
 
 template <class E>
 void vjp(const NetworkVjp& m, int threads) {
     const Bands bands(m.samples, m.height, m.width);
-    const Ranges ranges{bands.count(), threads, !worth_small_ranges(m, threads)};
+    const Ranges ranges{bands.count(), threads, !worth_dividing(m, bands.count(), threads)};
     const WeightGradients<E> weights(m, ranges.count(), threads);
     vjp_bands<E>(m, bands, nullptr, weights, ranges, 0, threads);
     weights.finish(m, threads);
 }
-
-// How a replay divides its images. `whole` of them each thread takes for itself, `at_once` at a time, so that hidden
-// activations stay in its cache until they are used. The rest, fewer than there are threads, all threads take together.
-struct Portions {
-    int64_t rest, whole, at_once;
-
-    // rows: of an image's hidden activations.
-    Portions(const NetworkVjp& m, int64_t rows, int threads)
-        : rest(m.samples % threads), whole(m.samples - rest), at_once(max(1, min(whole / threads, FEW_ROWS / rows))) {}
-    static constexpr int64_t FEW_ROWS = 512;  // for which scratch arrays are worth their set-up; flowkern/budget.py knows
-};
 
 inline Image from_sample(Image image, int64_t sample) {
     image.data = static_cast<float*>(image.data) + sample * image.sample;
     return image;
 }
 
+// The sizes of a replay, and how it divides its images. `apart` of them threads take one or, if they are small, some
+// `at_once` each, so that hidden activations stay in a thread's cache until they are used. The rest, fewer than there are
+// threads, all threads take together.
+template <class E>
+struct Portions {
+    int64_t rows, row, outputs;  // of an image: rows of hidden activations, numbers a row, numbers of the network's output
+    int64_t rest, apart, at_once;
+
+    Portions(const NetworkVjp& m, int threads)
+        : rows(Hidden<E>::rows_of_image(Bands(1, m.height, m.width))),
+          row(Sizes<E>(m.network.few, m.network.hidden, m.network.out).hidden_row()),
+          outputs(m.height * m.width * m.network.out), rest(m.samples % threads), apart(m.samples - rest),
+          at_once(max(1, min(apart / threads, FEW_ROWS / rows))) {}
+
+    // Numbers of one of the two hidden activations, and bytes of everything, for so many images.
+    int64_t hidden(int64_t images) const { return Rows<E>::size(images * rows, row); }
+    int64_t bytes(int64_t images) const { return padded<char>(2 * (hidden(images) + images * outputs) * sizeof(E)); }
+
+    static constexpr int64_t FEW_ROWS = 512;  // for which scratch arrays are worth their set-up; flowkern/budget.py knows
+};
+
 // Some images of a replay, and their part of its scratch memory.
 template <class E>
 struct Images {
     Bands bands;
-    int64_t hidden_size, outputs;
     NetworkTrace trace;
     NetworkVjp vjp;
     Hidden<E> hidden;
     E* dh;
 
-    Images(const NetworkReplay& m, int64_t first, int64_t count, void* memory)
-        : bands(count, m.vjp.height, m.vjp.width), outputs(m.vjp.height * m.vjp.width * m.vjp.network.out), vjp(m.vjp) {
-        const Network& n = vjp.network;
-        const int64_t row = Sizes<E>(n.few, n.hidden, n.out).hidden_row(), rows = Hidden<E>::rows_of(bands);
-        hidden_size = Rows<E>::size(bands.count() * rows, row);
-        E *h1 = static_cast<E*>(memory), *h2 = h1 + hidden_size, *h = h2 + hidden_size;
-        dh = h + count * outputs;
-        hidden = {{h1, row}, {h2, row}, rows};
+    Images(const NetworkReplay& m, const Portions<E>& sizes, int64_t first, int64_t count, char* memory)
+        : bands(count, m.vjp.height, m.vjp.width), vjp(m.vjp) {
+        E *h1 = reinterpret_cast<E*>(memory), *h2 = h1 + sizes.hidden(count), *h = h2 + sizes.hidden(count);
+        hidden = {{h1, sizes.row}, {h2, sizes.row}};
+        vjp.dh = dh = h + count * sizes.outputs;
         vjp.a = from_sample(vjp.a, first);
         vjp.da = from_sample(vjp.da, first);
-        vjp.dh = dh;
         vjp.samples = count;
+        const Network& n = vjp.network;
         trace = {m.packed, vjp.a, h, nullptr, nullptr, count, vjp.height, vjp.width, n.few, n.hidden, n.out, vjp.type};
+        clear_padding(count * sizes.rows);
     }
-    // Products read numbers by whole tiles, of which rows hold only whole vectors.
-    void clear_padding() const {
+    // Products read numbers by whole tiles, of which rows get only whole vectors.
+    void clear_padding(int64_t rows) const {
         const int64_t written = padded<float>(trace.hidden), read = PER_UNIT<E> * padded<float>(ceil_div(trace.hidden, PER_UNIT<E>));
-        for (int64_t r = 0; written < read && r < bands.count() * hidden.rows; r++) {
+        for (int64_t r = 0; written < read && r < rows; r++) {
             memset(hidden.first[r] + written, 0, (read - written) * sizeof(E));
             memset(hidden.second[r] + written, 0, (read - written) * sizeof(E));
         }
     }
-    int64_t bytes() const { return padded<char>((2 * (hidden_size + trace.samples * outputs)) * sizeof(E)); }
 };
 
 template <class E>
-Portions portions_of(const NetworkReplay& m, int threads) {
-    const Bands image(1, m.vjp.height, m.vjp.width);
-    return {m.vjp, image.count() * Hidden<E>::rows_of(image), threads};
-}
-
-template <class E>
 int64_t replay_bytes(const NetworkReplay& m, int threads) {
-    const Portions portions = portions_of<E>(m, threads);
-    const auto bytes = [&](int64_t images) { return images ? Images<E>(m, 0, images, nullptr).bytes() : 0; };
-    return max(portions.whole ? threads * bytes(portions.at_once) : 0, bytes(portions.rest));
+    const Portions<E> portions(m.vjp, threads);
+    return max(portions.apart ? threads * portions.bytes(portions.at_once) : 0, portions.rest ? portions.bytes(portions.rest) : 0);
 }
 
 template <class E>
 void replay(const NetworkReplay& m, int threads) {
-    const Portions portions = portions_of<E>(m, threads);
-    const bool whole = !worth_small_ranges(m.vjp, threads);
-    const Ranges ranges{portions.whole, threads, whole};
-    const WeightGradients<E> weights(m.vjp, whole ? threads : 2 * threads, threads);
+    const Portions<E> portions(m.vjp, threads);
+    const bool undivided = !worth_dividing(m.vjp, portions.apart, threads);
+    const Ranges ranges{portions.apart, threads, undivided};
+    const WeightGradients<E> weights(m.vjp, undivided ? threads : 2 * threads, threads);
     const auto run = [&](int64_t first, int64_t count, char* memory, int64_t range, int team) {
-        const Images<E> images(m, first, count, memory);
-        images.clear_padding();
+        const Images<E> images(m, portions, first, count, memory);
         trace_bands<E>(images.trace, images.bands, &images.hidden, team);
         m.between(m.context, first, count, images.trace.h, images.dh, team);
-        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, Ranges{images.bands.count(), team, team == 1 || whole}, range, team);
+        const Ranges of_bands{images.bands.count(), team, team == 1 || undivided};
+        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, of_bands, range, team);
     };
     char* memory = static_cast<char*>(m.memory);
-    const int64_t bytes = Images<E>(m, 0, portions.at_once, memory).bytes();
-    if (portions.whole) {
+    if (portions.apart) {
         share_out(threads, ranges.count(), [&](Shared& left) {
             for (int64_t r; (r = left.take()) >= 0;) {
                 const int64_t end = ranges.begin(r + 1);
                 for (int64_t i = ranges.begin(r); i < end; i += portions.at_once) {
-                    run(i, min(portions.at_once, end - i), memory + left.own() * bytes, r, 1);
+                    run(i, min(portions.at_once, end - i), memory + left.own() * portions.bytes(portions.at_once), r, 1);
                 }
             }
         });
     }
-    if (portions.rest) run(portions.whole, portions.rest, memory, 0, threads);
+    if (portions.rest) run(portions.apart, portions.rest, memory, 0, threads);
     weights.finish(m.vjp, threads);
 }
 

@@ -62,14 +62,14 @@ namespace {
 
 constexpr std::align_val_t LINE{64};
 
-std::atomic<int64_t> kept{0};
+std::atomic<int64_t> kept{0}, count{0};
 
 struct Reserve {
     char* data = nullptr;
-    int64_t used = 0, most = 0;  // most: of `used`, ever
+    int64_t used = 0, most = 0, counted = 0;  // most: of `used`, since this count began
     ~Reserve() {
         ::operator delete(data, LINE);
-        kept -= most;
+        if (counted == count) kept -= most;
     }
 };
 thread_local Reserve reserve;
@@ -77,6 +77,10 @@ thread_local Reserve reserve;
 }  // namespace
 
 int64_t kept_scratch() { return kept; }
+void count_scratch_afresh() {
+    count++;
+    kept = 0;
+}
 
 void* take_scratch(int64_t bytes) {
     bytes = (bytes + 63) / 64 * 64;
@@ -85,6 +89,10 @@ void* take_scratch(int64_t bytes) {
         if (!reserve.data) reserve.data = static_cast<char*>(::operator new(RESERVE, LINE));
         char* memory = reserve.data + reserve.used;
         reserve.used += bytes;
+        if (reserve.counted != count) {
+            reserve.counted = count;
+            reserve.most = 0;
+        }
         if (reserve.used > reserve.most) {
             kept += reserve.used - reserve.most;
             reserve.most = reserve.used;

@@ -19,7 +19,10 @@ void parallel_ranges(int threads, int64_t items, void (*body)(const void*, int64
 constexpr int64_t RESERVE = 2 << 20;
 void* take_scratch(int64_t bytes);
 void give_scratch(void* memory);
-int64_t kept_scratch();  // bytes that threads have used of what is their own, which nobody else can use meanwhile
+
+// Bytes of the threads' own that they have used at most since the last `count_scratch_afresh`, all threads together.
+int64_t kept_scratch();
+void count_scratch_afresh();
 
 namespace FLOWKERN_ISA {
 
@@ -29,8 +32,8 @@ void parallel(int threads, int64_t items, const F& body) {
     parallel_ranges(threads, items, call, &body);
 }
 
-// Items that threads share: each takes its own part's from the front, as much of it as the caches of a thread have seen of
-// these items before, and then from the back of the others'. For results that don't depend on which thread did what.
+// Items that threads share. Each takes its own part's from the front, which are the ones whose data its caches have from the
+// op before, and then from the back of the others'. For results that don't depend on which thread did what.
 class Shared {
   public:
     // parts: of each thread, the first item that is left and the end, 32 bits each.
@@ -60,14 +63,14 @@ class Shared {
 };
 
 // Ranges of items that have sums of their own: a thread's part in a large and a small one, which a thread that is done early
-// may take. They depend on the number of threads alone, so that sums over them do.
+// may take. Sums over them don't depend on which thread took which.
 struct Ranges {
     int64_t items, threads;
-    bool whole;  // parts are not divided
+    bool undivided;  // one range a part
 
-    int64_t count() const { return whole ? min(threads, items) : 2 * threads; }
+    int64_t count() const { return undivided ? min(threads, items) : 2 * threads; }
     int64_t begin(int64_t range) const {
-        if (whole) return items * range / count();
+        if (undivided) return items * range / count();
         const int64_t part = range / 2, first = items * part / threads, size = items * (part + 1) / threads - first;
         return range % 2 ? first + size * 3 / 4 : first;
     }

@@ -9,14 +9,21 @@ namespace flowkern::FLOWKERN_ISA {
 template <class E>
 constexpr int64_t CHUNK = TILED<E> ? 128 : 64;
 
-// Both hidden activations of some bands, in rows as products want them: whole blocks of rows a band.
+// Both hidden activations of some images, in rows as products want them: whole blocks of rows a band.
 template <class E>
 struct Hidden {
     View<E> first, second;
-    int64_t rows;
 
-    static int64_t rows_of(const Bands& bands) { return ceil_div(bands.rows * bands.width, ROWS<E>) * ROWS<E>; }
-    Hidden band(int64_t i) const { return {first.from(i * rows), second.from(i * rows), rows}; }
+    static int64_t rows_of_band(const Bands& bands, int64_t band) {
+        return ceil_div(bands.row_count(band) * bands.width, ROWS<E>) * ROWS<E>;
+    }
+    static int64_t rows_of_image(const Bands& bands) {  // whose last band may be smaller
+        const int64_t last = bands.per_image - 1;
+        return last * rows_of_band(bands, 0) + rows_of_band(bands, last);
+    }
+    static int64_t first_row(const Bands& bands, int64_t band) {
+        return bands.sample(band) * rows_of_image(bands) + band % bands.per_image * rows_of_band(bands, 0);
+    }
 };
 
 // Images given by a pointer and strides, or dense ones.
@@ -47,11 +54,11 @@ class TraceBands {
         const Bands bands = bands_;
         const Sizes<E> s = s_;
         const Folded<E> folded(s);
-        // Of one's own, as for all that compilers know what is stored may change members.
+        // Copies, because compilers must assume that each store changes members, and would load them again.
         const View<E> image = image_, x = x_;
         const View<float> sent = sent_;
         const float* packed = m.packed;
-        const int64_t size = bands.bordered() * m.out;
+        const int64_t size = bands.bordered() * m.out, row = Hidden<E>::first_row(bands, band);
         const auto rectified = [](const View<E>& to) {  // NaN stays
             return [to](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v < 0 ? Vector<float>{} : v); };
         };
@@ -61,8 +68,8 @@ class TraceBands {
         const int64_t pixels = bands.row_count(band) * m.width;
         for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
             const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
-            const View<E> h1 = kept_ ? kept_->band(band).first.from(first) : View<E>(h1_);
-            const View<E> h2 = kept_ ? kept_->band(band).second.from(first) : View<E>(h2_);
+            const View<E> h1 = kept_ ? kept_->first.from(row + first) : View<E>(h1_);
+            const View<E> h2 = kept_ ? kept_->second.from(row + first) : View<E>(h2_);
             gather_taps(image.units().data, m.width, s.few_units, first, count, x.units());
             multiply<E>(x.units(), rows, 9 * s.few_units, packed + folded.w1, m.hidden, packed + folded.b1, rectified(h1));
             multiply<E>(h1.units(), rows, s.hidden_units, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
