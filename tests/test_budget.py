@@ -142,6 +142,7 @@ def test_options_beside_a_budget(monkeypatch, reverse, anchor_every, dtype):
     glow.memory_budget = ALL
     for plan in ((0, 0), (1, 2), (0, 3), (2, 0), (3, 1), (3, 3)):
         monkeypatch.setattr(budget, "plan", lambda *_, plan=plan: plan)
+        assert glow.kept_steps(4, SIZE, inverse=reverse) == plan
         found = gradients(function, images(torch.float32), parameters)
         for a, b in zip(found, wanted, strict=True):
             # Where rounding to bf16 falls otherwise, gradients differ by its precision.

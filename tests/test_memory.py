@@ -11,7 +11,7 @@ from helpers import footprints_of
 from bench.workload import Setup, footprints
 
 MIB = 1 << 20
-BOOKKEEPING = 8 << 10   # of a step
+BOOKKEEPING = 6553      # bytes of a step
 DEPTHS = (4, 8, 16, 32)
 BUDGETED = {
     **{f"{k}": {"depth": k} for k in (8, 16)},

@@ -200,7 +200,7 @@ void chain_vjp(const ChainVjp& m, int threads) {
         if (c.stored) {
             if (!state) state = m.boundary;
             if (c.reverse) {
-                if (traces) {
+                if (retraces) {
                     at = {at.state, h.data(), h1.data(), h2.data()};
                     ops.network(k, state, at.h, at.h1, at.h2);
                 }
