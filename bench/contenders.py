@@ -24,8 +24,8 @@ class Contender:
     set-up where that depends on it. truth: the model
     whose results in double precision its own are compared with; a rival with parameters of its own is compared with
     itself, and its likelihood with the reference's. full: measured by `--full` alone. inference: False
-    where it does without gradients what another row does. full_works: what it does under `--full` alone. note: what is
-    not the same.
+    where it does without gradients what another row does. full_works: what it does under `--full` alone. compiled: by
+    torch.compile, when it runs first. note: what is not the same.
     """
 
     make: Callable[[Setup], nn.Module]
@@ -36,6 +36,7 @@ class Contender:
     full: bool = False
     inference: bool = True
     full_works: tuple[str, ...] = ()
+    compiled: bool = False
     note: str = ""
 
     def does(self, work: str, full: bool) -> bool:
@@ -91,8 +92,9 @@ GLOWS = {
     "PyTorch, contiguous": Contender(_plain(rivals.Contiguous)),
     "PyTorch, channels-last weights": Contender(_plain(channels_last=True), full=True),
     # Compiling the inverse takes longer than everything else that is quick.
-    "PyTorch, torch.compile": Contender(_plain(rivals.Compiled), full_works=("inverse", "sample")),
-    "PyTorch, torch.compile, channels-last weights": Contender(_plain(rivals.Compiled, channels_last=True), full=True),
+    "PyTorch, torch.compile": Contender(_plain(rivals.Compiled), full_works=("inverse", "sample"), compiled=True),
+    "PyTorch, torch.compile, channels-last weights": Contender(_plain(rivals.Compiled, channels_last=True), full=True,
+                                                               compiled=True),
     CHECKPOINT: Contender(_plain(checkpointed=True), evaluations=4, inference=False),
     "PyTorch, bf16 network": Contender(_plain(network_dtype=BF16), "bf16"),
     **_library(rivals.NormFlows, "the last layer's exp(3 logs) is part of its weights"),
@@ -142,7 +144,7 @@ def _our_step(memory: str, network: str = "fp32") -> Contender:
 STEPS = {
     "PyTorch": Contender(_plain_step, truth=_plain_step),
     "PyTorch, contiguous": _step(lambda step, x: rivals.plain.contiguous_step(x, step)),
-    "PyTorch, torch.compile": _step(lambda step, x: step(x), rivals.plain.CompiledStep),
+    "PyTorch, torch.compile": _step(lambda step, x: step(x), rivals.plain.CompiledStep, compiled=True),
     CHECKPOINT: _step(_checkpointed, evaluations=4),
     "flowkern store": _our_step("store"),
     RECOMPUTE: _our_step("recompute"),

@@ -3,8 +3,9 @@ training step peaks at and takes.
 
     python -m bench.folds
 
-prints the tables. Every allocated byte is counted (`bench.memory`). For the first table with two batches, and the
-difference is taken: what belongs to parameters (gradients, composed channel mixes) is the same in both.
+prints the tables. Every allocated byte is counted (`bench.memory`), at the peak also the scratch memory that our
+threads keep. For the first table with two batches, and the difference is taken: what belongs to parameters (gradients,
+composed channel mixes) is the same in both.
 """
 
 import statistics
@@ -17,6 +18,7 @@ import flowkern
 from bench import memory
 from bench.timing import interleave
 from bench.workload import Setup
+from flowkern import cpp
 from flowkern.operators import Blur, Downsample, Identity, Inpainting, RandomProjection, gaussian_kernel
 
 FOLDS = (1, 2, 4, 8)
@@ -57,20 +59,20 @@ def network(operator: str, folds: int = 4, prox: str = "glow", **options) -> tup
 
 
 def step(**case) -> tuple[int, int]:
-    """Bytes held between forward and backward, and those of the peak beside the parameters' gradients, of a case of
-    `network`. Runs in a process started by `bench.memory.measure`.
+    """Bytes held between forward and backward, and those of the peak beside the parameters' gradients and their
+    tensors, of a case of `network`. Runs in a process started by `bench.memory.measure`.
     """
     net, loss = network(**case)
     for _ in range(2):      # libraries keep what they prepare on first use
         loss().backward()
         net.zero_grad(set_to_none=True)
+    cpp.kept_scratch(afresh=True)
     with memory.record() as events:
         value = loss()
         events.mark("forward")
         value.backward()
         del value
-    gradients = events.storages(p.grad for p in net.parameters())
-    return events.held("forward"), events.peak(without=gradients)
+    return events.held("forward"), events.peak(without=events.alive()) + cpp.kept_scratch()
 
 
 def per_image(cases: list[dict]) -> list[float]:

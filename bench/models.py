@@ -1,6 +1,7 @@
 """Measures what is done with models: one group of rows, taking turns, with memory and errors on the same rows."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -21,12 +22,10 @@ SHORT = 0.02                            # seconds under which calls are repeated
 
 
 class Family:
-    """Models of a set-up, made once for several works. Rows that can't be made say why.
+    """Models of a set-up, made once for the works that are going to be measured. Rows that can't be made say why."""
 
-    peaks: whether matrix products take turns with the rows.
-    """
-
-    def __init__(self, name: str, setup: Setup, full: bool, rows: dict[str, Contender] | None = None):
+    def __init__(self, name: str, setup: Setup, works: tuple[str, ...], full: bool,
+                 rows: dict[str, Contender] | None = None):
         self.name, self.setup = name, setup
         self.contenders, self._full = rows or contenders.chosen(name, full), full
         self.models, self.reasons = {}, {}
@@ -36,8 +35,10 @@ class Family:
                 self.models[row] = contender.make(setup)
             except ImportError as error:
                 self.reasons[row] = f"not installed: {how_to_install(error)}"
+        # Counted in a process of its own, beside what is not timed; last what this process is compiling meanwhile.
+        counted = sorted(self.models, key=lambda row: self.contenders[row].compiled)
+        self._memory = ThreadPoolExecutor(1).submit(memories, name, works, setup, counted, full)
         self._wrong = self._disagreements() if name in ("glow", "small") else {}
-        self._memory = None
 
     def _disagreements(self) -> dict[str, str]:
         """Rivals that are not the same model, with the reason: other parameters, or another likelihood."""
@@ -55,11 +56,9 @@ class Family:
                         found[row] = str(error)
         return found
 
-    def measure(self, work_name: str, rounds: int, works: tuple[str, ...] = ()) -> dict:
-        """The group of one work. works: all that are going to be measured; memory is counted for them together."""
+    def measure(self, work_name: str, rounds: int) -> dict:
+        """The group of one work."""
         work, setup = WORKS[work_name], self.setup
-        if self._memory is None:
-            self._memory = memories(self.name, works or (work_name,), setup, list(self.models), self._full)
         rows = {row: self._row(row) for row, c in self.contenders.items() if c.does(work_name, self._full)}
         calls = {}
         for row, model in ((row, self.models[row]) for row in rows if row in self.models):
@@ -70,13 +69,15 @@ class Family:
             except Exception as error:      # a library's, whatever it is: the other rows go on
                 rows[row]["unavailable"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 continue
-            rows[row] |= self._memory[row].get(work_name, {})
             calls[row] = _call(work.run, model, arguments)
-        repeats = {row: _warm(call) for row, call in calls.items()}
+        counted = self._memory.result()
+        for row in calls:
+            rows[row] |= counted[row].get(work_name, {})
+        repeats = {row: _repeats(call) for row, call in calls.items()}
         products = {p: machine.product(p) for p in MOST if any(c.network == p for c in self.contenders.values())}
         timed = calls | {f"product {p}": product for p, (product, _) in products.items()}
         # Behind a call that is not timed: what ran before leaves caches cold and threads spinning.
-        repeats |= {f"product {p}": max(2, _warm(product)) for p, (product, _) in products.items()}
+        repeats |= {f"product {p}": max(2, _repeats(product)) for p, (product, _) in products.items()}
         seconds = interleave(timed, rounds, repeats)
         peaks = {p: [flops / s for s in seconds[f"product {p}"]] for p, (_, flops) in products.items()}
         for row in calls:
@@ -102,14 +103,9 @@ def _call(run: Callable, model, arguments: tuple) -> Callable:
     return lambda: run(model, *arguments)
 
 
-def _warm(call: Callable) -> int:
-    """Two calls, compilation among them; how often the call has to be repeated to be timed."""
-    call(), call()
-    return repeats_for(call, SHORT) if _short(call) else 1
-
-
-def _short(call: Callable) -> bool:
-    return interleave({"": call}, 1)[""][0] < SHORT
+def _repeats(call: Callable) -> int:
+    """How often a call has to be repeated to be timed. It has run once, for its error, and runs again, now warm."""
+    return repeats_for(call, SHORT) if interleave({"": call}, 1)[""][0] < SHORT else 1
 
 
 def judge(rows: list[dict], wrong: dict[str, str], trains: bool) -> None:

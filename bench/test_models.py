@@ -38,9 +38,9 @@ def rows(full: bool) -> list[tuple[str, str]]:
 
 
 @functools.lru_cache(maxsize=1)
-def family(name: str, setup: Setup, full: bool) -> Family:
+def family(*arguments) -> Family:
     """One at a time, so that only its models are in memory."""
-    return Family(name, setup, full)
+    return Family(*arguments)
 
 
 def test_models(row, book, full, report):
@@ -49,7 +49,7 @@ def test_models(row, book, full, report):
     assert name in FAMILIES[kind]
 
     def measure() -> dict:
-        return family(kind, setup, full).measure(work, 25 if full else 7, works)
+        return family(kind, setup, works, full).measure(work, 25 if full else 7)
 
     found = book.group("models", group, measure)
     report(group, next(r for r in found["rows"] if r["name"] == name))

@@ -219,7 +219,7 @@ def test_missing_libraries_are_named_with_the_command():
 def test_a_group_is_measured_from_end_to_end():
     names = ("PyTorch", "PyTorch, checkpoint", "flowkern store", contenders.RECOMPUTE)
     rows = {name: contenders.GLOWS[name] for name in names}
-    family = models.Family("glow", SMALL, full=False, rows=rows)
+    family = models.Family("glow", SMALL, ("train",), full=False, rows=rows)
     group = family.measure("train", 2)
     found = {r["name"]: r for r in group["rows"]}
     assert all(r["correct"] and len(r["seconds"]) == 2 for r in found.values())
