@@ -15,7 +15,7 @@ from flowkern.consistency import exact_step, gradient_step
 from flowkern.layout import in_order_of
 from flowkern.operators import Identity, Operator, least_variation, smoothest
 from flowkern.operators import from_config as operator_from_config
-from flowkern.operators.base import check_operator
+from flowkern.operators.base import check_exact, check_operator
 from flowkern.prox import PROXES, inverse_softplus
 
 INITS = ("mode", "adjoint", "smooth", "tv")
@@ -43,9 +43,10 @@ class Unfolded(nn.Module):
     final: "prox" ends with the last fold's prox; "consistency" is equation 11 as printed, g(f(x~)) = x~: the last
         fold ends after its data consistency, and its prox, which would cancel, is not run. A plain attribute: it may be
         changed after training.
-    consistency: "gradient", the step above; or "exact", for an operator with `normal_inverse`: x~ is the image that
-        minimises `||A x~ - y||^2 + rho_k ||x~ - x||^2`, with rho_k = softplus(raw_rho_k) learnt instead of mu_k. rho
-        starts at ||A||^2, from where the residual is halved in A's strongest direction as it is by mu's default.
+    consistency: "gradient", the step above; or "exact", for an operator with `normal_inverse` or `prox`: x~ is the
+        image that minimises `||A x~ - y||^2 + rho_k ||x~ - x||^2`, with rho_k = softplus(raw_rho_k) learnt instead of
+        mu_k. rho starts at ||A||^2, from where the residual is halved in A's strongest direction as it is by mu's
+        default.
     mu: where the learnt step sizes start, away from 0: from 0.1 denoising went nowhere near as far as from 0.5.
         Default: 0.5 / ||A||^2, a quarter of the step from which on the residual may grow; it is 0.5 for denoising.
         ||A|| is `operator.norm(size)` for the size of the Glow, if there is one; an operator without `norm` is taken to
@@ -96,8 +97,8 @@ class Unfolded(nn.Module):
             raise ValueError(f"sigma_ref must be a positive number, got {sigma_ref!r}")
         operator = Identity() if operator is None else operator
         check_operator(operator)
-        if consistency == "exact" and not callable(getattr(operator, "normal_inverse", None)):
-            raise TypeError(f"exact consistency needs an operator with normal_inverse, not {type(operator).__name__}")
+        if consistency == "exact":
+            check_exact(operator)
         self.operator = operator
         self.consistency = consistency
         self.tied = tied

@@ -246,6 +246,29 @@ def test_normal_inverse(name, rho):
     torch.testing.assert_close(got.flatten(1), torch.linalg.solve(gram, right), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("rho", [0.3, torch.tensor([0.05, 1.0, 20.0])])
+def test_an_operator_s_own_prox_is_exact_consistency(rho):
+    class Own:
+        """Of every second pixel, with the minimiser written down."""
+
+        def forward(self, x):
+            return x[..., ::2]
+
+        def adjoint(self, y):
+            return torch.stack([y, torch.zeros_like(y)], dim=-1).flatten(-2)
+
+        def prox(self, x, y, rho):
+            rho = torch.as_tensor(rho, dtype=x.dtype).reshape(-1, 1, 1, 1)
+            return torch.stack([(y + rho * x[..., ::2]) / (1 + rho), x[..., 1::2]], dim=-1).flatten(-2)
+
+    x, mask = random(3, 2, 4, 6, seed=3), (torch.arange(6) % 2 == 0).double().expand(4, 6)
+    y = Own().forward(random(3, 2, 4, 6, seed=4))
+    wanted = exact_consistency(Inpainting(mask), x, Own().adjoint(y), rho)
+    torch.testing.assert_close(exact_consistency(Own(), x, y, rho), wanted)
+    with pytest.raises(ValueError, match="rho must be a positive number"):
+        exact_consistency(Own(), x, y, 0)
+
+
 def test_exact_consistency_trusts_the_measurement_or_the_image():
     operator, x = make("mask")
     y = random(*x.shape, seed=9) * operator.mask
@@ -257,7 +280,7 @@ def test_exact_consistency_trusts_the_measurement_or_the_image():
 def test_no_inverse_no_attribute(name):
     operator, x = make(name)
     assert not hasattr(operator, "normal_inverse")
-    with pytest.raises(TypeError, match="exact consistency needs an operator with normal_inverse"):
+    with pytest.raises(TypeError, match="exact consistency needs an operator with normal_inverse or prox"):
         exact_consistency(operator, x, operator.forward(x), 1.0)
 
 

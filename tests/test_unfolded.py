@@ -446,12 +446,12 @@ def aware(prox, sigma):
         (
             lambda p: flowkern.Unfolded(p, operator=Mask(), consistency="exact"),
             TypeError,
-            "exact consistency needs an operator with normal_inverse, not Mask",
+            "exact consistency needs an operator with normal_inverse or prox, not Mask",
         ),
         (
             lambda p: flowkern.Unfolded(p, operator=Blur(kernel(3, 3), "reflect"), consistency="exact"),
             TypeError,
-            "exact consistency needs an operator with normal_inverse, not Blur",
+            "exact consistency needs an operator with normal_inverse or prox, not Blur",
         ),
         (
             lambda p: flowkern.Unfolded(p, consistency="exact", mu=0.5),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flowkern import operators
 from flowkern.glow import Glow
 from flowkern.map import _LBFGS, _as_it_is
-from flowkern.operators.base import check_operator, checked_size, per_image_rho
+from flowkern.operators.base import check_operator, checked_size, is_exact, per_image_rho
 from flowkern.unfolded import Unfolded
 
 try:
@@ -126,8 +126,9 @@ class Operator(operators.Operator):
 class Physics(LinearPhysics):
     """An operator as a deepinv LinearPhysics: any object with `forward` and `adjoint`.
 
-    Where the operator has `normal_inverse`, prox_l2 is exact; elsewhere it is LinearPhysics' own, by iteration, and so
-    is A_dagger everywhere. The operator's parameters are its own: those that deepinv passes to A are ignored.
+    Where the operator has `normal_inverse` or `prox`, prox_l2 is exact; elsewhere it is LinearPhysics' own, by
+    iteration, and so is A_dagger everywhere. The operator's parameters are its own: those that deepinv passes to A are
+    ignored.
     options: of LinearPhysics (img_size, max_iter, ...); img_size defaults to the operator's size. noise_model: default,
     no noise.
 
@@ -152,14 +153,13 @@ class Physics(LinearPhysics):
         """The image v that minimises `gamma / 2 ||A v - y||^2 + 1/2 ||v - z||^2`. z may be None or a number, an even
         image. gamma: a positive number, or a tensor of one or of one an image. The rest is for the iteration.
         """
-        if not callable(getattr(self.operator, "normal_inverse", None)):
+        if not is_exact(self.operator):
             gamma = _per_image(gamma)
             gamma = gamma[:, None, None, None] if isinstance(gamma, Tensor) and gamma.ndim else gamma
             return super().prox_l2(z, y, gamma, *args, **kwargs)
-        b, rho = self.operator.adjoint(y), 1 / _per_image(gamma)
-        if z is not None and not (isinstance(z, int | float) and z == 0):
-            b = b + per_image_rho(rho, b) * z
-        return self.operator.normal_inverse(b, rho)
+        if not isinstance(z, Tensor):
+            z = torch.full_like(self.operator.adjoint(y), z or 0)
+        return operators.exact_consistency(self.operator, z, y, 1 / _per_image(gamma))
 
 
 class Prior(_Prior):

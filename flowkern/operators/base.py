@@ -18,6 +18,19 @@ def check_operator(operator, name: str = "operator") -> None:
         raise TypeError(f"{name} must have the methods forward and adjoint, got {type(operator).__name__}")
 
 
+def is_exact(operator) -> bool:
+    """Whether an operator has what exact data consistency takes, `normal_inverse` or `prox`."""
+    return any(callable(getattr(operator, name, None)) for name in ("normal_inverse", "prox"))
+
+
+def check_exact(operator) -> None:
+    """Raises TypeError for an operator without exact data consistency."""
+    if not is_exact(operator):
+        raise TypeError(
+            f"exact consistency needs an operator with normal_inverse or prox, not {type(operator).__name__}"
+        )
+
+
 class Operator(nn.Module):
     """A linear map A on images. Subclasses define `forward` and `adjoint`, and `config` if they can be saved.
 
@@ -26,7 +39,8 @@ class Operator(nn.Module):
 
     Where `(A^T A + rho I) x = b` has an exact and cheap solution the operator has the method
     `normal_inverse(b, rho)`: b and the result (N, C, H, W), rho a positive number, or a tensor of one positive number
-    (shape ()) or one an image (N,); differentiable in both. Elsewhere there is no such attribute.
+    (shape ()) or one an image (N,); differentiable in both. Elsewhere there is no such attribute. One that knows the
+    image v that minimises `||A v - y||^2 + rho ||v - x||^2` without it has the method `prox(x, y, rho)` instead.
     """
 
     size: tuple[int, int, int] | None = None  # of the images, (C, H, W), where the operator is made for one size
@@ -83,14 +97,16 @@ def from_config(config: dict) -> Operator:
 def exact_consistency(operator, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
     """The image v that minimises `||A v - y||^2 + rho ||v - x||^2`, which is `(A^T A + rho I)^-1 (A^T y + rho x)`.
 
-    operator: one with `adjoint` and `normal_inverse`. x: images (N, C, H, W). y: their measurements. rho: as in
-    `normal_inverse`. The result (N, C, H, W) is differentiable in x, y and rho.
+    operator: one with `normal_inverse`, or with `prox`, which goes first as it is this itself. x: images (N, C, H, W).
+    y: their measurements. rho: as in `normal_inverse`. The result (N, C, H, W) is differentiable in x, y and rho.
 
-    Raises TypeError for an operator without `normal_inverse`, ValueError for a rho that is not positive.
+    Raises TypeError for an operator with neither, ValueError for a rho that is not positive.
     """
-    if not callable(getattr(operator, "normal_inverse", None)):
-        raise TypeError(f"exact consistency needs an operator with normal_inverse, not {type(operator).__name__}")
-    return operator.normal_inverse(operator.adjoint(y) + per_image_rho(rho, x) * x, rho)
+    check_exact(operator)
+    factor = per_image_rho(rho, x)
+    if callable(getattr(operator, "prox", None)):
+        return operator.prox(x, y, rho)
+    return operator.normal_inverse(operator.adjoint(y) + factor * x, rho)
 
 
 def per_image_rho(rho: float | Tensor, b: Tensor) -> float | Tensor:
