@@ -14,6 +14,7 @@ from flowkern import budget, dialects, saving, transforms
 from flowkern.chain import MEMORY_MODES, is_standard, network_dtype
 from flowkern.layers import Split, StepOfFlow, blocks, check_alone, run_steps, squeeze, unsqueeze
 from flowkern.prior import Prior
+from flowkern.replay import refuse_replica
 from flowkern.variants import Variant
 
 # How a Glow runs, which may be changed at any time; in the order in which they may be set.
@@ -494,6 +495,7 @@ class Glow(nn.Module):
         return int(h), int(w)
 
     def _check_tensor(self, x: Tensor, what: str, finite: bool = False) -> None:
+        refuse_replica(self)
         if not isinstance(x, Tensor):
             raise TypeError(f"expected {what}s as a torch.Tensor, got {type(x).__name__}")
         if not x.is_floating_point():

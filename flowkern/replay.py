@@ -26,6 +26,7 @@ class Replay:
     """
 
     def __init__(self, module: nn.Module, device: torch.device):
+        refuse_replica(module)
         self._module, self._device = module, device
         self.parameters = list(module.parameters())
         self._ran = False
@@ -88,6 +89,8 @@ class Applied(nn.Module):
 
     def __init__(self, function: Callable, modules: Sequence[nn.Module]):
         super().__init__()
+        for module in modules:
+            refuse_replica(module)
         self.function, self.used = function, nn.ModuleList(modules)
         # Whether buffers may change is asked of every module, and these two have no say.
         self.training = self.used.training = False
@@ -108,6 +111,17 @@ class Autocast:
     def __call__(self) -> torch.autocast:
         """A context in which it is so again."""
         return torch.autocast(self._kind, self._dtype, self._enabled, cache_enabled=False)
+
+
+def refuse_replica(module: nn.Module) -> None:
+    """Raise RuntimeError for a replica that nn.DataParallel made: its parameters can't be listed, and what asks for
+    them would go without gradients.
+    """
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            f"{type(module).__name__} does not run under nn.DataParallel, whose replicas have no parameters of their "
+            "own; wrap it in torch.nn.parallel.DistributedDataParallel"
+        )
 
 
 def check_parameters(replays: Iterable[Replay], whose: str, instead: str) -> None:
