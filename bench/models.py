@@ -1,5 +1,6 @@
 """Measures what is done with models: one group of rows, taking turns, with memory and errors on the same rows."""
 
+import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -46,7 +47,11 @@ class Family:
         with torch.no_grad():
             exact = self.setup.glow().double().log_prob(x.double())
             for row, model in self.models.items():
-                difference = ((model.log_prob(x) - exact) / exact).abs().max().item()
+                try:
+                    difference = ((model.log_prob(x) - exact) / exact).abs().max().item()
+                except Exception as error:      # a library's, whatever it is: the other rows go on
+                    found[row] = f"no likelihood: {_first_line(error)}"
+                    continue
                 if not difference <= AGREEMENT[self.contenders[row].network]:
                     found[row] = f"another likelihood, by {difference:.1e}"
                 elif hasattr(model, "check_parameters"):
@@ -67,7 +72,7 @@ class Family:
                 rows[row]["error"] = self._errors(work_name, model, contender.truth)
                 arguments = work.inputs(model, setup)
             except Exception as error:      # a library's, whatever it is: the other rows go on
-                rows[row]["unavailable"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                rows[row]["unavailable"] = _first_line(error)
                 continue
             calls[row] = _call(work.run, model, arguments)
         counted = self._memory.result()
@@ -104,8 +109,12 @@ def _call(run: Callable, model, arguments: tuple) -> Callable:
 
 
 def _repeats(call: Callable) -> int:
-    """How often a call has to be repeated to be timed. It has run once, for its error, and runs again, now warm."""
-    return repeats_for(call, SHORT) if interleave({"": call}, 1)[""][0] < SHORT else 1
+    """How often a call has to be repeated to be timed. A first one may find cold caches, and so seem long."""
+    return repeats_for(call, SHORT) if interleave({"": call}, 1)[""][0] < 3 * SHORT else 1
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def judge(rows: list[dict], wrong: dict[str, str], trains: bool) -> None:
@@ -150,7 +159,7 @@ def memories(family: str, works: tuple[str, ...], setup: Setup, rows: list[str],
     try:
         return measure(_memories, timeout, family=family, works=list(works), setup=vars(setup), rows=rows,
                        full=full)
-    except RuntimeError as error:       # no Linux, no C compiler: the times are worth having
+    except (RuntimeError, subprocess.TimeoutExpired) as error:  # no Linux, no C compiler: the times are worth having
         print(f"\nno memory figures: {error}")
         return {row: {} for row in rows}
 
@@ -171,7 +180,7 @@ def _memories(family: str, works: list[str], setup: dict, rows: list[str], full:
                     footprint["peak"] += cpp.kept_scratch()
                 found[row][name] = footprint
             except Exception as error:      # as in `Family.measure`
-                found[row][name] = {"memory unavailable": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                found[row][name] = {"memory unavailable": _first_line(error)}
         del model
     return found
 

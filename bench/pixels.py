@@ -49,7 +49,7 @@ def measure(case: Case, rounds: int, sets: dict[str, str]) -> dict:
     calls = {**ours, **forms, "copy": machine.copy(case.bytes())}
     try:
         errors = {name: case.error(call()) for name, call in {**ours, **forms}.items()}
-        # Two at least, behind one that is not timed: a copy is, and one alone would find caches emptied by other rows.
+        # At least two, so that one that is not timed comes first: a lone one would find caches that other rows emptied.
         repeats = {name: max(2, repeats_for(call, SHORT)) for name, call in calls.items()} | dict.fromkeys(peaks, 2)
         seconds = interleave(calls | peaks, rounds, repeats)
     finally:

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.func import functional_call
 
 from flowkern import ops
-from flowkern.replay import Applied, Autocast, Replay, add_gradient, check_parameters
+from flowkern.replay import Applied, Autocast, Replay, add_gradient, check_parameters, refuse_replica
 
 
 def unfold(
@@ -60,6 +60,8 @@ class _Fold:
     """
 
     def __init__(self, fold: Callable, k: int, modules: Sequence[nn.Module], device: torch.device):
+        for module in modules:
+            refuse_replica(module)
         self.applied = Applied(partial(fold, k), modules)
         self.replay = Replay(self.applied, device)
         self.places: list[int | None] = []

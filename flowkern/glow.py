@@ -412,6 +412,7 @@ class Glow(nn.Module):
             raise ValueError(f"n wants an int >= 0, got {n!r}")
         if not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
             raise ValueError(f"temperature wants a finite number >= 0, got {temperature!r}")
+        refuse_replica(self)
         h, w = self._check_divisible(self.size[1:] if size is None else size)
         like = next(self.parameters())
         z = torch.randn(n, self.size[0] * h * w, dtype=like.dtype, device=like.device, generator=generator)

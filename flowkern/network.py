@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flowkern import backend, ops
 from flowkern.layout import in_order_of
-from flowkern.replay import Replay, check_parameters
+from flowkern.replay import Replay, check_parameters, refuse_replica
 
 PARAMETERS = 9
 
@@ -167,6 +167,8 @@ class LocalNets:
     """
 
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None, device: torch.device, context=None):
+        for module in modules:
+            refuse_replica(module)
         self.modules = modules
         self.dtype = dtype
         self.context = None if context is None else context.detach()

@@ -26,7 +26,6 @@ class Replay:
     """
 
     def __init__(self, module: nn.Module, device: torch.device):
-        refuse_replica(module)
         self._module, self._device = module, device
         self.parameters = list(module.parameters())
         self._ran = False
@@ -89,8 +88,6 @@ class Applied(nn.Module):
 
     def __init__(self, function: Callable, modules: Sequence[nn.Module]):
         super().__init__()
-        for module in modules:
-            refuse_replica(module)
         self.function, self.used = function, nn.ModuleList(modules)
         # Whether buffers may change is asked of every module, and these two have no say.
         self.training = self.used.training = False

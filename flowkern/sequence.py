@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from flowkern.chain import MEMORY_MODES, no_second_derivative
-from flowkern.replay import Autocast, Replay, add_gradient, check_parameters
+from flowkern.replay import Autocast, Replay, add_gradient, check_parameters, refuse_replica
 
 
 class ReversibleSequence(nn.Module):
@@ -56,6 +56,8 @@ class ReversibleSequence(nn.Module):
         return (x, logdet) if return_logdet else x
 
     def _run(self, x: Tensor, reverse: bool, want_logdet: bool) -> tuple[Tensor, Tensor]:
+        if self.memory != "store" and torch.is_grad_enabled():
+            refuse_replica(self)
         order = [_Step(s, x.device, reverse, want_logdet) for s in (reversed(self.steps) if reverse else self.steps)]
         parameters = [p for p in self.parameters() if p.requires_grad]
         needed = torch.is_grad_enabled() and (x.requires_grad or parameters)

@@ -252,11 +252,21 @@ def test_training_on_a_physics(deepinv, ours, consistency):
     assert losses[-1] < losses[0]
 
 
+class Solved(Blur):
+    """A blur that offers the minimiser instead of the inverse that it takes."""
+
+    normal_inverse = None
+
+    def prox(self, x, y, rho):
+        return self._normal_inverse(self.adjoint(y) + rho * x, rho if isinstance(rho, float) else rho.flatten())
+
+
 OPERATORS = {
     "inpainting": lambda: Inpainting((random(2, *SIZE) > 0.5).double()),
     "blur": lambda: Blur(kernel(3, 3)),
     "downsample": lambda: Downsample(2).double(),
     "projection": lambda: RandomProjection(SIZE, 0.4),
+    "own prox": lambda: Solved(kernel(3, 3)),
     "reflect": lambda: Blur(kernel(3, 3), "reflect"),
 }
 
@@ -286,6 +296,7 @@ def test_operators_as_physics(deepinv, ours, name):
     torch.testing.assert_close(physics.prox_l2(0.5, y, 0.7), wanted(zero + 0.5, 0.7), **tolerance)
     gamma = torch.tensor([0.4, 3.0], dtype=torch.float64)
     both = torch.cat([wanted(z, g)[i : i + 1] for i, g in enumerate(gamma.tolist())])
+    torch.testing.assert_close(physics.prox_l2(z[:1], y, 0.7), wanted(z[:1], 0.7), **tolerance)
     torch.testing.assert_close(physics.prox_l2(z, y, gamma.view(2, 1, 1, 1)), both, **tolerance)
     if name != "reflect":  # whose smallest singular values are out of reach
         torch.testing.assert_close(physics.A(physics.A_dagger(y)), y, rtol=1e-2, atol=1e-2)

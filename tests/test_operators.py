@@ -258,7 +258,6 @@ def test_an_operator_s_own_prox_is_exact_consistency(rho):
             return torch.stack([y, torch.zeros_like(y)], dim=-1).flatten(-2)
 
         def prox(self, x, y, rho):
-            rho = torch.as_tensor(rho, dtype=x.dtype).reshape(-1, 1, 1, 1)
             return torch.stack([(y + rho * x[..., ::2]) / (1 + rho), x[..., 1::2]], dim=-1).flatten(-2)
 
     x, mask = random(3, 2, 4, 6, seed=3), (torch.arange(6) % 2 == 0).double().expand(4, 6)

@@ -7,6 +7,7 @@ from torch import nn
 import flowkern
 from flowkern import ReversibleSequence
 from flowkern.layers import StepOfFlow
+from flowkern.operators import Blur, gaussian_kernel
 
 X = torch.rand(2, 3, 8, 8)
 
@@ -33,10 +34,11 @@ def replica(net: nn.Module) -> nn.Module:
     [
         (glow(), lambda net: net.log_prob(X), "Glow"),
         (glow(), lambda net: net.inverse(X.flatten(1)), "Glow"),
+        (glow(), lambda net: net.sample(2), "Glow"),
         (glow(network=lambda a, b: nn.Conv2d(a, b, 1)), lambda net: net(X), "Glow"),
         (flowkern.Unfolded(flowkern.GlowProx(glow()), folds=2), lambda net: net(X), "Glow"),
         (flowkern.Unfolded(flowkern.ResNetProx(3, 4), folds=2, kept_images=1), lambda net: net(X), "ResNetProx"),
-        (ReversibleSequence([StepOfFlow(4, hidden=4)]), lambda net: net(torch.rand(2, 4, 4, 4)), "StepOfFlow"),
+        (ReversibleSequence([StepOfFlow(4, hidden=4)]), lambda net: net(torch.rand(2, 4, 4, 4)), "ReversibleSequence"),
         (StepOfFlow(4, network=lambda a, b: nn.Conv2d(a, b, 1)), lambda net: net(torch.rand(2, 4, 4, 4)), "Conv2d"),
     ],
 )
@@ -45,7 +47,25 @@ def test_replicas_are_refused(net, run, who):
         run(replica(net))
 
 
-def test_a_prox_of_plain_convolutions_still_runs():
-    net = flowkern.Unfolded(flowkern.ResNetProx(3, 4), folds=2)
-    replica(net)(X).sum().backward()
-    assert all(p.grad is not None for p in net.proxes[0].parameters())
+LEARNT = Blur(nn.Parameter(gaussian_kernel(1.0, 3)))
+
+
+@pytest.mark.parametrize(
+    ("net", "x"),
+    [
+        (flowkern.Unfolded(flowkern.ResNetProx(3, 4), folds=2), X),
+        (flowkern.Unfolded(flowkern.ResNetProx(3, 4), folds=2, operator=LEARNT), X),
+        (ReversibleSequence([StepOfFlow(3 * 4, hidden=4)], memory="store"), X.reshape(2, 12, 4, 4)),
+    ],
+)
+def test_what_needs_no_list_of_parameters_runs_and_has_its_gradients(net, x):
+    def gradients(run):
+        net.zero_grad()
+        out = run(x)
+        (out if isinstance(out, torch.Tensor) else out[0]).square().sum().backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    net.eval()
+    wanted = gradients(net)
+    torch.testing.assert_close(gradients(replica(net)), wanted)
+    assert any(g.abs().sum() > 0 for g in wanted)

@@ -157,8 +157,8 @@ class Physics(LinearPhysics):
             gamma = _per_image(gamma)
             gamma = gamma[:, None, None, None] if isinstance(gamma, Tensor) and gamma.ndim else gamma
             return super().prox_l2(z, y, gamma, *args, **kwargs)
-        if not isinstance(z, Tensor):
-            z = torch.full_like(self.operator.adjoint(y), z or 0)
+        if not isinstance(z, Tensor) or z.ndim < 4 or len(z) != len(y):
+            z = torch.zeros_like(self.operator.adjoint(y)) + (0 if z is None else z)
         return operators.exact_consistency(self.operator, z, y, 1 / _per_image(gamma))
 
 

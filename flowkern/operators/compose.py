@@ -11,7 +11,7 @@ class Compose(Operator):
     `Compose(Inpainting(mask), Blur(kernel))` blurs an image and then loses pixels of it.
 
     operators: one or more objects with `forward` and `adjoint`, of this package or the user's own. There is no
-    `normal_inverse`, and `config` only if all of them have one.
+    `normal_inverse` or `prox`, and `config` only if all of them have one.
 
     Raises ValueError without operators, TypeError for something that is none.
     """
