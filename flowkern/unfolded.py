@@ -294,7 +294,8 @@ class Unfolded(nn.Module):
 
     def _start(self, y: Tensor, operator) -> Tensor:
         if self.init == "adjoint":
-            return operator.adjoint(y)
+            x = operator.adjoint(y)
+            return x.view_as(x) if x is y else x  # torch.compile refuses one tensor as both of a step's arguments
         if self.init == "smooth":
             return smoothest(operator, y)
         if self.init == "tv":

@@ -82,11 +82,12 @@ def test_only_the_library_s_own_kinds_are_run_again(monkeypatch):
     assert len(calls) > 2
 
 
+@pytest.mark.parametrize("init", ["mode", "adjoint"])
 @pytest.mark.parametrize("consistency", ["gradient", "exact"])
 @pytest.mark.parametrize("name", ["identity", "blur"])
-def test_a_network_is_compiled_whole(name, consistency):
+def test_a_network_is_compiled_whole(name, consistency, init):
     operator = {"identity": Identity, "blur": lambda: Blur(gaussian_kernel(1.0, 3))}[name]()
-    net = make_net(2, torch.float32, operator=operator, consistency=consistency)
+    net = make_net(2, torch.float32, operator=operator, consistency=consistency, init=init)
     y = measured(operator, dtype=torch.float32)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     found = torch.autograd.grad(compiled(y).square().sum(), list(net.parameters()))
