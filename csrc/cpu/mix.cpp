@@ -60,7 +60,7 @@ void mix_vjp_tiles(const MixVjp& m, const Reverse<T>& reverse, int64_t begin, in
         store_tile(back.data(), valid, channels, dv + at);
         const T* x = reverse.subtract ? mapped.data() : v;
         const T* weight = m.inverse ? back.data() : g;
-        outer_tile(weight, x, channels, some.data());
+        outer_tile<K>(weight, x, channels, some.data());
         sum_tile(weight, channels, some.data() + channels * width);
         if ((tile - begin) % TILES_SUMMED == TILES_SUMMED - 1 || tile + 1 == end) flush(some.data(), channels * width + width, sums);
     }

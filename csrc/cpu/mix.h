@@ -85,6 +85,15 @@ void pack(const Matrix& matrix, int64_t channels, T* packed) {
 
 inline Matrix transposed(const Matrix& m) { return {m.data, m.column, m.row}; }
 
+// Half a vector. Where a row ends in one, half of a whole vector would be padding, for which processors that take vectors of
+// 64 bytes apart need as long as for numbers.
+template <class T>
+struct VectorHalfOf {
+    typedef T type __attribute__((vector_size(VECTOR_BYTES / 2)));
+};
+template <class T>
+using VectorHalf = typename VectorHalfOf<T>::type;
+
 // How many vectors of a row are computed together, and for how many pixels, so that the sums stay in registers.
 constexpr int GROUP = ACCUMULATORS >= 12 ? 3 : 2;
 constexpr int pixels_at_once(int vectors) {
@@ -92,34 +101,53 @@ constexpr int pixels_at_once(int vectors) {
 }
 constexpr int rows_at_once(int vectors) { return ACCUMULATORS / vectors < 12 ? ACCUMULATORS / vectors : 12; }
 
-// V vectors of every row from column `first` on, which is a constant where the number of channels is.
-template <class K, int V, class T>
+// Whether rows of a usual number of channels do, and are one group of vectors. (Halves of 32 bytes are no faster.)
+template <class K>
+constexpr bool ends_in_half() {
+    constexpr int64_t channels = K::channels(0), W = LANES<typename K::Element>;
+    return VECTOR_BYTES == 64 && channels > W && channels < GROUP * W && channels % W == W / 2;
+}
+
+// V vectors of every row from column `first` on, which is a constant where the number of channels is. HALF: the last one is
+// half a vector, and ends with the row.
+template <class K, int V, bool HALF, class T>
 __attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, int64_t first, const T* packed, const T* init, T* y) {
-    constexpr int PIXELS = pixels_at_once(V), W = LANES<T>;
+    constexpr int PIXELS = pixels_at_once(V), W = LANES<T>, WHOLE = V - HALF;
     const int64_t channels = K::channels(n), width = padded<T>(channels);
     packed += first, init += first, y += first;
     for (int pixel = 0; pixel < TILE; pixel += PIXELS, x += PIXELS * channels, y += PIXELS * channels) {
-        Vector<T> sum[PIXELS][V];
+        Vector<T> sum[PIXELS][WHOLE];
+        [[maybe_unused]] VectorHalf<T> end[PIXELS];
 #pragma GCC unroll 8
         for (int p = 0; p < PIXELS; p++) {
 #pragma GCC unroll 3
-            for (int v = 0; v < V; v++) sum[p][v] = load(init + v * W);
+            for (int v = 0; v < WHOLE; v++) sum[p][v] = load(init + v * W);
+            if constexpr (HALF) memcpy(&end[p], init + WHOLE * W, sizeof end[p]);
         }
         for (int64_t i = 0; i < channels; i++) {
-            Vector<T> row[V];
+            Vector<T> row[WHOLE];
+            [[maybe_unused]] VectorHalf<T> last;
 #pragma GCC unroll 3
-            for (int v = 0; v < V; v++) row[v] = load(packed + i * width + v * W);
+            for (int v = 0; v < WHOLE; v++) row[v] = load(packed + i * width + v * W);
+            if constexpr (HALF) memcpy(&last, packed + i * width + WHOLE * W, sizeof last);
 #pragma GCC unroll 8
             for (int p = 0; p < PIXELS; p++) {
                 const T value = x[p * channels + i];
 #pragma GCC unroll 3
-                for (int v = 0; v < V; v++) sum[p][v] += value * row[v];
+                for (int v = 0; v < WHOLE; v++) sum[p][v] += value * row[v];
+                if constexpr (HALF) end[p] += value * last;
             }
         }
 #pragma GCC unroll 8
         for (int p = 0; p < PIXELS; p++) {
+            if constexpr (HALF) {
 #pragma GCC unroll 3
-            for (int v = 0; v < V; v++) {
+                for (int v = 0; v < WHOLE; v++) store(y + p * channels + v * W, sum[p][v]);
+                memcpy(y + p * channels + WHOLE * W, &end[p], sizeof end[p]);
+                continue;
+            }
+#pragma GCC unroll 3
+            for (int v = 0; v < WHOLE; v++) {
                 T* to = y + p * channels + v * W;
                 // Behind the tile's last row there may be another's. Usual rows are so long that vectors only of the last
                 // pixels reach there.
@@ -140,13 +168,16 @@ __attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, in
 // a row's last vector writes past the row's end is overwritten by the next row. Nothing is written past the last row.
 template <class K, class T>
 inline void mix_tile(const T* x, int64_t channels, const T* packed, const T* init, T* y) {
+    if constexpr (ends_in_half<K>()) {
+        return mix_columns<K, K::channels(0) / LANES<T> + 1, true>(x, channels, 0, packed, init, y);
+    }
 #pragma GCC unroll 4
     for (int64_t end = padded<T>(K::channels(channels)) / LANES<T>; end > 0;) {
         const int64_t vectors = ceil_div(end, ceil_div(end, GROUP)), first = (end - vectors) * LANES<T>;
-        if (vectors == 1) mix_columns<K, 1>(x, channels, first, packed, init, y);
-        if (vectors == 2) mix_columns<K, 2>(x, channels, first, packed, init, y);
+        if (vectors == 1) mix_columns<K, 1, false>(x, channels, first, packed, init, y);
+        if (vectors == 2) mix_columns<K, 2, false>(x, channels, first, packed, init, y);
         if constexpr (GROUP > 2) {
-            if (vectors == 3) mix_columns<K, 3>(x, channels, first, packed, init, y);
+            if (vectors == 3) mix_columns<K, 3, false>(x, channels, first, packed, init, y);
         }
         end -= vectors;
     }
@@ -169,50 +200,64 @@ inline void flush(T* sums, int64_t n, double* total) {
     }
 }
 
-template <class T, int V, int R>
+template <class T, int V, bool HALF, int R>
 inline void outer_rows(const T* g, const T* x, int64_t channels, T* total, int64_t width) {
-    constexpr int W = LANES<T>;
-    Vector<T> sum[R][V] = {};
+    constexpr int W = LANES<T>, WHOLE = V - HALF;
+    Vector<T> sum[R][WHOLE] = {};
+    [[maybe_unused]] VectorHalf<T> end[R] = {};
     for (int p = 0; p < TILE; p++) {
-        Vector<T> row[V];
+        Vector<T> row[WHOLE];
+        [[maybe_unused]] VectorHalf<T> last;
 #pragma GCC unroll 3
-        for (int v = 0; v < V; v++) row[v] = load(x + p * channels + v * W);
+        for (int v = 0; v < WHOLE; v++) row[v] = load(x + p * channels + v * W);
+        if constexpr (HALF) memcpy(&last, x + p * channels + WHOLE * W, sizeof last);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
             const T value = g[p * channels + r];
 #pragma GCC unroll 3
-            for (int v = 0; v < V; v++) sum[r][v] += value * row[v];
+            for (int v = 0; v < WHOLE; v++) sum[r][v] += value * row[v];
+            if constexpr (HALF) end[r] += value * last;
         }
     }
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
+        T* to = total + r * width;
 #pragma GCC unroll 3
-        for (int v = 0; v < V; v++) store(total + r * width + v * W, load(total + r * width + v * W) + sum[r][v]);
+        for (int v = 0; v < WHOLE; v++) store(to + v * W, load(to + v * W) + sum[r][v]);
+        if constexpr (HALF) {
+            VectorHalf<T> sofar;
+            memcpy(&sofar, to + WHOLE * W, sizeof sofar);
+            sofar += end[r];
+            memcpy(to + WHOLE * W, &sofar, sizeof sofar);
+        }
     }
 }
 
-template <class T, int V>
+template <class T, int V, bool HALF = false>
 inline void outer_columns(const T* g, const T* x, int64_t channels, T* total, int64_t width) {
     constexpr int R = rows_at_once(V);
     for (int64_t r = 0; r < channels;) {
         const int64_t left = channels - r;
         if (left >= R) {
-            outer_rows<T, V, R>(g + r, x, channels, total + r * width, width);
+            outer_rows<T, V, HALF, R>(g + r, x, channels, total + r * width, width);
             r += R;
         } else if (R > 4 && left >= 4) {
-            outer_rows<T, V, 4>(g + r, x, channels, total + r * width, width);
+            outer_rows<T, V, HALF, 4>(g + r, x, channels, total + r * width, width);
             r += 4;
         } else {
-            outer_rows<T, V, 1>(g + r, x, channels, total + r * width, width);
+            outer_rows<T, V, HALF, 1>(g + r, x, channels, total + r * width, width);
             r += 1;
         }
     }
 }
 
 // total[o][i] += sum over the tile's pixels of g[o] x[i], in rows of padded<T>(channels).
-template <class T>
-inline void outer_tile(const T* g, const T* x, int64_t channels, T* total) {
-    const int64_t width = padded<T>(channels);
+template <class K, class T>
+inline void outer_tile(const T* g, const T* x, int64_t n, T* total) {
+    const int64_t channels = K::channels(n), width = padded<T>(channels);
+    if constexpr (ends_in_half<K>()) {
+        return outer_columns<T, K::channels(0) / LANES<T> + 1, true>(g, x, channels, total, width);
+    }
     for (int64_t end = width / LANES<T>; end > 0;) {
         const int64_t vectors = ceil_div(end, ceil_div(end, GROUP)), first = (end - vectors) * LANES<T>;
         if (vectors == 1) outer_columns<T, 1>(g, x + first, channels, total + first, width);
