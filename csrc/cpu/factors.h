@@ -31,11 +31,10 @@ constexpr int ROWS = TILED<E> ? 2 * WIDTH : ACCUMULATORS / VECTORS<E>;
 inline Vector<float> load_numbers(const float* p) { return load(p); }
 inline void store_numbers(float* p, Vector<float> v) { store(p, v); }
 
-typedef uint16_t HalfVector __attribute__((vector_size(VECTOR_BYTES / 2)));
 typedef uint32_t BitVector __attribute__((vector_size(VECTOR_BYTES)));
 
 inline Vector<float> load_numbers(const BFloat16* p) {
-    HalfVector half;
+    HalfVector<uint16_t> half;
     memcpy(&half, p, sizeof half);
     return Vector<float>(__builtin_convertvector(half, BitVector) << 16);
 }

@@ -85,15 +85,6 @@ void pack(const Matrix& matrix, int64_t channels, T* packed) {
 
 inline Matrix transposed(const Matrix& m) { return {m.data, m.column, m.row}; }
 
-// Half a vector. Where a row ends in one, half of a whole vector would be padding, for which processors that take vectors of
-// 64 bytes apart need as long as for numbers.
-template <class T>
-struct VectorHalfOf {
-    typedef T type __attribute__((vector_size(VECTOR_BYTES / 2)));
-};
-template <class T>
-using VectorHalf = typename VectorHalfOf<T>::type;
-
 // How many vectors of a row are computed together, and for how many pixels, so that the sums stay in registers.
 constexpr int GROUP = ACCUMULATORS >= 12 ? 3 : 2;
 constexpr int pixels_at_once(int vectors) {
@@ -101,7 +92,8 @@ constexpr int pixels_at_once(int vectors) {
 }
 constexpr int rows_at_once(int vectors) { return ACCUMULATORS / vectors < 12 ? ACCUMULATORS / vectors : 12; }
 
-// Whether rows of a usual number of channels do, and are one group of vectors. (Halves of 32 bytes are no faster.)
+// Whether rows of a usual number of channels end in half a vector, and are one group. Half of a whole one would be padding
+// then, for which processors that take vectors of 64 bytes apart need as long as for numbers. Halves of 32 are no faster.
 template <class K>
 constexpr bool ends_in_half() {
     constexpr int64_t channels = K::channels(0), W = LANES<typename K::Element>;
@@ -117,7 +109,7 @@ __attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, in
     packed += first, init += first, y += first;
     for (int pixel = 0; pixel < TILE; pixel += PIXELS, x += PIXELS * channels, y += PIXELS * channels) {
         Vector<T> sum[PIXELS][WHOLE];
-        [[maybe_unused]] VectorHalf<T> end[PIXELS];
+        [[maybe_unused]] HalfVector<T> end[PIXELS];
 #pragma GCC unroll 8
         for (int p = 0; p < PIXELS; p++) {
 #pragma GCC unroll 3
@@ -126,7 +118,7 @@ __attribute__((always_inline)) inline void mix_columns(const T* x, int64_t n, in
         }
         for (int64_t i = 0; i < channels; i++) {
             Vector<T> row[WHOLE];
-            [[maybe_unused]] VectorHalf<T> last;
+            [[maybe_unused]] HalfVector<T> last;
 #pragma GCC unroll 3
             for (int v = 0; v < WHOLE; v++) row[v] = load(packed + i * width + v * W);
             if constexpr (HALF) memcpy(&last, packed + i * width + WHOLE * W, sizeof last);
@@ -204,10 +196,10 @@ template <class T, int V, bool HALF, int R>
 inline void outer_rows(const T* g, const T* x, int64_t channels, T* total, int64_t width) {
     constexpr int W = LANES<T>, WHOLE = V - HALF;
     Vector<T> sum[R][WHOLE] = {};
-    [[maybe_unused]] VectorHalf<T> end[R] = {};
+    [[maybe_unused]] HalfVector<T> end[R] = {};
     for (int p = 0; p < TILE; p++) {
         Vector<T> row[WHOLE];
-        [[maybe_unused]] VectorHalf<T> last;
+        [[maybe_unused]] HalfVector<T> last;
 #pragma GCC unroll 3
         for (int v = 0; v < WHOLE; v++) row[v] = load(x + p * channels + v * W);
         if constexpr (HALF) memcpy(&last, x + p * channels + WHOLE * W, sizeof last);
@@ -225,7 +217,7 @@ inline void outer_rows(const T* g, const T* x, int64_t channels, T* total, int64
 #pragma GCC unroll 3
         for (int v = 0; v < WHOLE; v++) store(to + v * W, load(to + v * W) + sum[r][v]);
         if constexpr (HALF) {
-            VectorHalf<T> sofar;
+            HalfVector<T> sofar;
             memcpy(&sofar, to + WHOLE * W, sizeof sofar);
             sofar += end[r];
             memcpy(to + WHOLE * W, &sofar, sizeof sofar);

@@ -92,7 +92,7 @@ class OuterProduct {
             const E *low = rows[p], *high = rows[p + 1];
             float* to = pairs[p / 2];
             for (int64_t c = 0; c < columns; c += WIDTH) {
-                HalfVector l, h;
+                HalfVector<uint16_t> l, h;
                 memcpy(&l, low + c, sizeof l);
                 memcpy(&h, high + c, sizeof h);
                 const BitVector pair = __builtin_convertvector(l, BitVector) | __builtin_convertvector(h, BitVector) << 16;

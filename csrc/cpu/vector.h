@@ -32,6 +32,14 @@ template <class T>
 using Vector = typename VectorOf<T>::type;
 
 template <class T>
+struct HalfVectorOf {
+    typedef T type __attribute__((vector_size(VECTOR_BYTES / 2)));
+};
+
+template <class T>
+using HalfVector = typename HalfVectorOf<T>::type;
+
+template <class T>
 inline Vector<T> load(const T* p) {
     Vector<T> v;
     memcpy(&v, p, sizeof v);
