@@ -142,8 +142,7 @@ void compose_vjp(int threads, int type, int64_t steps, int64_t channels, Pointer
 }
 
 bool network_runs(int type) {
-    const cpu::NetworkLoops* loops = cpu::active().network;
-    return loops && (type_of(type) == Type::f32 || (type_of(type) == Type::bf16 && loops->bf16));
+    return cpu::active().network && (type_of(type) == Type::f32 || type_of(type) == Type::bf16);
 }
 
 const cpu::NetworkLoops& network_loops(int type) {

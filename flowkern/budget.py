@@ -19,7 +19,8 @@ from flowkern import backend as backends
 # hidden activations with their gradients: two activations if they are not stored, and a gradient or two.
 STATES, OUTPUTS, HIDDEN_RECOMPUTED, HIDDEN_STORED = 6, 2, 3, 2
 # Where the network runs in tiles there are no such gradients, and each thread recomputes both activations of some
-# images at a time, of so many pixels together or of one: in blocks of pixels, and longer rows by so many bytes.
+# images at a time, of so many pixels together or of one: in blocks of pixels, and longer rows by so many bytes. Numbers
+# may be single precision whatever the network's, for processors that multiply those faster.
 REPLAYED, BLOCK, LONGER = 512, 32, 192
 # Beside them: folded weights, their gradients and the convolutions' scratch, in copies of one step's weights, of which
 # there are two a thread too; a share of the tensors, and a constant.
@@ -76,12 +77,12 @@ class Level(NamedTuple):
 
     def _hidden_working(self, stored: bool, machine: "Machine") -> int:
         """Of it, hidden activations and their gradients."""
-        number = self.hidden * self.network_bytes
         if machine.tiled:
             # An image's bands of rows, of 257 pixels or more unless it is smaller, are whole blocks each.
             rows = -(self.pixels // max(self.images, 1) * 9 // -(8 * BLOCK)) * BLOCK
             rows = min(machine.threads * max(REPLAYED, rows), self.images * rows)
-            return 0 if stored else 2 * rows * (number + LONGER)
+            return 0 if stored else 2 * rows * (self.hidden * self.state_bytes + LONGER)
+        number = self.hidden * self.network_bytes
         return self.pixels * number * ((HIDDEN_STORED if stored else HIDDEN_RECOMPUTED) + machine.copies)
 
 

@@ -59,8 +59,6 @@ def flat(kept):
 @pytest.mark.parametrize("dtype", NETWORKS)
 def test_equal_to_the_ops_one_by_one(isa, dtype, scale, steps):
     dtype = NETWORKS[dtype]
-    if not cpp.network_tiled(torch.float32, dtype):
-        pytest.skip(f"{isa} has no loops for bf16")
     x, mixes, parameters = level(steps, scale)
     need = [i % 5 != 3 for i in range(len(parameters))]
     for (memory, reverse), anchors in itertools.product(SETTINGS, (0, 1, 2)):
@@ -101,8 +99,6 @@ def test_recomputed_images_in_portions(isa, dtype, case):
     same bits again.
     """
     dtype, (count, images, size) = NETWORKS[dtype], PORTIONS[case]
-    if not cpp.network_tiled(torch.float32, dtype):
-        pytest.skip(f"{isa} has no loops for bf16")
     x, mixes, parameters = level(2, "softclamp", n=images, size=size)
     threads = torch.get_num_threads()
     try:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,20 @@ def test_forced_instruction_set(built):
     assert "baseline (in use)" in report(target, FLOWKERN_CPU_ISA="baseline")
     refusal = "does not run: FLOWKERN_CPU_ISA: instruction set 'mmx' is not one"
     assert refusal in report(target, FLOWKERN_CPU_ISA="mmx")
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux which processor this is")
+def test_bf16_instructions_are_used_where_they_are_fast(built):
+    _, target = built
+    about = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().replace("\t", "").splitlines() if ":" in line)
+    flags, intel = about.get("flags", "").split(), about.get("vendor_id", "").strip() == "GenuineIntel"
+    if "avx512_bf16" not in flags:
+        pytest.skip("this processor has none")
+    in_use = re.search(r"(\w+) \(in use\)", report(target))[1]
+    if in_use != "amx":
+        assert "amx_tile" not in flags or intel
+        cooper_lake = intel and about["model"].strip() == "85"
+        assert in_use == ("avx512" if intel and not cooper_lake else "avx512bf16")
 
 
 def test_extension_alone_says_that_torch_comes_first(built):

@@ -45,7 +45,7 @@ def native(dtype):
 
 
 def test_which_precisions_are_native(isa):
-    assert native(FLOAT) and native(torch.bfloat16) == (isa in ("amx", "avx512bf16"))
+    assert native(FLOAT) and native(torch.bfloat16)
     assert not native(torch.float16) and not native(DOUBLE)
 
 
@@ -61,9 +61,22 @@ def test_against_pytorch_on_larger_images(dtype):
 
 @pytest.fixture(params=["fp32", "bf16"])
 def dtype(request):
-    if not native(DTYPES[request.param]):
-        pytest.skip("not native here: PyTorch's own form")
     return DTYPES[request.param]
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF], ids=hex)
+def test_not_a_number_stays_one(bits, dtype):
+    """Also where rounding its bits as a number's would make it infinite, or zero."""
+    nan = torch.tensor([bits], dtype=torch.uint32).view(torch.float32)
+    weights = parameters(3, 8, 6)
+    a = state(1, 6, 5, 5)[:, :3]
+    a[0, 0, 2, 2] = nan
+    h, (h1, h2) = CPP.trace(CPP.fold(weights, dtype), a, True)
+    assert h[:, :, 2, 2].isnan().all() and h1[:, :, 2, 2].isnan().all() and h2[:, :, 2, 2].isnan().all()
+    assert not h1[:, :, 0, 0].isnan().any() and h[:, :, 0, 0].isnan().all()    # two layers reach the corner
+    broken = [w.clone() for w in weights]
+    broken[3][0, 0] = nan
+    assert CPP.trace(CPP.fold(broken, dtype), state(1, 6, 5, 5)[:, :3], False)[0].isnan().all()
 
 
 def test_empty(dtype):

@@ -13,6 +13,10 @@ struct BFloat16 {
 struct Float16 {
     uint16_t bits;
 };
+// A number of bf16 as the fp32 number that it is, for processors that multiply those faster.
+struct Widened {
+    float value;
+};
 
 inline uint32_t bits_of(float x) {
     uint32_t bits;
@@ -36,6 +40,14 @@ inline void convert(float from, BFloat16& to) {
     uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     to.bits = uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
 }
+
+inline void convert(float from, Widened& to) {
+    BFloat16 number;
+    convert(from, number);
+    convert(number, to.value);
+}
+inline void convert(BFloat16 from, Widened& to) { convert(from, to.value); }
+inline void convert(Widened from, BFloat16& to) { to.bits = uint16_t(bits_of(from.value) >> 16); }
 
 inline void convert(Float16 from, float& to) {
     uint32_t sign = uint32_t(from.bits & 0x8000) << 16, magnitude = from.bits & 0x7FFF;

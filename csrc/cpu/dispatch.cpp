@@ -28,8 +28,8 @@
     int64_t network_replay_bytes(const NetworkReplay&, int);          \
     void network_replay(const NetworkReplay&, int);                   \
     }
-#define ENTRY(name, isa, supported, network) \
-    {name, supported, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency, \
+#define ENTRY(name, isa, supported, preferred, network) \
+    {name, supported, preferred, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency, \
      isa::compose, isa::compose_vjp, network}
 
 DECLARE(baseline)
@@ -51,15 +51,15 @@ namespace flowkern::cpu {
 namespace {
 
 #ifdef FLOWKERN_X86
-#define NETWORK(isa, bf16) {bf16, isa::network_packed_size, isa::network_fold, isa::network_trace, isa::network_vjp, \
-                            isa::network_replay_bytes, isa::network_replay}
+#define NETWORK(isa) {isa::network_packed_size, isa::network_fold, isa::network_trace, isa::network_vjp, \
+                      isa::network_replay_bytes, isa::network_replay}
 
-const NetworkLoops wide[] = {NETWORK(avx512, false), NETWORK(avx2, false)};
+const NetworkLoops wide[] = {NETWORK(avx512), NETWORK(avx2)};
 #ifdef FLOWKERN_AVX512BF16
-const NetworkLoops wide_bf16 = NETWORK(avx512bf16, true);
+const NetworkLoops wide_bf16 = NETWORK(avx512bf16);
 #endif
 #ifdef FLOWKERN_AMX
-const NetworkLoops tiled = NETWORK(amx, true);
+const NetworkLoops tiled = NETWORK(amx);
 #endif
 
 bool has_avx512() {
@@ -68,6 +68,12 @@ bool has_avx512() {
 }
 #ifdef FLOWKERN_AVX512BF16
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// Whether an instruction that adds two bf16 products takes no longer than one that adds an fp32 product. Intel's processors
+// with tiles take twice as long, also where a virtual machine hides the tiles: there bf16 networks are multiplied in fp32.
+bool has_fast_avx512bf16() {
+    return has_avx512bf16() && (!__builtin_cpu_is("intel") || __builtin_cpu_is("cooperlake"));
+}
 #endif
 #endif
 
@@ -85,21 +91,21 @@ bool has_amx() {
 
 const InstructionSet sets[] = {
 #ifdef FLOWKERN_AMX
-    ENTRY("amx", avx512bf16, has_amx(), &tiled),  // tiles are for the network's products
+    ENTRY("amx", avx512bf16, has_amx(), true, &tiled),  // tiles are for the network's products
 #endif
 #ifdef FLOWKERN_AVX512BF16
-    ENTRY("avx512bf16", avx512bf16, has_avx512bf16(), &wide_bf16),
+    ENTRY("avx512bf16", avx512bf16, has_avx512bf16(), has_fast_avx512bf16(), &wide_bf16),
 #endif
 #ifdef FLOWKERN_X86
-    ENTRY("avx512", avx512, has_avx512(), &wide[0]),
-    ENTRY("avx2", avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), &wide[1]),
+    ENTRY("avx512", avx512, has_avx512(), true, &wide[0]),
+    ENTRY("avx2", avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), true, &wide[1]),
 #endif
-    ENTRY("baseline", baseline, true, nullptr),
+    ENTRY("baseline", baseline, true, true, nullptr),
 };
 
 const InstructionSet* best() {
     for (const InstructionSet& set : sets) {
-        if (set.supported) return &set;
+        if (set.supported && set.preferred) return &set;
     }
     return end() - 1;
 }

@@ -4,9 +4,8 @@
 
 namespace flowkern::cpu {
 
-// The coupling network, in fp32 and, where `bf16`, with bf16 factors.
+// The coupling network, in fp32 and with bf16 factors.
 struct NetworkLoops {
-    bool bf16;
     int64_t (*packed_size)(Type, int64_t few, int64_t hidden, int64_t out);
     void (*fold)(const NetworkFold&, int threads);
     void (*trace)(const NetworkTrace&, int threads);
@@ -18,6 +17,7 @@ struct NetworkLoops {
 struct InstructionSet {
     const char* name;
     bool supported;  // by this machine
+    bool preferred;  // to what follows, if supported
     void (*mix)(const Mix&, int threads);
     void (*mix_vjp)(const MixVjp&, int threads);
     void (*couple)(const Couple&, int threads);
@@ -33,7 +33,7 @@ struct InstructionSet {
 const InstructionSet* begin();
 const InstructionSet* end();
 
-// The one in use: the best supported one, or what `select` chose. `select` returns false where there is none such.
+// The one in use: the first that is supported and preferred, or what `select` chose. `select` returns false where there is none such.
 const InstructionSet& active();
 bool select(const char* name);
 

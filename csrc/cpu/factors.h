@@ -1,5 +1,6 @@
-// What the factors of matrix products are made of (product.h): fp32 or bf16 numbers in 32-bit units, a number of fp32, or a
-// pair of bf16 numbers that are neighbours along the dimension that is summed over. So one set of loops serves both.
+// What the factors of matrix products are made of (product.h): fp32 or bf16 numbers in 32-bit units, a number of fp32, a number
+// of bf16 widened to it, or a pair of bf16 numbers that are neighbours along the dimension that is summed over. So one set of
+// loops serves all.
 #pragma once
 #include <immintrin.h>
 
@@ -10,6 +11,22 @@ namespace flowkern::FLOWKERN_ISA {
 
 template <class E>
 constexpr int PER_UNIT = sizeof(float) / sizeof(E);
+
+// The numbers of arrays that callers see.
+template <class E>
+struct StoredAs {
+    using type = E;
+};
+template <>
+struct StoredAs<Widened> {
+    using type = BFloat16;
+};
+template <class E>
+using Stored = typename StoredAs<E>::type;
+
+inline float unit_of(float x) { return x; }
+inline float unit_of(Widened x) { return x.value; }
+inline float unit_of(BFloat16 low, BFloat16 high) { return float_of(low.bits | uint32_t(high.bits) << 16); }
 
 // Whether products of E run on the processor's tiles (tiles.h) instead of its vectors.
 #ifdef __AMX_BF16__
@@ -32,6 +49,21 @@ inline Vector<float> load_numbers(const float* p) { return load(p); }
 inline void store_numbers(float* p, Vector<float> v) { store(p, v); }
 
 typedef uint32_t BitVector __attribute__((vector_size(VECTOR_BYTES)));
+
+inline Vector<float> load_numbers(const Widened* p) { return load(&p->value); }
+
+// As `convert`. Its constants are read each time: compilers would hold them in registers all through a product, which on AVX2
+// has no registers to spare for them.
+struct Rounding {
+    uint32_t half = 0x7FFF, last = 1, upper = 0xFFFF0000, nan = 0x7FC00000;
+};
+inline void store_numbers(Widened* p, Vector<float> v) {
+    static constexpr Rounding rounding;
+    const Rounding* by = &rounding;
+    __asm__ volatile("" : "+r"(by));
+    const BitVector bits = BitVector(v), nearest = (bits + by->half + (bits >> 16 & by->last)) & by->upper;
+    store(&p->value, Vector<float>(v == v ? nearest : by->nan - BitVector{}));
+}
 
 inline Vector<float> load_numbers(const BFloat16* p) {
     HalfVector<uint16_t> half;
@@ -61,6 +93,15 @@ inline void copy_past_cache(E* to, const E* from, int64_t n) {
         }
     }
     memcpy(to, from, n * sizeof(E));
+}
+
+inline void copy_past_cache(BFloat16* to, const Widened* from, int64_t n) {
+    constexpr int64_t PIECE = 128;
+    BFloat16 narrow[PIECE];
+    for (; n > 0; n -= PIECE, to += PIECE, from += PIECE) {
+        for (int64_t i = 0; i < min(n, PIECE); i++) convert(from[i], narrow[i]);
+        copy_past_cache(to, narrow, min(n, PIECE));
+    }
 }
 
 inline void end_copies_past_cache() { _mm_sfence(); }

@@ -82,7 +82,7 @@ class VjpBands {
             };
         };
         load_band(bands, band, pixels_of(m.a), n.few, few_, image[0]);
-        load_band(bands, band, dense_pixels<E>(m.dh, bands, n.out), n.out, out_, gradient[0]);
+        load_band(bands, band, dense_pixels<Stored<E>>(m.dh, bands, n.out), n.out, out_, gradient[0]);
         float* to = sums + band * size;
         memset(to, 0, size * sizeof(float));
         const int64_t pixels = bands.row_count(band) * m.width;
@@ -93,8 +93,8 @@ class VjpBands {
             if (!kept_) {
                 const int64_t pixel = bands.first_pixel(band) + first;
                 for (int64_t p = 0; p < count; p++) {
-                    memcpy(h1[p], static_cast<const E*>(m.h1) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
-                    memcpy(h2[p], static_cast<const E*>(m.h2) + (pixel + p) * n.hidden, n.hidden * sizeof(E));
+                    convert_numbers(static_cast<const Stored<E>*>(m.h1) + (pixel + p) * n.hidden, h1[p], n.hidden);
+                    convert_numbers(static_cast<const Stored<E>*>(m.h2) + (pixel + p) * n.hidden, h2[p], n.hidden);
                 }
             }
             gather_taps(gradient.units().data, m.width, s.out_units, first, count, d.units());

@@ -45,7 +45,9 @@ struct Portions {
 
     // Numbers of one of the two hidden activations, and bytes of everything, for so many images.
     int64_t hidden(int64_t images) const { return Rows<E>::size(images * rows, row); }
-    int64_t bytes(int64_t images) const { return padded<char>(2 * (hidden(images) + images * outputs) * sizeof(E)); }
+    int64_t bytes(int64_t images) const {
+        return padded<char>(2 * (hidden(images) * sizeof(E) + images * outputs * sizeof(Stored<E>)));
+    }
 
     static constexpr int64_t FEW_ROWS = 512;  // for which scratch arrays are worth their set-up; flowkern/budget.py knows
 };
@@ -57,11 +59,12 @@ struct Images {
     NetworkTrace trace;
     NetworkVjp vjp;
     Hidden<E> hidden;
-    E* dh;
+    Stored<E>* dh;
 
     Images(const NetworkReplay& m, const Portions<E>& sizes, int64_t first, int64_t count, char* memory)
         : bands(count, m.vjp.height, m.vjp.width), vjp(m.vjp) {
-        E *h1 = reinterpret_cast<E*>(memory), *h2 = h1 + sizes.hidden(count), *h = h2 + sizes.hidden(count);
+        E *h1 = reinterpret_cast<E*>(memory), *h2 = h1 + sizes.hidden(count);
+        auto* h = reinterpret_cast<Stored<E>*>(h2 + sizes.hidden(count));
         hidden = {{h1, sizes.row}, {h2, sizes.row}};
         vjp.dh = dh = h + count * sizes.outputs;
         vjp.a = from_sample(vjp.a, first);
@@ -117,11 +120,13 @@ void replay(const NetworkReplay& m, int threads) {
 
 // f(number of the type that the network multiplies).
 template <class F>
-auto with_factor_type([[maybe_unused]] Type type, const F& f) {
+auto with_factor_type(Type type, const F& f) {
 #ifdef __AVX512BF16__
-    if (type == Type::bf16) return f(BFloat16());
+    using Bf16 = BFloat16;
+#else
+    using Bf16 = Widened;
 #endif
-    return f(float());
+    return type == Type::bf16 ? f(Bf16()) : f(float());
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace flowkern::FLOWKERN_ISA {
 inline Vector<float> splat(float x) { return x - Vector<float>{}; }
 
 inline void multiply_add(Vector<float>& sum, float a, Vector<float> b, float) { sum += a * b; }
+inline void multiply_add(Vector<float>& sum, float a, Vector<float> b, Widened) { sum += a * b; }
 
 #ifdef __AVX512BF16__
 inline void multiply_add(Vector<float>& sum, float a, Vector<float> b, BFloat16) {

@@ -29,7 +29,8 @@ inline void copy_vectors(float* to, const float* from, int64_t n) {
 
 inline void convert_numbers(const float* from, float* to, int64_t n) { memcpy(to, from, n * sizeof(float)); }
 inline void convert_numbers(const BFloat16* from, BFloat16* to, int64_t n) { memcpy(to, from, n * sizeof(BFloat16)); }
-inline void convert_numbers(const float* from, BFloat16* to, int64_t n) {
+template <class From, class To>
+inline void convert_numbers(const From* from, To* to, int64_t n) {
     for (int64_t i = 0; i < n; i++) convert(from[i], to[i]);
 }
 

@@ -79,8 +79,8 @@ class TraceBands {
             if (!m.h1) continue;
             const int64_t pixel = bands.first_pixel(band) + first;
             for (int64_t p = 0; p < count; p++) {
-                copy_past_cache(static_cast<E*>(m.h1) + (pixel + p) * m.hidden, h1[p], m.hidden);
-                copy_past_cache(static_cast<E*>(m.h2) + (pixel + p) * m.hidden, h2[p], m.hidden);
+                copy_past_cache(static_cast<Stored<E>*>(m.h1) + (pixel + p) * m.hidden, h1[p], m.hidden);
+                copy_past_cache(static_cast<Stored<E>*>(m.h2) + (pixel + p) * m.hidden, h2[p], m.hidden);
             }
         }
         if (m.h1) end_copies_past_cache();
@@ -112,7 +112,7 @@ void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kep
         const float* bias = biases.data();
         for (int64_t band = begin; band < end; band++) {
             finish_band(bands, band, sums.data(), m.out, [&](int64_t sample, int64_t y, const float* row) {
-                E* h = static_cast<E*>(m.h) + (sample * m.height + y) * numbers;
+                Stored<E>* h = static_cast<Stored<E>*>(m.h) + (sample * m.height + y) * numbers;
                 for (int64_t i = 0; i < numbers; i++) convert(row[i] + bias[i], h[i]);
             });
         }

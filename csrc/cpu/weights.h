@@ -76,17 +76,17 @@ void pack_factor(int threads, const void* weight, const Axis& rows, int64_t dept
                     row[n] = data + rows.offset.data()[k * PER_UNIT<E> + n];
                     factor[n] = rows.scale.data()[k * PER_UNIT<E> + n];
                 }
+                const auto number = [&](int n, int64_t j) {
+                    E converted;
+                    convert(row[n][offset[j]] * factor[n] * scale[j], converted);
+                    return converted;
+                };
                 if constexpr (PER_UNIT<E> == 1) {
 #pragma omp simd
-                    for (int64_t j = 0; j < valid; j++) to[j] = row[0][offset[j]] * factor[0] * scale[j];
+                    for (int64_t j = 0; j < valid; j++) to[j] = unit_of(number(0, j));
                 } else {
 #pragma omp simd
-                    for (int64_t j = 0; j < valid; j++) {
-                        BFloat16 low, high;
-                        convert(row[0][offset[j]] * factor[0] * scale[j], low);
-                        convert(row[1][offset[j]] * factor[1] * scale[j], high);
-                        to[j] = float_of(low.bits | uint32_t(high.bits) << 16);
-                    }
+                    for (int64_t j = 0; j < valid; j++) to[j] = unit_of(number(0, j), number(1, j));
                 }
                 for (int64_t j = valid; j < p.vectors * WIDTH; j++) to[j] = 0;
             }
