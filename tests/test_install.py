@@ -87,15 +87,12 @@ def test_forced_instruction_set(built):
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="asks Linux which processor this is")
 def test_bf16_instructions_are_used_where_they_are_fast(built):
     _, target = built
-    about = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().replace("\t", "").splitlines() if ":" in line)
-    flags, intel = about.get("flags", "").split(), about.get("vendor_id", "").strip() == "GenuineIntel"
-    if "avx512_bf16" not in flags:
+    about = dict(re.findall(r"(\w+)\s*: (.*)", Path("/proc/cpuinfo").read_text()))
+    if "avx512_bf16" not in about.get("flags", "").split():
         pytest.skip("this processor has none")
-    in_use = re.search(r"(\w+) \(in use\)", report(target))[1]
-    if in_use != "amx":
-        assert "amx_tile" not in flags or intel
-        cooper_lake = intel and about["model"].strip() == "85"
-        assert in_use == ("avx512" if intel and not cooper_lake else "avx512bf16")
+    slow = about["vendor_id"] == "GenuineIntel" and about["model"] != "85"      # Cooper Lake's are fast
+    wanted = {"avx512" if slow else "avx512bf16"} | ({"amx"} if "amx_tile" in about["flags"].split() else set())
+    assert set(re.findall(r"(\w+) \(in use\)", report(target))) <= wanted
 
 
 def test_extension_alone_says_that_torch_comes_first(built):
