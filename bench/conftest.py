@@ -5,6 +5,7 @@ times. With FLOWKERN_CPU_ISA=avx2 in the environment PyTorch and its libraries a
 <machine>-avx2-*.json.
 """
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ class Book:
 
 @pytest.fixture(scope="session")
 def book(request, full) -> Book:
+    gc.freeze()     # collections before each group don't search through what was imported
     return Book(request.config.getoption("--results"), full)
 
 

@@ -1,6 +1,7 @@
 """Measures what is done with models: one group of rows, taking turns, with memory and errors on the same rows."""
 
 import subprocess
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -110,7 +111,9 @@ def _call(run: Callable, model, arguments: tuple) -> Callable:
 
 def _repeats(call: Callable) -> int:
     """How often a call has to be repeated to be timed. A first one may find cold caches, and so seem long."""
-    return repeats_for(call, SHORT) if interleave({"": call}, 1)[""][0] < 3 * SHORT else 1
+    begin = time.perf_counter()
+    call()
+    return repeats_for(call, SHORT) if time.perf_counter() - begin < 3 * SHORT else 1
 
 
 def _first_line(error: Exception) -> str:
