@@ -23,8 +23,8 @@ STATES, OUTPUTS, HIDDEN_RECOMPUTED, HIDDEN_STORED = 6, 2, 3, 2
 # may be single precision whatever the network's, for processors that multiply those faster.
 REPLAYED, BLOCK, LONGER = 512, 32, 192
 # Beside them: folded weights, their gradients and the convolutions' scratch, in copies of one step's weights, of which
-# there are two a thread too; a share of the tensors, and a constant.
-WEIGHTS, SCRATCH, CONSTANT = 3, 1 / 16, 512 << 10
+# there are three a thread too; a share of the tensors, and a constant.
+WEIGHTS, OF_THREADS, SCRATCH, CONSTANT = 3, 3, 1 / 16, 512 << 10
 # Where PyTorch has no oneDNN convolution for a precision it unfolds what 3x3 ones read, into nine copies.
 UNFOLDED = 9
 # Held whatever is kept: images, latents and the splits' parts, in states of each level, and more of them with learned
@@ -71,15 +71,15 @@ class Level(NamedTuple):
         """Upper bound of what backward of a step allocates beyond what is held."""
         outputs = OUTPUTS * self.outputs * self.pixels * self.network_bytes
         tensors = STATES * self.state + outputs + self._hidden_working(stored, machine)
-        weights = (WEIGHTS + 2 * machine.threads) * self.weights * self.state_bytes
+        weights = (WEIGHTS + OF_THREADS * machine.threads) * self.weights * self.state_bytes
         mixes = MIXES * self.depth * self.channels**2 * 8
         return max(int((1 + SCRATCH) * tensors) + weights, mixes) + CONSTANT
 
     def _hidden_working(self, stored: bool, machine: "Machine") -> int:
         """Of it, hidden activations and their gradients."""
         if machine.tiled:
-            # An image's bands of rows, of 257 pixels or more unless it is smaller, are whole blocks each.
-            rows = -(self.pixels // max(self.images, 1) * 9 // -(8 * BLOCK)) * BLOCK
+            # An image's bands of rows, of 129 pixels or more unless it is smaller, are whole blocks each.
+            rows = -(self.pixels // max(self.images, 1) * 5 // -(4 * BLOCK)) * BLOCK
             rows = min(machine.threads * max(REPLAYED, rows), self.images * rows)
             return 0 if stored else 2 * rows * (self.hidden * self.state_bytes + LONGER)
         number = self.hidden * self.network_bytes

@@ -10,15 +10,16 @@
 namespace flowkern::FLOWKERN_ISA {
 namespace {
 
-// Whether gradients of weights are worth summing over two ranges a thread, each with an array of as many sums.
-bool worth_dividing(const NetworkVjp& m, int64_t items, int threads) {
-    return threads > 1 && items >= 2 * threads && m.samples * m.height * m.width >= threads * 1024;
+// The ranges over which gradients of weights are summed: several a thread if there are so many pixels that an array of as many
+// sums for each is worth it.
+Ranges ranges_of(int64_t items, int64_t pixels, int threads) {
+    return {items, threads, threads == 1 || items < 2 * threads || pixels < threads * 1024};
 }
 
 template <class E>
 void vjp(const NetworkVjp& m, int threads) {
     const Bands bands(m.samples, m.height, m.width);
-    const Ranges ranges{bands.count(), threads, !worth_dividing(m, bands.count(), threads)};
+    const Ranges ranges = ranges_of(bands.count(), m.samples * m.height * m.width, threads);
     const WeightGradients<E> weights(m, ranges.count(), threads);
     vjp_bands<E>(m, bands, nullptr, weights, ranges, 0, threads);
     weights.finish(m, threads);
@@ -93,15 +94,17 @@ int64_t replay_bytes(const NetworkReplay& m, int threads) {
 template <class E>
 void replay(const NetworkReplay& m, int threads) {
     const Portions<E> portions(m.vjp, threads);
-    const bool undivided = !worth_dividing(m.vjp, portions.apart, threads);
-    const Ranges ranges{portions.apart, threads, undivided};
-    const WeightGradients<E> weights(m.vjp, undivided ? threads : 2 * threads, threads);
+    const int64_t pixels = m.vjp.height * m.vjp.width;
+    const auto bands_of = [&](int64_t images, int team) {
+        return ranges_of(Bands(images, m.vjp.height, m.vjp.width).count(), images * pixels, team);
+    };
+    const Ranges ranges = ranges_of(portions.apart, portions.apart * pixels, threads);
+    const WeightGradients<E> weights(m.vjp, max(ranges.count(), bands_of(portions.rest, threads).count()), threads);
     const auto run = [&](int64_t first, int64_t count, char* memory, int64_t range, int team) {
         const Images<E> images(m, portions, first, count, memory);
         trace_bands<E>(images.trace, images.bands, &images.hidden, team);
         m.between(m.context, first, count, images.trace.h, images.dh, team);
-        const Ranges of_bands{images.bands.count(), team, team == 1 || undivided};
-        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, of_bands, range, team);
+        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, bands_of(count, team), range, team);
     };
     char* memory = static_cast<char*>(m.memory);
     if (portions.apart) {

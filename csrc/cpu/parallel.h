@@ -62,17 +62,19 @@ class Shared {
     int64_t count_, own_;
 };
 
-// Ranges of items that have sums of their own: a thread's part in a large and a small one, which a thread that is done early
-// may take. Sums over them don't depend on which thread took which.
+// Ranges of items that have sums of their own: a thread's part in pieces, of which others that are done early may take the
+// later and smaller ones. Sums over them don't depend on which thread took which.
 struct Ranges {
     int64_t items, threads;
-    bool undivided;  // one range a part
+    bool undivided;  // one piece a part
 
-    int64_t count() const { return undivided ? min(threads, items) : 2 * threads; }
+    int64_t pieces() const { return undivided ? 1 : items < 8 * threads ? 2 : 3; }
+    int64_t count() const { return undivided ? min(threads, items) : pieces() * threads; }
     int64_t begin(int64_t range) const {
         if (undivided) return items * range / count();
-        const int64_t part = range / 2, first = items * part / threads, size = items * (part + 1) / threads - first;
-        return range % 2 ? first + size * 3 / 4 : first;
+        constexpr int64_t EIGHTHS[2][3] = {{0, 6}, {0, 5, 7}};
+        const int64_t part = range / pieces(), first = items * part / threads, size = items * (part + 1) / threads - first;
+        return first + size * EIGHTHS[pieces() - 2][range % pieces()] / 8;
     }
 };
 

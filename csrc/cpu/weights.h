@@ -58,39 +58,57 @@ struct Axis {
     }
 };
 
-// Packs the right factor whose number (i, column) is the weight's at the sum of both offsets, times both scales.
+// A right factor to be packed, whose number (i, column) is the weight's at the sum of both offsets, times both scales.
 template <class E>
-void pack_factor(int threads, const void* weight, const Axis& rows, int64_t depth, const Axis& columns, int64_t count, float* packed) {
-    const float* data = static_cast<const float*>(weight);
-    parallel(threads, panel_count<E>(count), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) {
-            const Panel p = panel<E>(count, i);
-            const int64_t first = p.first * WIDTH, valid = min(p.vectors * WIDTH, count - first);
-            float* to = packed + packed_depth<E>(depth) * first;
-            const int32_t* offset = columns.offset.data() + first;
-            const float* scale = columns.scale.data() + first;
-            for (int64_t k = 0; k < depth; k++, to += p.vectors * WIDTH) {
-                const float* row[2];
-                float factor[2];
-                for (int n = 0; n < PER_UNIT<E>; n++) {
-                    row[n] = data + rows.offset.data()[k * PER_UNIT<E> + n];
-                    factor[n] = rows.scale.data()[k * PER_UNIT<E> + n];
-                }
-                const auto number = [&](int n, int64_t j) {
-                    E converted;
-                    convert(row[n][offset[j]] * factor[n] * scale[j], converted);
-                    return converted;
-                };
-                if constexpr (PER_UNIT<E> == 1) {
-#pragma omp simd
-                    for (int64_t j = 0; j < valid; j++) to[j] = unit_of(number(0, j));
-                } else {
-#pragma omp simd
-                    for (int64_t j = 0; j < valid; j++) to[j] = unit_of(number(0, j), number(1, j));
-                }
-                for (int64_t j = valid; j < p.vectors * WIDTH; j++) to[j] = 0;
+struct Factor {
+    const void* weight;
+    Axis rows;
+    int64_t depth;
+    Axis columns;
+    int64_t count;  // of columns
+    float* packed;
+
+    int64_t panels() const { return panel_count<E>(count); }
+    void pack_panel(int64_t i) const {
+        const float* data = static_cast<const float*>(weight);
+        const Panel p = panel<E>(count, i);
+        const int64_t first = p.first * WIDTH, valid = min(p.vectors * WIDTH, count - first);
+        float* to = packed + packed_depth<E>(depth) * first;
+        const int32_t* offset = columns.offset.data() + first;
+        const float* scale = columns.scale.data() + first;
+        for (int64_t k = 0; k < depth; k++, to += p.vectors * WIDTH) {
+            const float* row[2];
+            float factor[2];
+            for (int n = 0; n < PER_UNIT<E>; n++) {
+                row[n] = data + rows.offset.data()[k * PER_UNIT<E> + n];
+                factor[n] = rows.scale.data()[k * PER_UNIT<E> + n];
             }
-            memset(to, 0, (packed_depth<E>(depth) - depth) * p.vectors * WIDTH * sizeof(float));
+            const auto number = [&](int n, int64_t j) {
+                E converted;
+                convert(row[n][offset[j]] * factor[n] * scale[j], converted);
+                return converted;
+            };
+            if constexpr (PER_UNIT<E> == 1) {
+#pragma omp simd
+                for (int64_t j = 0; j < valid; j++) to[j] = unit_of(number(0, j));
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < valid; j++) to[j] = unit_of(number(0, j), number(1, j));
+            }
+            for (int64_t j = valid; j < p.vectors * WIDTH; j++) to[j] = 0;
+        }
+        memset(to, 0, (packed_depth<E>(depth) - depth) * p.vectors * WIDTH * sizeof(float));
+    }
+};
+
+// Packs a network's three, whose panels are of different sizes.
+template <class E>
+void pack(int threads, const Factor<E> (&factors)[3]) {
+    share_out(threads, factors[0].panels() + factors[1].panels() + factors[2].panels(), [&](Shared& left) {
+        for (int64_t i; (i = left.take()) >= 0;) {
+            const Factor<E>* factor = factors;
+            for (; i >= factor->panels(); factor++) i -= factor->panels();
+            factor->pack_panel(i);
         }
     });
 }
@@ -138,12 +156,13 @@ void fold(const Network& n, float* packed, int threads) {
     const Folded<E> to(s);
     const Scales e(n);
     const Axes<E> axes{n, s, e};
-    pack_factor<E>(threads, n.weight1.data, axes.few(s.few_units * PER_UNIT<E>), 9 * s.few_units,
-                   axes.hidden(n.weight1.out, &e.first), n.hidden, packed + to.w1);
-    pack_factor<E>(threads, n.weight2.data, axes.hidden(n.weight2.in, nullptr), s.hidden_units,
-                   axes.hidden(n.weight2.out, &e.second), n.hidden, packed + to.w2);
-    pack_factor<E>(threads, n.weight3.data, axes.hidden(n.weight3.in, nullptr), s.hidden_units, axes.out(n.out), 9 * n.out,
-                   packed + to.w3);
+    pack<E>(threads, {
+        {n.weight1.data, axes.few(s.few_units * PER_UNIT<E>), 9 * s.few_units, axes.hidden(n.weight1.out, &e.first), n.hidden,
+         packed + to.w1},
+        {n.weight2.data, axes.hidden(n.weight2.in, nullptr), s.hidden_units, axes.hidden(n.weight2.out, &e.second), n.hidden,
+         packed + to.w2},
+        {n.weight3.data, axes.hidden(n.weight3.in, nullptr), s.hidden_units, axes.out(n.out), 9 * n.out, packed + to.w3},
+    });
     memset(packed + to.b1, 0, (to.size - to.b1) * sizeof(float));
     for (int64_t i = 0; i < n.hidden; i++) {
         packed[to.b1 + i] = e.first[i] * number(n.bias1, i);
@@ -160,12 +179,13 @@ struct Backward {
         : w3(packed_size<E>(9 * s.out_units, n.hidden)), w2(packed_size<E>(s.hidden_units, n.hidden)),
           w1(packed_size<E>(s.hidden_units, 9 * n.few)) {
         const Axes<E> axes{n, s, e};
-        pack_factor<E>(threads, n.weight3.data, axes.out(s.out_units * PER_UNIT<E>), 9 * s.out_units,
-                       axes.hidden(n.weight3.in, nullptr), n.hidden, w3.data());
-        pack_factor<E>(threads, n.weight2.data, axes.hidden(n.weight2.out, &e.second), s.hidden_units,
-                       axes.hidden(n.weight2.in, nullptr), n.hidden, w2.data());
-        pack_factor<E>(threads, n.weight1.data, axes.hidden(n.weight1.out, &e.first), s.hidden_units, axes.few(n.few),
-                       9 * n.few, w1.data());
+        pack<E>(threads, {
+            {n.weight3.data, axes.out(s.out_units * PER_UNIT<E>), 9 * s.out_units, axes.hidden(n.weight3.in, nullptr), n.hidden,
+             w3.data()},
+            {n.weight2.data, axes.hidden(n.weight2.out, &e.second), s.hidden_units, axes.hidden(n.weight2.in, nullptr),
+             n.hidden, w2.data()},
+            {n.weight1.data, axes.hidden(n.weight1.out, &e.first), s.hidden_units, axes.few(n.few), 9 * n.few, w1.data()},
+        });
     }
 };
 
