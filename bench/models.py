@@ -10,7 +10,7 @@ import torch
 from bench import contenders, machine
 from bench.contenders import Contender
 from bench.memory import measure, record
-from bench.timing import interleave, ratio, repeats_for, summary
+from bench.timing import interleave, ratio, repeats_for, summary, uncollected
 from bench.workload import Setup
 from bench.works import WORKS, Errors
 from flowkern import cpp
@@ -111,9 +111,11 @@ def _call(run: Callable, model, arguments: tuple) -> Callable:
 
 def _repeats(call: Callable) -> int:
     """How often a call has to be repeated to be timed. A first one may find cold caches, and so seem long."""
-    begin = time.perf_counter()
-    call()
-    return repeats_for(call, SHORT) if time.perf_counter() - begin < 3 * SHORT else 1
+    with uncollected():
+        begin = time.perf_counter()
+        call()
+        short = time.perf_counter() - begin < 3 * SHORT
+    return repeats_for(call, SHORT) if short else 1
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Times of calls that take turns, so that a drifting machine slows all of them alike."""
 
+import contextlib
 import gc
 import random
 import time
@@ -18,10 +19,8 @@ def interleave(calls: dict[str, Callable], rounds: int,
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order = random.Random(0)
-    enabled = gc.isenabled()
     gc.collect()
-    gc.disable()        # a collection would be charged to whichever call it falls into
-    try:
+    with uncollected():
         for _ in range(rounds):
             for name in order.sample(list(calls), len(calls)):
                 call, count = calls[name], repeats[name] if repeats else 1
@@ -33,10 +32,19 @@ def interleave(calls: dict[str, Callable], rounds: int,
                 seconds[name].append((time.perf_counter() - begin) / count)
             if not repeats:
                 gc.collect()
+    return seconds
+
+
+@contextlib.contextmanager
+def uncollected():
+    """No garbage is collected inside: that would be charged to whichever call it falls into."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if enabled:
             gc.enable()
-    return seconds
 
 
 def repeats_for(call: Callable, seconds: float) -> int:

@@ -161,6 +161,8 @@ int main(int count, char** arguments) {
         }
         chains(type, 1, 5, 24, 24, 6, 17, false);  // bands of different size, and an image that is left of two threads' four
         chains(type, 1, 9, 4, 4, 6, 17, true);     // several images at once
+        chains(type, 1, 17, 16, 16, 4, 9, false);  // three ranges of sums a thread
+        chains(type, 1, 3, 64, 40, 4, 9, false);   // an image that is left, in more ranges than the two before it
     }
     std::printf("%lld couplings on %s\n", static_cast<long long>(calls), isa.name);
 }

@@ -57,7 +57,7 @@ def flat(kept):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 @pytest.mark.parametrize("scale", ["softclamp", "additive"])
 @pytest.mark.parametrize("dtype", NETWORKS)
-def test_equal_to_the_ops_one_by_one(isa, dtype, scale, steps):
+def test_equal_to_the_ops_one_by_one(dtype, scale, steps):
     dtype = NETWORKS[dtype]
     x, mixes, parameters = level(steps, scale)
     need = [i % 5 != 3 for i in range(len(parameters))]
@@ -89,12 +89,14 @@ PORTIONS = {
     "a rest": (3, 7, (40, 30)),
     "no rest": (2, 4, (36, 40)),
     "several at once": (5, 12, (4, 4)),
+    "three ranges of sums a thread": (2, 17, (16, 16)),
+    "a rest of more ranges": (2, 3, (64, 40)),
 }
 
 
 @pytest.mark.parametrize("case", PORTIONS)
 @pytest.mark.parametrize("dtype", NETWORKS)
-def test_recomputed_images_in_portions(isa, dtype, case):
+def test_recomputed_images_in_portions(dtype, case):
     """However threads divide a batch, states are the ones of the ops one by one, and sums over it up to rounding; the
     same bits again.
     """

@@ -95,16 +95,16 @@ template <class E>
 void replay(const NetworkReplay& m, int threads) {
     const Portions<E> portions(m.vjp, threads);
     const int64_t pixels = m.vjp.height * m.vjp.width;
-    const auto bands_of = [&](int64_t images, int team) {
+    const auto ranges_together = [&](int64_t images, int team) {
         return ranges_of(Bands(images, m.vjp.height, m.vjp.width).count(), images * pixels, team);
     };
     const Ranges ranges = ranges_of(portions.apart, portions.apart * pixels, threads);
-    const WeightGradients<E> weights(m.vjp, max(ranges.count(), bands_of(portions.rest, threads).count()), threads);
+    const WeightGradients<E> weights(m.vjp, max(ranges.count(), ranges_together(portions.rest, threads).count()), threads);
     const auto run = [&](int64_t first, int64_t count, char* memory, int64_t range, int team) {
         const Images<E> images(m, portions, first, count, memory);
         trace_bands<E>(images.trace, images.bands, &images.hidden, team);
         m.between(m.context, first, count, images.trace.h, images.dh, team);
-        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, bands_of(count, team), range, team);
+        vjp_bands<E>(images.vjp, images.bands, &images.hidden, weights, ranges_together(count, team), range, team);
     };
     char* memory = static_cast<char*>(m.memory);
     if (portions.apart) {
