@@ -23,8 +23,9 @@ STATES, OUTPUTS, HIDDEN_RECOMPUTED, HIDDEN_STORED = 6, 2, 3, 2
 # may be single precision whatever the network's, for processors that multiply those faster.
 REPLAYED, BLOCK, LONGER = 512, 32, 192
 # Beside them: folded weights, their gradients and the convolutions' scratch, in copies of one step's weights, of which
-# there are three a thread too; a share of the tensors, and a constant.
-WEIGHTS, OF_THREADS, SCRATCH, CONSTANT = 3, 3, 1 / 16, 512 << 10
+# there are two a thread too, and three where each has so many pixels that sums over them are divided; a share of the
+# tensors, and a constant.
+WEIGHTS, DIVIDED, SCRATCH, CONSTANT = 3, 1024, 1 / 16, 512 << 10
 # Where PyTorch has no oneDNN convolution for a precision it unfolds what 3x3 ones read, into nine copies.
 UNFOLDED = 9
 # Held whatever is kept: images, latents and the splits' parts, in states of each level, and more of them with learned
@@ -71,7 +72,8 @@ class Level(NamedTuple):
         """Upper bound of what backward of a step allocates beyond what is held."""
         outputs = OUTPUTS * self.outputs * self.pixels * self.network_bytes
         tensors = STATES * self.state + outputs + self._hidden_working(stored, machine)
-        weights = (WEIGHTS + OF_THREADS * machine.threads) * self.weights * self.state_bytes
+        of_threads = machine.threads * (3 if self.pixels >= DIVIDED * machine.threads else 2)
+        weights = (WEIGHTS + of_threads) * self.weights * self.state_bytes
         mixes = MIXES * self.depth * self.channels**2 * 8
         return max(int((1 + SCRATCH) * tensors) + weights, mixes) + CONSTANT
 
