@@ -103,7 +103,7 @@ struct Factor {
 
 // Packs a network's three, whose panels are of different sizes.
 template <class E>
-void pack(int threads, const Factor<E> (&factors)[3]) {
+void pack_factors(int threads, const Factor<E> (&factors)[3]) {
     share_out(threads, factors[0].panels() + factors[1].panels() + factors[2].panels(), [&](Shared& left) {
         for (int64_t i; (i = left.take()) >= 0;) {
             const Factor<E>* factor = factors;
@@ -156,7 +156,7 @@ void fold(const Network& n, float* packed, int threads) {
     const Folded<E> to(s);
     const Scales e(n);
     const Axes<E> axes{n, s, e};
-    pack<E>(threads, {
+    pack_factors<E>(threads, {
         {n.weight1.data, axes.few(s.few_units * PER_UNIT<E>), 9 * s.few_units, axes.hidden(n.weight1.out, &e.first), n.hidden,
          packed + to.w1},
         {n.weight2.data, axes.hidden(n.weight2.in, nullptr), s.hidden_units, axes.hidden(n.weight2.out, &e.second), n.hidden,
@@ -179,7 +179,7 @@ struct Backward {
         : w3(packed_size<E>(9 * s.out_units, n.hidden)), w2(packed_size<E>(s.hidden_units, n.hidden)),
           w1(packed_size<E>(s.hidden_units, 9 * n.few)) {
         const Axes<E> axes{n, s, e};
-        pack<E>(threads, {
+        pack_factors<E>(threads, {
             {n.weight3.data, axes.out(s.out_units * PER_UNIT<E>), 9 * s.out_units, axes.hidden(n.weight3.in, nullptr), n.hidden,
              w3.data()},
             {n.weight2.data, axes.hidden(n.weight2.out, &e.second), s.hidden_units, axes.hidden(n.weight2.in, nullptr),
