@@ -153,9 +153,6 @@ int main(int count, char** arguments) {
                 for (int64_t few : {1, 3, 6}) networks(isa, type, 1 + hidden % 2, width > 32 ? 2 : 19, width, few, hidden, 2 * few, few != 3);
             }
         }
-    }
-    for (Type type : {Type::f32, Type::bf16}) {
-        if (!isa.network) continue;
         for (int64_t steps : {1, 2, 3}) {
             for (bool reverse : {false, true}) chains(type, steps, 1 + steps % 2, 7, 5, 2 * steps, 10 * steps, reverse);
         }

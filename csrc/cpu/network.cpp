@@ -11,7 +11,7 @@ namespace flowkern::FLOWKERN_ISA {
 namespace {
 
 // The ranges over which gradients of weights are summed: several a thread if there are so many pixels that an array of as many
-// sums for each is worth it.
+// sums for each is worth it; flowkern/budget.py knows.
 Ranges ranges_of(int64_t items, int64_t pixels, int threads) {
     return {items, threads, threads == 1 || items < 2 * threads || pixels < threads * 1024};
 }
