@@ -2,7 +2,7 @@
 
 Rows of a group are measured taking turns, before the first of them is reported; pytest-benchmark is then told the
 times. With FLOWKERN_CPU_ISA=avx2 in the environment PyTorch and its libraries are held to AVX2, too; the files are then
-<machine>-avx2-*.json.
+<machine>-as-avx2-*.json.
 """
 
 import gc

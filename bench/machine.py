@@ -4,7 +4,7 @@ They take turns with what is measured, so that a share of the peak compares the 
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +24,22 @@ def product(precision: str, size: int = PRODUCT) -> tuple[Callable, int]:
     a, b = (torch.randn(size, size).to(DTYPES[precision]) for _ in range(2))
     out = torch.empty(size, size, dtype=DTYPES[precision])
     return lambda: torch.mm(a, b, out=out), 2 * size**3
+
+
+def products(precisions: Collection[str]) -> dict[str, tuple[Callable, int]]:
+    """The products that tell these precisions' peaks: fp32's always, bf16's where PyTorch has vectors for it. Its loops
+    for other processors multiply a hundred times more slowly than fp32.
+    """
+    fast = {"fp32": True, "bf16": torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+    return {p: product(p) for p in DTYPES if p == "fp32" or (p in precisions and fast[p])}
+
+
+def peaks(rates: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Precision -> operations per second at the most, by round, from those of `products`. bf16 numbers can be
+    multiplied as the fp32 numbers that they are, too, which on some processors is the faster way.
+    """
+    both = list(zip(*rates.values(), strict=True))
+    return {"fp32": rates["fp32"], "bf16": [max(found) for found in both]}
 
 
 def copy(moved: int) -> Callable:

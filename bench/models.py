@@ -80,20 +80,21 @@ class Family:
         for row in calls:
             rows[row] |= counted[row].get(work_name, {})
         repeats = {row: _repeats(call) for row, call in calls.items()}
-        products = {p: machine.product(p) for p in MOST if any(c.network == p for c in self.contenders.values())}
+        products = machine.products({c.network for c in self.contenders.values()})
         timed = calls | {f"product {p}": product for p, (product, _) in products.items()}
         # Behind a call that is not timed: what ran before leaves caches cold and threads spinning.
         repeats |= {f"product {p}": max(2, _repeats(product)) for p, (product, _) in products.items()}
         seconds = interleave(timed, rounds, repeats)
-        peaks = {p: [flops / s for s in seconds[f"product {p}"]] for p, (_, flops) in products.items()}
+        rates = {p: [flops / s for s in seconds[f"product {p}"]] for p, (_, flops) in products.items()}
+        peaks = machine.peaks(rates)
         for row in calls:
             contender = self.contenders[row]
             flops = work.flops(setup) * (contender.evaluations_in(setup) if work.trains else 1)
-            rates = [flops / s for s in seconds[row]]
-            rows[row] |= {**summary(seconds[row]), "flops": flops, "of peak": ratio(rates, peaks[contender.network])}
+            speeds = [flops / s for s in seconds[row]]
+            rows[row] |= {**summary(seconds[row]), "flops": flops, "of peak": ratio(speeds, peaks[contender.network])}
             rows[row]["per second"] = setup.batch / rows[row]["median"]
         group = {"what": work.what, "work": work_name, "family": self.name, "setup": vars(setup), "rounds": rounds,
-                 "product flops per second": {p: summary(rates)["median"] for p, rates in peaks.items()},
+                 "product flops per second": {p: summary(found)["median"] for p, found in rates.items()},
                  "rows": list(rows.values())}
         judge(group["rows"], self._wrong, work.trains)
         compare(group)

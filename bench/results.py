@@ -54,14 +54,15 @@ def _readable(value):
 
 
 def machine() -> str:
-    """A short name of this machine for its result files: processor, threads in use, and the instruction set where it
-    was chosen, or multiplies bf16 on tiles, which some hosts keep from their guests.
+    """A short name of this machine for its result files: processor, threads in use, its widest instruction set unless
+    that is AVX-512 (hosts keep tiles from their guests, and processors of one name differ), and the one that was chosen.
     """
     words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", "", _processor().split(" x ")[-1])
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unknown"
-    tiles = cpp.probe() is None and "amx" in cpp.build_config()["isa_supported"]
-    isa = os.environ.get("FLOWKERN_CPU_ISA") or ("amx" if tiles else None)
-    return f"{slug}-{torch.get_num_threads()}" + (f"-{isa}" if isa else "")
+    widest = next(iter(cpp.build_config()["isa_supported"])) if cpp.probe() is None else "avx512"
+    held = os.environ.get("FLOWKERN_CPU_ISA")
+    return (f"{slug}-{torch.get_num_threads()}" + ("" if widest.startswith("avx512") else f"-{widest}")
+            + (f"-as-{held}" if held else ""))
 
 
 def _processor() -> str:
