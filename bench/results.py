@@ -55,7 +55,7 @@ def _readable(value):
 
 def machine() -> str:
     """A short name of this machine for its result files: processor, threads in use, its widest instruction set unless
-    that is AVX-512 (hosts keep tiles from their guests, and processors of one name differ), and the one that was chosen.
+    that is AVX-512 (processors of one name differ, and hosts keep tiles from their guests), and the one chosen instead.
     """
     words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", "", _processor().split(" x ")[-1])
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unknown"
