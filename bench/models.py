@@ -38,9 +38,14 @@ class Family:
             except ImportError as error:
                 self.reasons[row] = f"not installed: {how_to_install(error)}"
         # Counted in a process of its own, beside what is not timed; last what this process is compiling meanwhile.
-        counted = sorted(self.models, key=lambda row: self.contenders[row].compiled)
+        counted = sorted(filter(self._is_timed, self.models), key=lambda row: self.contenders[row].compiled)
         self._memory = ThreadPoolExecutor(1).submit(memories, name, works, setup, counted, full)
         self._wrong = self._disagreements() if name in ("glow", "small") else {}
+
+    def _is_timed(self, row: str) -> bool:
+        """All but rivals that take many times as long as in single precision, which the quick suite has no time for."""
+        contender = self.contenders[row]
+        return self._full or not contender.rival or machine.multiplies(contender.network)
 
     def _disagreements(self) -> dict[str, str]:
         """Rivals that are not the same model, with the reason: other parameters, or another likelihood."""
@@ -74,6 +79,9 @@ class Family:
                 arguments = work.inputs(model, setup)
             except Exception as error:      # a library's, whatever it is: the other rows go on
                 rows[row]["unavailable"] = _first_line(error)
+                continue
+            if not self._is_timed(row):
+                rows[row]["unavailable"] = f"PyTorch multiplies no {contender.network} by vectors here: see --full"
                 continue
             calls[row] = _call(work.run, model, arguments)
         counted = self._memory.result()

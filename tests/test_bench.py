@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import contenders, eager, models, ops, pixels, plots, report, results, scaling, timing, works
+from bench import contenders, eager, machine, models, ops, pixels, plots, report, results, scaling, timing, works
 from bench.rivals import NFlows, NormFlows, Reference
 from bench.rivals.base import trainable
 from bench.workload import Setup
@@ -201,6 +201,24 @@ def test_nothing_passes_because_pytorch_is_wrong_too():
             row("ours, bf16", [1.0], error=0.3, network="bf16")]
     models.judge(rows, {}, trains=True)
     assert [r["correct"] for r in rows] == [False, False]
+
+
+def test_bf16_numbers_may_be_multiplied_in_fp32():
+    assert machine.peaks({"fp32": [4.0, 2.0]}) == {"fp32": [4.0, 2.0], "bf16": [4.0, 2.0]}
+    assert machine.peaks({"fp32": [4.0, 2.0], "bf16": [3.0, 9.0]})["bf16"] == [4.0, 9.0]
+
+
+def test_the_quick_suite_does_not_time_emulated_bf16_but_takes_its_error(monkeypatch):
+    monkeypatch.setattr(machine, "multiplies", lambda precision: precision != "bf16")
+    assert list(machine.products({"fp32", "bf16"})) == ["fp32"]
+    names = "PyTorch", "PyTorch, bf16 network", "flowkern recompute, bf16 network"
+    family = models.Family("glow", SMALL, ("log_prob",), False, {name: contenders.GLOWS[name] for name in names})
+    group = family.measure("log_prob", 2)
+    plain, emulated, ours = group["rows"]
+    assert "seconds" in plain and "--full" in emulated["unavailable"] and "seconds" not in emulated
+    assert ours["error budget"] >= 2 * emulated["error"] > 0
+    assert list(group["product flops per second"]) == ["fp32"] and ours["of peak"] > 0
+    assert "--full" in report.model_table(group)
 
 
 def test_every_backend_of_this_machine_is_measured():
