@@ -1,7 +1,7 @@
 """`python -m bench.report`: Markdown tables and plots of a machine's stored figures, bench/results/<machine>-*.json.
 
---readme puts the training step's table between the README's marks, and the plots into docs/. A row that failed its
-correctness check shows why, and no ratio.
+--readme puts the training step's table and the machines' between the README's marks, and the plots into docs/. A row
+that failed its correctness check shows why, and no ratio.
 """
 
 import argparse
@@ -99,6 +99,24 @@ def ops_table(figures: dict) -> str:
     return markdown(head, lines, left=1)
 
 
+# What all machines are shown by: a column's head -> work and row.
+SHOWN = {"training step, stored": ("train", "flowkern store"), "recomputed": ("train", "flowkern recompute"),
+         "recomputed, bf16 network": ("train", "flowkern recompute, bf16 network"),
+         "log_prob": ("log_prob", "flowkern recompute"), "inverse": ("inverse", "flowkern recompute"),
+         "unfolded training step": ("denoise", "flowkern recompute")}
+
+
+def machines_table(folder: Path) -> str:
+    """Every machine that has figures of models, by its files' name: ratios to the fastest rival in single precision."""
+    suffix, lines = "-models.json", []
+    for name in sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}")):
+        figures = json.loads((folder / f"{name}{suffix}").read_text())
+        found = {(work, r["name"]): verdict(r) for work, group in figures["groups"].items() for r in group["rows"]}
+        ratios = [found.get(shown, "–") for shown in SHOWN.values()]
+        lines.append([name, *ratios, figures["environment"]["commit"][:7]])
+    return markdown(["machine", *SHOWN, "commit"], lines)
+
+
 def scaling_tables(groups: dict) -> str:
     """Memory against depth; and, for each time sweep, the fit."""
     parts = []
@@ -152,11 +170,12 @@ def newest(folder: Path) -> str:
     return machine() if machine() in names else names[-1]
 
 
-def readme_block(figures: dict, plots_made: list[Path]) -> str:
-    """The training step's table, its caption, and the pictures."""
+def readme_block(figures: dict, plots_made: list[Path], folder: Path) -> str:
+    """The training step's table, its caption, all machines, and the pictures."""
     group = figures["groups"]["train"]
     pictures = "\n".join(f"![]({p.relative_to(ROOT)})" for p in plots_made if p.is_relative_to(ROOT))
-    parts = (model_table(group), model_caption(group, figures), notes(group), pictures)
+    machines = f"Speed-up over the fastest rival in single precision (for the inverse and the unfolded step none is compiled), by machine:\n\n{machines_table(folder)}"
+    parts = (model_table(group), model_caption(group, figures), notes(group), machines, pictures)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -193,7 +212,7 @@ def main() -> None:
     made = draw(topics, folder, "png" if arguments.png else "svg") if folder else []
     if arguments.readme:
         readme = ROOT / "README.md"
-        readme.write_text(with_block(readme.read_text(), readme_block(topics["models"], made)))
+        readme.write_text(with_block(readme.read_text(), readme_block(topics["models"], made, arguments.results)))
     else:
         print(page(topics), end="")
 

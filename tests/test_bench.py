@@ -208,17 +208,17 @@ def test_bf16_numbers_may_be_multiplied_in_fp32():
     assert machine.peaks({"fp32": [4.0, 2.0], "bf16": [3.0, 9.0]})["bf16"] == [4.0, 9.0]
 
 
-def test_the_quick_suite_does_not_time_emulated_bf16_but_takes_its_error(monkeypatch):
+def test_bf16_without_vectors_is_not_timed_but_its_error_counts(monkeypatch):
     monkeypatch.setattr(machine, "multiplies", lambda precision: precision != "bf16")
     assert list(machine.products({"fp32", "bf16"})) == ["fp32"]
     names = "PyTorch", "PyTorch, bf16 network", "flowkern recompute, bf16 network"
     family = models.Family("glow", SMALL, ("log_prob",), False, {name: contenders.GLOWS[name] for name in names})
     group = family.measure("log_prob", 2)
     plain, emulated, ours = group["rows"]
-    assert "seconds" in plain and "--full" in emulated["unavailable"] and "seconds" not in emulated
+    assert "seconds" in plain and "not timed" in emulated["unavailable"] and "seconds" not in emulated
     assert ours["error budget"] >= 2 * emulated["error"] > 0
     assert list(group["product flops per second"]) == ["fp32"] and ours["of peak"] > 0
-    assert "--full" in report.model_table(group)
+    assert "not timed" in report.model_table(group)
 
 
 def test_every_backend_of_this_machine_is_measured():
@@ -286,6 +286,15 @@ def test_the_readmes_table_is_replaced_between_its_marks():
         report.with_block("text", "x")
     readme = (results.ROOT / "README.md").read_text()
     assert readme.count(report.START) == readme.count(report.END) == 1
+
+
+def test_machines_side_by_side(tmp_path):
+    group = judged(row("PyTorch", [4.0] * 3, rival=True), row("flowkern store", [1.25] * 3),
+                   row("flowkern recompute", [1.0] * 3, error=1.0))
+    for name in ("b-2", "a-2"):
+        results.write(f"{name}-models", {"groups": {"train": group}}, tmp_path)
+    *_, first, second = report.machines_table(tmp_path).splitlines()
+    assert first.startswith("| a-2 | 3.20 | wrong result") and second.startswith("| b-2 | 3.20") and "–" in second
 
 
 def test_no_figures_is_said(tmp_path):
