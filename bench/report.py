@@ -174,7 +174,8 @@ def readme_block(figures: dict, plots_made: list[Path], folder: Path) -> str:
     """The training step's table, its caption, all machines, and the pictures."""
     group = figures["groups"]["train"]
     pictures = "\n".join(f"![]({p.relative_to(ROOT)})" for p in plots_made if p.is_relative_to(ROOT))
-    machines = f"Speed-up over the fastest rival in single precision (for the inverse and the unfolded step none is compiled), by machine:\n\n{machines_table(folder)}"
+    machines = ("Speed-up over the fastest rival in single precision (for the inverse and the unfolded step none is "
+                f"compiled), by machine:\n\n{machines_table(folder)}")
     parts = (model_table(group), model_caption(group, figures), notes(group), machines, pictures)
     return "\n\n".join(part for part in parts if part)
 
