@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from bench.native import compiled
+from flowkern.budget import multiplied_by_onednn
 
 PRODUCT = 1536          # rows and columns of the matrix products
 AVX512 = ("-mavx512f", "-mprefer-vector-width=512", "-DWIDTH=16")
@@ -30,7 +31,7 @@ def multiplies(precision: str) -> bool:
     """Whether PyTorch has vector instructions for products of this precision on this processor. Its other loops for
     bf16 take a hundred times as long as fp32's.
     """
-    return precision != "bf16" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return precision != "bf16" or multiplied_by_onednn(torch.bfloat16)
 
 
 def products(precisions: Collection[str]) -> dict[str, tuple[Callable, int]]:

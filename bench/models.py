@@ -76,12 +76,12 @@ class Family:
             contender = self.contenders[row]
             try:
                 rows[row]["error"] = self._errors(work_name, model, contender.truth)
+                if not self._is_timed(row):
+                    rows[row]["unavailable"] = f"not timed: PyTorch multiplies {contender.network} without vectors here"
+                    continue
                 arguments = work.inputs(model, setup)
             except Exception as error:      # a library's, whatever it is: the other rows go on
                 rows[row]["unavailable"] = _first_line(error)
-                continue
-            if not self._is_timed(row):
-                rows[row]["unavailable"] = f"not timed: PyTorch multiplies {contender.network} without vectors here"
                 continue
             calls[row] = _call(work.run, model, arguments)
         counted = self._memory.result()

@@ -71,7 +71,7 @@ def model_caption(group: dict, figures: dict) -> str:
             f"{setup['batch']} {images} of {setup['size']}×{setup['size']}, {setup['scale']} scale. Medians of "
             f"{group['rounds']} rounds in which all rows take turns; a ratio is the median of the rounds' ratios. Of "
             f"the product peak: the networks' operations, recomputed ones included, against matrix products of the "
-            f"same rounds, the fastest that their numbers allow ({rates} GFLOP/s). {where(figures)}")
+            f"same rounds ({rates} GFLOP/s). {where(figures)}")
 
 
 def where(figures: dict) -> str:
@@ -111,7 +111,8 @@ def machines_table(folder: Path) -> str:
     suffix, lines = "-models.json", []
     for name in sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}")):
         figures = json.loads((folder / f"{name}{suffix}").read_text())
-        found = {(work, r["name"]): verdict(r) for work, group in figures["groups"].items() for r in group["rows"]}
+        found = {(work, r["name"]): verdict(r) for work, group in figures["groups"].items() for r in group["rows"]
+                 if "unavailable" not in r}
         ratios = [found.get(shown, "–") for shown in SHOWN.values()]
         lines.append([name, *ratios, figures["environment"]["commit"][:7]])
     return markdown(["machine", *SHOWN, "commit"], lines)
@@ -174,8 +175,7 @@ def readme_block(figures: dict, plots_made: list[Path], folder: Path) -> str:
     """The training step's table, its caption, all machines, and the pictures."""
     group = figures["groups"]["train"]
     pictures = "\n".join(f"![]({p.relative_to(ROOT)})" for p in plots_made if p.is_relative_to(ROOT))
-    machines = ("Speed-up over the fastest rival in single precision (for the inverse and the unfolded step none is "
-                f"compiled), by machine:\n\n{machines_table(folder)}")
+    machines = f"Speed-up over the fastest rival in single precision, by machine:\n\n{machines_table(folder)}"
     parts = (model_table(group), model_caption(group, figures), notes(group), machines, pictures)
     return "\n\n".join(part for part in parts if part)
 

@@ -43,10 +43,10 @@ class Setup:
         """An initialised Glow with couplings that do something. options: those of `flowkern.Glow`."""
         glow = self._new_glow(**options)
         if set(options) <= set(OPTIONS):
-            glow.load_state_dict(_usual_weights(self))
+            glow.to(device).load_state_dict(_weights(self, device))
         else:
-            self._move_and_initialize(glow)
-        return glow.to(device)
+            self._move_and_initialize(glow, device)
+        return glow
 
     def _new_glow(self, **options) -> flowkern.Glow:
         torch.manual_seed(self.seed)
@@ -54,7 +54,7 @@ class Setup:
                              scale=self.scale, shift=0.5, **options)
 
     @torch.no_grad()
-    def _move_and_initialize(self, glow: flowkern.Glow) -> None:
+    def _move_and_initialize(self, glow: flowkern.Glow, device: str) -> None:
         for name, p in glow.named_parameters():
             if name.endswith("weight3"):
                 p.normal_(std=0.1 / (9 * self.hidden) ** 0.5)
@@ -64,7 +64,7 @@ class Setup:
             for step in level.steps:
                 _without_signs(step.conv)
         # After that, so that the states stay of the order of 1, as training keeps them.
-        glow.initialize(self.images())
+        glow.to(device).initialize(self.images().to(device))
 
     def channels(self) -> list[int]:
         """Channels of the state at each level."""
@@ -92,10 +92,10 @@ class Setup:
 
 
 @functools.lru_cache(maxsize=1)
-def _usual_weights(setup: Setup) -> dict[str, Tensor]:
-    """Those that differ in how they run alone start from the same ones, which take a second to make."""
+def _weights(setup: Setup, device: str) -> dict[str, Tensor]:
+    """Of all Glows of a set-up that differ only in how they run; they take a second to make."""
     glow = setup._new_glow()
-    setup._move_and_initialize(glow)
+    setup._move_and_initialize(glow, device)
     return glow.state_dict()
 
 

@@ -99,11 +99,12 @@ class Machine(NamedTuple):
     def running(cls, device: torch.device, backend: str, parameters: torch.dtype, dtype: torch.dtype) -> "Machine":
         """This one, for networks in `dtype` by a resolved backend."""
         tiled = backends.table(device, backend, parameters).network_tiled(parameters, dtype)
-        unfolded = not (tiled or device.type != "cpu" or _multiplied_by_onednn(dtype))
+        unfolded = not (tiled or device.type != "cpu" or multiplied_by_onednn(dtype))
         return cls(torch.get_num_threads(), UNFOLDED if unfolded else 0, tiled)
 
 
-def _multiplied_by_onednn(dtype: torch.dtype) -> bool:
+def multiplied_by_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has convolutions and products of this dtype for this CPU: PyTorch's own take far longer."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     if dtype == torch.bfloat16:
