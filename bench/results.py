@@ -59,7 +59,7 @@ def machine() -> str:
     """
     words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", "", _processor().split(" x ")[-1])
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unknown"
-    widest = next(iter(cpp.build_config()["isa_supported"])) if cpp.probe() is None else "unbuilt"
+    widest = cpp.build_config()["isa_supported"][0] if cpp.probe() is None else "unbuilt"
     held = os.environ.get("FLOWKERN_CPU_ISA")
     return (f"{slug}-{torch.get_num_threads()}" + ("" if widest.startswith("avx512") else f"-{widest}")
             + (f"-as-{held}" if held else ""))
