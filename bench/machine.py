@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from bench.native import compiled
 from flowkern.budget import multiplied_by_onednn
@@ -27,6 +28,14 @@ def product(precision: str, size: int = PRODUCT) -> tuple[Callable, int]:
     return lambda: torch.mm(a, b, out=out), 2 * size**3
 
 
+def product_by_onednn(size: int = PRODUCT) -> tuple[Callable, int]:
+    """The same in fp32, by the library that multiplies PyTorch's convolutions. `torch.mm` leaves fp32 to MKL, which on
+    AMD's processors takes vectors of half the width.
+    """
+    a, b = torch.randn(size, size).to_mkldnn(), torch.randn(size, size)
+    return lambda: F.linear(a, b), 2 * size**3
+
+
 def multiplies(precision: str) -> bool:
     """Whether PyTorch has vector instructions for products of this precision on this processor. Its other loops for
     bf16 take a hundred times as long as fp32's.
@@ -35,16 +44,23 @@ def multiplies(precision: str) -> bool:
 
 
 def products(precisions: Collection[str]) -> dict[str, tuple[Callable, int]]:
-    """The products that tell these precisions' peaks: fp32's always, the others where PyTorch `multiplies` them."""
-    return {p: product(p) for p in DTYPES if p == "fp32" or (p in precisions and multiplies(p))}
+    """The products that tell these precisions' peaks: fp32's always, by both libraries where there are two, and the
+    others' where PyTorch `multiplies` them.
+    """
+    found = {"fp32": product("fp32")}
+    if torch.backends.mkldnn.is_available():
+        found["fp32 by oneDNN"] = product_by_onednn()
+    return found | {p: product(p) for p in DTYPES if p != "fp32" and p in precisions and multiplies(p)}
 
 
 def peaks(rates: dict[str, list[float]]) -> dict[str, list[float]]:
     """Precision -> operations per second at the most, by round, from those of `products`. bf16 numbers can be
     multiplied as the fp32 numbers that they are, too, which on some processors is the faster way.
     """
-    both = list(zip(*rates.values(), strict=True))
-    return {"fp32": rates["fp32"], "bf16": [max(found) for found in both]}
+    def fastest(names: Collection[str]) -> list[float]:
+        return [max(found) for found in zip(*(rates[name] for name in names), strict=True)]
+
+    return {"fp32": fastest([name for name in rates if name.startswith("fp32")]), "bf16": fastest(rates)}
 
 
 def copy(moved: int) -> Callable:

@@ -59,17 +59,30 @@ def machine() -> str:
     """
     words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", "", _processor().split(" x ")[-1])
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unknown"
+    if slug == "amd-epyc":      # what virtual machines are told of all of them
+        slug += _amd_family()
     widest = cpp.build_config()["isa_supported"][0] if cpp.probe() is None else "unbuilt"
     held = os.environ.get("FLOWKERN_CPU_ISA")
     return (f"{slug}-{torch.get_num_threads()}" + ("" if widest.startswith("avx512") else f"-{widest}")
             + (f"-as-{held}" if held else ""))
 
 
+def _amd_family() -> str:
+    """The generation as AMD writes it, -19h of Zen 3 and 4, -1ah of Zen 5, where Linux tells."""
+    families = _cpuinfo("cpu family")
+    return f"-{int(families[0]):x}h" if families else ""
+
+
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = _cpuinfo("model name")
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def _cpuinfo(key: str) -> list[str]:
+    """What Linux says of each processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.split(":", 1)[1].strip() for line in lines if line.split(":")[0].strip() == key]
 
 
 def _commit() -> str:
