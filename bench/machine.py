@@ -29,8 +29,8 @@ def product(precision: str, size: int = PRODUCT) -> tuple[Callable, int]:
 
 
 def product_by_onednn(size: int = PRODUCT) -> tuple[Callable, int]:
-    """The same in fp32, by the library that multiplies PyTorch's convolutions. `torch.mm` leaves fp32 to MKL, which on
-    AMD's processors takes vectors of half the width.
+    """The same in fp32, by the library that multiplies PyTorch's convolutions. `torch.mm` leaves fp32 to MKL, which
+    reaches half as much on a Zen 5.
     """
     a, b = torch.randn(size, size).to_mkldnn(), torch.randn(size, size)
     return lambda: F.linear(a, b), 2 * size**3
