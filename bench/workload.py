@@ -152,6 +152,9 @@ def footprint(depth: int = 8, reverse: bool = False, own: bool = False, compute_
     # What outlives the step is the gradients, their tensor objects included: each is listed, none is hidden.
     survivors = events.alive()
     mixes = events.of_size([depth * c * c * x.element_size() for c in setup.channels()], at="forward")
+    # On a busy machine one thread may have done all there was in that step, and the other not used its scratch.
+    for _ in range(3):
+        loss(glow, x, reverse).backward()
     return {"held": events.held("forward", without=mixes),
             "peak": events.peak(without=survivors | mixes) + cpp.kept_scratch(),
             "mixes": events.size(mixes), "gradients": events.size(gradients),
