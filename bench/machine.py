@@ -44,13 +44,15 @@ def multiplies(precision: str) -> bool:
 
 
 def products(precisions: Collection[str]) -> dict[str, tuple[Callable, int]]:
-    """The products that tell these precisions' peaks: fp32's always, by both libraries where there are two, and the
-    others' where PyTorch `multiplies` them.
+    """The products that tell these precisions' peaks: fp32's always, by both libraries where there are two, and bf16's
+    where PyTorch `multiplies` it.
     """
     found = {"fp32": product("fp32")}
     if torch.backends.mkldnn.is_available():
         found["fp32 by oneDNN"] = product_by_onednn()
-    return found | {p: product(p) for p in DTYPES if p != "fp32" and p in precisions and multiplies(p)}
+    if "bf16" in precisions and multiplies("bf16"):
+        found["bf16"] = product("bf16")
+    return found
 
 
 def peaks(rates: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -60,7 +62,7 @@ def peaks(rates: dict[str, list[float]]) -> dict[str, list[float]]:
     def fastest(names: Collection[str]) -> list[float]:
         return [max(found) for found in zip(*(rates[name] for name in names), strict=True)]
 
-    return {"fp32": fastest([name for name in rates if name.startswith("fp32")]), "bf16": fastest(rates)}
+    return {"fp32": fastest([name for name in rates if name != "bf16"]), "bf16": fastest(rates)}
 
 
 def copy(moved: int) -> Callable:

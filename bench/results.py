@@ -54,8 +54,9 @@ def _readable(value):
 
 
 def machine() -> str:
-    """A short name of this machine for its result files: processor, threads in use, its widest instruction set unless
-    that is AVX-512 (processors of one name differ, and hosts keep tiles from their guests), and the one chosen instead.
+    """A short name of this machine for its result files: processor (with AMD's family, where it has no other name),
+    threads in use, its widest instruction set unless that is AVX-512 (processors of one name differ, and hosts keep
+    tiles from their guests), and the one chosen instead.
     """
     words = re.sub(r"\((R|TM)\)|Processor|CPU|@.*", "", _processor().split(" x ")[-1])
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-") or "unknown"
