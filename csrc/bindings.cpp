@@ -174,17 +174,18 @@ void check_all(const Pointers& pointers) {
     for (Pointer p : pointers) check_arrays(1, p);
 }
 
-int64_t network_packed_size(int type, int64_t few, int64_t hidden, int64_t out) {
+int64_t network_packed_size(int type, int64_t few, int64_t hidden, int64_t out, int64_t height, int64_t width) {
     require(few >= 1 && hidden >= 1 && out >= 1, "the coupling network needs at least one channel in every layer");
-    return network_loops(type).packed_size(type_of(type), few, hidden, out);
+    return network_loops(type).packed_size(type_of(type), few, hidden, out, height, width);
 }
 
-void network_fold(int threads, int type, int64_t few, int64_t hidden, int64_t out, const Pointers& parameters,
-                  const Integers& strides, Pointer packed) {
+void network_fold(int threads, int type, int64_t few, int64_t hidden, int64_t out, int64_t height, int64_t width,
+                  const Pointers& parameters, const Integers& strides, Pointer packed) {
     check_threads(threads);
     check_all(parameters);
     check_arrays(1, packed);
-    NetworkFold m{network(parameters, strides, few, hidden, out), static_cast<float*>(address(packed)), type_of(type)};
+    NetworkFold m{network(parameters, strides, few, hidden, out), static_cast<float*>(address(packed)), height, width,
+                  type_of(type)};
     const cpu::NetworkLoops& loops = network_loops(type);
     py::gil_scoped_release release;
     loops.fold(m, threads);

@@ -116,10 +116,12 @@ struct Network {
     int64_t few, hidden, out;
 };
 
-// The weights as the forward pass multiplies by them, normalisation folded in: `packed` has network_packed_size() numbers.
+// The weights as the forward pass multiplies by them, normalisation folded in: `packed` has network_packed_size() numbers. How
+// depends on the images' size.
 struct NetworkFold {
     Network network;
     float* packed;
+    int64_t height, width;  // of the images
     Type type;  // of the factors: fp32 or bf16
 };
 

@@ -209,13 +209,15 @@ class Folded:
         self.hidden, self.few = parameters[0].shape[:2]
         self.out = len(parameters[6])
         self._parameters = parameters
+        self._packed: dict[tuple[int, int], Tensor] = {}
 
-    @functools.cached_property
-    def packed(self) -> Tensor:
-        sizes = _TYPES[self.dtype], self.few, self.hidden, self.out
-        packed = torch.empty(_native().network_packed_size(*sizes))
-        addresses, strides, _owners = _addresses(self._parameters)
-        _native().network_fold(torch.get_num_threads(), *sizes, addresses, strides, packed.data_ptr())
+    def packed(self, height: int, width: int) -> Tensor:
+        """For images of this size."""
+        if (packed := self._packed.get((height, width))) is None:
+            sizes = _TYPES[self.dtype], self.few, self.hidden, self.out, height, width
+            packed = self._packed[height, width] = torch.empty(_native().network_packed_size(*sizes))
+            addresses, strides, _owners = _addresses(self._parameters)
+            _native().network_fold(torch.get_num_threads(), *sizes, addresses, strides, packed.data_ptr())
         return packed
 
 
@@ -246,7 +248,7 @@ def network_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
         a = _image(a)
         hidden = [k.data_ptr() for k in kept] or [0, 0]
         _native().network_trace(torch.get_num_threads(), _TYPES[folded.dtype], n, height, width, folded.few,
-                                folded.hidden, folded.out, folded.packed.data_ptr(), a.data_ptr(), _strides(a),
+                                folded.hidden, folded.out, folded.packed(height, width).data_ptr(), a.data_ptr(), _strides(a),
                                 h.data_ptr(), *hidden)
     return h, kept
 

@@ -70,7 +70,7 @@ void networks(const cpu::InstructionSet& isa, Type type, int64_t samples, int64_
         u(out, Type::f32), g1(hidden * few * 9, Type::f32), g2(hidden * hidden, Type::f32), g3(out * hidden * 9, Type::f32),
         gs(hidden, Type::f32), gu(out, Type::f32), a((pixels - 1) * pixel + few, Type::f32),
         da((pixels - 1) * pixel + few, Type::f32), h(pixels * out, type), h1(pixels * hidden, type), h2(pixels * hidden, type),
-        packed(isa.network->packed_size(type, few, hidden, out), Type::f32);
+        packed(isa.network->packed_size(type, few, hidden, out, height, width), Type::f32);
     const auto net = [&](const Array& x, const Array& y, const Array& z, const Array& s, const Array& t) {
         return Network{{x.get(), few * 9, 1, 3 * few, few}, {y.get(), hidden, 1, 1, 1}, {z.get(), hidden * 9, 9, 3, 1}, s.get(),
                        s.get(), s.get(), s.get(), t.get(), t.get(), few, hidden, out};
@@ -79,7 +79,7 @@ void networks(const cpu::InstructionSet& isa, Type type, int64_t samples, int64_
     const Network network = net(w1, w2, w3, v, u);
     Network gradient = wanted ? net(g1, g2, g3, gs, gu) : Network{};
     float* folded = static_cast<float*>(packed.get());
-    isa.network->fold({network, folded, type}, 2);
+    isa.network->fold({network, folded, height, width, type}, 2);
     for (bool keep : {false, true}) {
         isa.network->trace({folded, image(a), h.get(), keep ? h1.get() : nullptr, keep ? h2.get() : nullptr, samples, height, width,
                             few, hidden, out, type}, 2);

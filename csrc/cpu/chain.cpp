@@ -19,7 +19,7 @@ class Ops {
   public:
     Ops(const Chain& chain, int threads)
         : c_(chain), threads_(threads), set_(active()), pixels_(chain.samples * chain.height * chain.width),
-          packed_(largest([&](const Network& n) { return set_.network->packed_size(c_.type, n.few, n.hidden, n.out) * 4; })) {}
+          packed_(largest([&](const Network& n) { return set_.network->packed_size(c_.type, n.few, n.hidden, n.out, c_.height, c_.width) * 4; })) {}
 
     int64_t state_size() const { return pixels_ * c_.channels * 4; }
     int64_t output_size() const { return pixels_ * c_.networks->out * size_of(c_.type); }
@@ -77,7 +77,7 @@ class Ops {
 
   private:
     float* packed() const { return reinterpret_cast<float*>(packed_.data()); }
-    void fold(const Network& n) const { set_.network->fold({n, packed(), c_.type}, threads_); }
+    void fold(const Network& n) const { set_.network->fold({n, packed(), c_.height, c_.width, c_.type}, threads_); }
     NetworkReplay replay_of(const Network& n, const Network& gradient, const float* v, float* dv, void* memory) const {
         return {{n, gradient, image(const_cast<float*>(v)), image(dv), nullptr, nullptr, nullptr, c_.samples, c_.height, c_.width,
                  c_.type}, packed(), memory, nullptr, nullptr};

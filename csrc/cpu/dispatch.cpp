@@ -21,7 +21,7 @@
     }
 #define DECLARE_NETWORK(isa)                                          \
     namespace flowkern::isa {                                         \
-    int64_t network_packed_size(Type, int64_t, int64_t, int64_t);     \
+    int64_t network_packed_size(Type, int64_t, int64_t, int64_t, int64_t, int64_t); \
     void network_fold(const NetworkFold&, int);                       \
     void network_trace(const NetworkTrace&, int);                     \
     void network_vjp(const NetworkVjp&, int);                         \

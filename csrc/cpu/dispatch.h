@@ -6,7 +6,7 @@ namespace flowkern::cpu {
 
 // The coupling network, in fp32 and with bf16 factors.
 struct NetworkLoops {
-    int64_t (*packed_size)(Type, int64_t few, int64_t hidden, int64_t out);
+    int64_t (*packed_size)(Type, int64_t few, int64_t hidden, int64_t out, int64_t height, int64_t width);
     void (*fold)(const NetworkFold&, int threads);
     void (*trace)(const NetworkTrace&, int threads);
     void (*vjp)(const NetworkVjp&, int threads);

@@ -15,12 +15,20 @@ void add_rows(const View<E>& rows, int64_t first, int64_t count, int64_t columns
     }
 }
 
+// What a product does with its sums: the derivative of a ReLU, whose results these are.
+template <class E>
+auto masked(const View<E>& to, const View<E>& by) {
+    return [=](int64_t r, int64_t c, Vector<float> v) {
+        store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
+    };
+}
+
 // What all threads read: the transposed factors; and where each adds up the weights' gradients.
 template <class E>
 class WeightGradients {
   public:
     WeightGradients(const NetworkVjp& m, int64_t ranges, int threads)
-        : s(m.network.few, m.network.hidden, m.network.out), where(s), scales(m.network), back(m.network, s, scales, threads),
+        : s(m), where(s), scales(m.network), back(m.network, s, scales, threads),
           need1(m.gradient.weight1.data || m.gradient.scale1 || m.gradient.bias1),
           need2(m.gradient.weight2.data || m.gradient.scale2 || m.gradient.bias2),
           need3(m.gradient.weight3.data || m.gradient.bias3 || m.gradient.logs), ranges_(ranges), totals_(ranges * where.size) {
@@ -39,6 +47,10 @@ class WeightGradients {
                 for (int64_t i = begin * 1024; i < min(end * 1024, where.size); i++) sum[i] += other[i];
             }
         });
+        if (s.winograd) {
+            taps_of_sums(sum + where.w1, s.few, threads);
+            taps_of_sums(sum + where.w3, s.out, threads);
+        }
         unfold(m.network, m.gradient, s, scales, sum, threads);
     }
 
@@ -49,6 +61,19 @@ class WeightGradients {
     const bool need1, need2, need3;
 
   private:
+    // Gradients of all points of some channels, (POINTS, channels, hidden), become those of taps, (9, channels, hidden).
+    void taps_of_sums(float* sum, int64_t channels, int threads) const {
+        const int64_t wide = padded<float>(s.hidden);
+        parallel(threads, channels, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin * wide; i < end * wide; i += WIDTH) {
+                Vector<float> u[POINTS], w[9];
+                for (int n = 0; n < POINTS; n++) u[n] = load(sum + n * channels * wide + i);
+                taps_of_points(u, w);
+                for (int n = 0; n < 9; n++) store(sum + n * channels * wide + i, w[n]);
+            }
+        });
+    }
+
     const int64_t ranges_;
     const Scratch<float> totals_;
 };
@@ -76,11 +101,6 @@ class VjpBands {
         const View<E> image = image_, gradient = gradient_, x = x_, d = d_, g1 = g1_, g2 = g2_;
         const View<float> sent = sent_;
         const int64_t size = bands.bordered() * n.few, row = Hidden<E>::first_row(bands, band);
-        const auto masked = [](const View<E>& to, const View<E>& by) {
-            return [=](int64_t r, int64_t c, Vector<float> v) {
-                store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
-            };
-        };
         load_band(bands, band, pixels_of(m.a), n.few, few_, image[0]);
         load_band(bands, band, dense_pixels<Stored<E>>(m.dh, bands, n.out), n.out, out_, gradient[0]);
         float* to = sums + band * size;
@@ -133,33 +153,5 @@ class VjpBands {
     const Rows<float> sent_;
     const OuterProduct<E> outer_;
 };
-
-// Adds weights' gradients to those of ranges of bands, numbered from `first_range` on, and to the gradient of a. kept: as of
-// VjpBands.
-template <class E>
-void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, const WeightGradients<E>& weights,
-               const Ranges& ranges, int64_t first_range, int threads) {
-    const int64_t count = bands.count(), few = m.network.few;
-    const Scratch<float> sums(count * bands.bordered() * few + WIDTH);
-    share_out(threads, ranges.count(), [&](Shared& left) {
-        const VjpBands<E> loop(weights, bands, kept);
-        for (int64_t r; (r = left.take()) >= 0;) {
-            for (int64_t band = ranges.begin(r); band < ranges.begin(r + 1); band++) {
-                loop.run(m, band, sums.data(), weights.total(first_range + r));
-            }
-        }
-    });
-    parallel(threads, count, [&](int64_t begin, int64_t end) {
-        float* da = static_cast<float*>(m.da.data);
-        for (int64_t band = begin; band < end; band++) {
-            finish_band(bands, band, sums.data(), few, [&](int64_t sample, int64_t y, const float* row) {
-                float* to = da + sample * m.da.sample + y * m.da.row;
-                for (int64_t x = 0; x < bands.width; x++, to += m.da.pixel, row += few) {
-                    for (int64_t c = 0; c < few; c++) to[c] += row[c];
-                }
-            });
-        }
-    });
-}
 
 }  // namespace flowkern::FLOWKERN_ISA

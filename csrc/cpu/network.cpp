@@ -5,7 +5,7 @@
 //     H1 = X W1, H2 = H1 W2, T = H2 W3, h = scatter(T)
 //     G2 = D W3', G1 = G2 W2', da = scatter(G1 W1'), dW1 = X' G1, dW2 = G2' H1, dW3 = D' H2.
 // The third layer's taps are numbered from last to first, because they are scattered where the first layer's are gathered.
-#include "gradients.h"
+#include "winograd_gradients.h"
 
 namespace flowkern::FLOWKERN_ISA {
 namespace {
@@ -40,7 +40,7 @@ struct Portions {
 
     Portions(const NetworkVjp& m, int threads)
         : rows(Hidden<E>::rows_of_image(Bands(1, m.height, m.width))),
-          row(Sizes<E>(m.network.few, m.network.hidden, m.network.out).hidden_row()),
+          row(Sizes<E>(m).hidden_row()),
           outputs(m.height * m.width * m.network.out), rest(m.samples % threads), apart(m.samples - rest),
           at_once(max(1, min(apart / threads, FEW_ROWS / rows))) {}
 
@@ -134,15 +134,15 @@ auto with_factor_type(Type type, const F& f) {
 
 }  // namespace
 
-int64_t network_packed_size(Type type, int64_t few, int64_t hidden, int64_t out) {
+int64_t network_packed_size(Type type, int64_t few, int64_t hidden, int64_t out, int64_t height, int64_t width) {
     return with_factor_type(type, [&](auto number) {
         using E = decltype(number);
-        return Folded<E>(Sizes<E>(few, hidden, out)).size;
+        return Folded<E>(Sizes<E>(few, hidden, out, height, width)).size;
     });
 }
 
 void network_fold(const NetworkFold& m, int threads) {
-    with_factor_type(m.type, [&](auto number) { fold<decltype(number)>(m.network, m.packed, threads); });
+    with_factor_type(m.type, [&](auto number) { fold<decltype(number)>(m, threads); });
 }
 
 void network_trace(const NetworkTrace& m, int threads) {

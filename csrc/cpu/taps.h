@@ -12,7 +12,7 @@ struct Bands {
     int64_t samples, height, width, rows, per_image;
 
     Bands(int64_t samples, int64_t height, int64_t width)
-        : samples(samples), height(height), width(width), rows(min(height, max(1, 256 / width))),
+        : samples(samples), height(height), width(width), rows(min(height, max(2, 256 / width / 2 * 2))),
           per_image(ceil_div(height, rows)) {}
     int64_t count() const { return samples * per_image; }
     int64_t sample(int64_t band) const { return band / per_image; }

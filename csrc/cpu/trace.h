@@ -39,6 +39,12 @@ auto dense_pixels(const void* data, const Bands& bands, int64_t channels) {
     };
 }
 
+// What a product does with its sums: a ReLU, in which NaN stays.
+template <class E>
+auto rectified(const View<E>& to) {
+    return [to](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v < 0 ? Vector<float>{} : v); };
+}
+
 // The loop over bands, with one thread's scratch memory.
 template <class E>
 class TraceBands {
@@ -59,9 +65,6 @@ class TraceBands {
         const View<float> sent = sent_;
         const float* packed = m.packed;
         const int64_t size = bands.bordered() * m.out, row = Hidden<E>::first_row(bands, band);
-        const auto rectified = [](const View<E>& to) {  // NaN stays
-            return [to](int64_t r, int64_t c, Vector<float> v) { store_numbers(to[r] + c, v < 0 ? Vector<float>{} : v); };
-        };
         load_band(bands, band, pixels_of(m.a), m.few, wide_, image[0]);
         float* to = sums + band * size;
         memset(to, 0, size * sizeof(float));
@@ -95,28 +98,5 @@ class TraceBands {
     const Rows<E> image_, x_, h1_, h2_;
     const Rows<float> sent_;
 };
-
-// The network's output, and hidden activations as TraceBands has them.
-template <class E>
-void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kept, int threads) {
-    const Sizes<E> sizes(m.few, m.hidden, m.out);
-    const int64_t numbers = m.width * m.out;
-    const Scratch<float> sums(bands.count() * bands.bordered() * m.out + WIDTH), biases(numbers);  // of a row of pixels
-    share_out(threads, bands.count(), [&](Shared& left) {
-        const TraceBands<E> loop(sizes, bands, kept);
-        for (int64_t band; (band = left.take()) >= 0;) loop.run(m, band, sums.data());
-    });
-    const float* of_channels = m.packed + Folded<E>(sizes).b3;
-    for (int64_t i = 0; i < numbers; i++) biases.data()[i] = of_channels[i % m.out];
-    parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
-        const float* bias = biases.data();
-        for (int64_t band = begin; band < end; band++) {
-            finish_band(bands, band, sums.data(), m.out, [&](int64_t sample, int64_t y, const float* row) {
-                Stored<E>* h = static_cast<Stored<E>*>(m.h) + (sample * m.height + y) * numbers;
-                for (int64_t i = 0; i < numbers; i++) convert(row[i] + bias[i], h[i]);
-            });
-        }
-    });
-}
 
 }  // namespace flowkern::FLOWKERN_ISA

@@ -2,19 +2,28 @@
 // gradients of folded weights to those of the parameters.
 #pragma once
 #include "../formulas.h"
-#include "factors.h"
+#include "winograd.h"
 
 namespace flowkern::FLOWKERN_ISA {
 
-// Sizes of the factors, in units of E.
+// Sizes of the factors, in units of E, and what the 3x3 convolutions are products of: taps, or points (winograd.h).
 template <class E>
 struct Sizes {
     int64_t few, hidden, out;     // channels
     int64_t few_units, hidden_units, out_units;
+    bool winograd;
 
-    Sizes(int64_t few, int64_t hidden, int64_t out)
+    Sizes(int64_t few, int64_t hidden, int64_t out, int64_t height, int64_t width)
         : few(few), hidden(hidden), out(out), few_units(ceil_div(few, PER_UNIT<E>)),
-          hidden_units(ceil_div(hidden, PER_UNIT<E>)), out_units(ceil_div(out, PER_UNIT<E>)) {}
+          hidden_units(ceil_div(hidden, PER_UNIT<E>)), out_units(ceil_div(out, PER_UNIT<E>)),
+          winograd(by_winograd<E>(hidden, height, width)) {}
+    explicit Sizes(const NetworkVjp& m) : Sizes(m.network.few, m.network.hidden, m.network.out, m.height, m.width) {}
+    // Of the first and third layers' factors: how many there are, rows of a right one, and columns.
+    int64_t factors() const { return winograd ? POINTS : 1; }
+    int64_t few_depth() const { return winograd ? few : 9 * few_units; }
+    int64_t out_depth() const { return winograd ? out : 9 * out_units; }
+    int64_t few_columns() const { return winograd ? few : 9 * few; }
+    int64_t out_columns() const { return winograd ? out : 9 * out; }
     // Rows of scratch arrays in numbers of E: whole vectors, and an odd number of cache lines so that columns don't collide.
     static int64_t row(int64_t units) { return PER_UNIT<E> * (padded<float>(units + WIDTH) | WIDTH); }
     int64_t hidden_row() const { return row(hidden_units); }
@@ -48,7 +57,8 @@ struct Axis {
     // Numbered (group, channel), `padded` channels a group of which `channels` exist; from(group, channel) is an offset.
     template <class F, class G>
     Axis(int64_t groups, int64_t channels, int64_t padded, const F& from, const G& scale_of)
-        : offset(groups * padded), scale(groups * padded) {
+        : offset(groups * padded + WIDTH), scale(groups * padded + WIDTH) {
+        offset.clear(), scale.clear();
         for (int64_t i = 0, g = 0; g < groups; g++) {
             for (int64_t c = 0; c < padded; c++, i++) {
                 offset.data()[i] = c < channels ? int32_t(from(g, c)) : 0;
@@ -67,9 +77,13 @@ struct Factor {
     Axis columns;
     int64_t count;  // of columns
     float* packed;
+    const int64_t* taps = nullptr;  // where they lie, of a convolution by Winograd, which is POINTS factors
 
     int64_t panels() const { return panel_count<E>(count); }
     void pack_panel(int64_t i) const {
+        if constexpr (std::is_same_v<E, float>) {
+            if (taps) return pack_points(i);
+        }
         const float* data = static_cast<const float*>(weight);
         const Panel p = panel<E>(count, i);
         const int64_t first = p.first * WIDTH, valid = min(p.vectors * WIDTH, count - first);
@@ -99,6 +113,30 @@ struct Factor {
         }
         memset(to, 0, (packed_depth<E>(depth) - depth) * p.vectors * WIDTH * sizeof(float));
     }
+
+  private:
+    void pack_points(int64_t i) const {
+        const Panel p = panel<E>(count, i);
+        const int64_t first = p.first * WIDTH, size = packed_size<E>(depth, count);
+        float* to = packed + depth * first;
+        for (int64_t k = 0; k < depth; k++) {
+            const float* row = static_cast<const float*>(weight) + rows.offset.data()[k];
+            const float factor = rows.scale.data()[k];
+            for (int64_t j = first; j < first + p.vectors * WIDTH; j += WIDTH, to += WIDTH) {
+                const int32_t* offset = columns.offset.data() + j;
+                const float* scale = columns.scale.data() + j;
+                Vector<float> w[9], u[POINTS];
+                for (int t = 0; t < 9; t++) {
+                    float numbers[WIDTH];
+#pragma omp simd
+                    for (int l = 0; l < WIDTH; l++) numbers[l] = row[taps[t] + offset[l]] * factor * scale[l];
+                    w[t] = load(numbers);
+                }
+                points_of_taps(w, u);
+                for (int n = 0; n < POINTS; n++) store(to + n * size, u[n]);
+            }
+        }
+    }
 };
 
 // Packs a network's three, whose panels are of different sizes.
@@ -120,16 +158,26 @@ struct Axes {
     const Network& n;
     const Sizes<E>& s;
     const Scales& e;
+    int64_t first_taps[9], third_taps[9];
 
+    Axes(const Network& n, const Sizes<E>& s, const Scales& e) : n(n), s(s), e(e) {
+        for (int64_t t = 0; t < 9; t++) {
+            first_taps[t] = tap_offset(n.weight1, t);
+            third_taps[t] = tap_offset(n.weight3, 8 - t);  // from last to first
+        }
+    }
     static float one(int64_t) { return 1; }
 
-    Axis few(int64_t padded) const {  // the first layer's taps
-        return {9, n.few, padded, [&](int64_t t, int64_t c) { return tap_offset(n.weight1, t) + c * n.weight1.in; }, one};
+    // The first layer's inputs and the third one's outputs, for every tap, or once for all.
+    Axis few(int64_t padded) const {
+        return {groups(), n.few, padded, [&](int64_t t, int64_t c) { return (s.winograd ? 0 : first_taps[t]) + c * n.weight1.in; }, one};
     }
-    Axis out(int64_t padded) const {  // the third layer's, from last to first
-        return {9, n.out, padded, [&](int64_t t, int64_t c) { return tap_offset(n.weight3, 8 - t) + c * n.weight3.out; },
+    Axis out(int64_t padded) const {
+        return {groups(), n.out, padded, [&](int64_t t, int64_t c) { return (s.winograd ? 0 : third_taps[t]) + c * n.weight3.out; },
                 [&](int64_t c) { return e.third[c]; }};
     }
+    int64_t groups() const { return s.winograd ? 1 : 9; }
+    const int64_t* taps(const int64_t* of) const { return s.winograd ? of : nullptr; }
     Axis hidden(int64_t stride, const Exponentials* scale) const {
         return {1, n.hidden, s.hidden_units * PER_UNIT<E>, [=](int64_t, int64_t c) { return c * stride; },
                 [=](int64_t c) { return scale ? (*scale)[c] : 1; }};
@@ -141,9 +189,9 @@ template <class E>
 struct Folded {
     int64_t w1 = 0, w2, w3, b1, b2, b3, size;
     explicit Folded(const Sizes<E>& s) {
-        w2 = w1 + packed_size<E>(9 * s.few_units, s.hidden);
+        w2 = w1 + s.factors() * packed_size<E>(s.few_depth(), s.hidden);
         w3 = w2 + packed_size<E>(s.hidden_units, s.hidden);
-        b1 = w3 + packed_size<E>(s.hidden_units, 9 * s.out);
+        b1 = w3 + s.factors() * packed_size<E>(s.hidden_units, s.out_columns());
         b2 = b1 + padded<float>(s.hidden);
         b3 = b2 + padded<float>(s.hidden);
         size = b3 + padded<float>(s.out);
@@ -151,17 +199,20 @@ struct Folded {
 };
 
 template <class E>
-void fold(const Network& n, float* packed, int threads) {
-    const Sizes<E> s(n.few, n.hidden, n.out);
+void fold(const NetworkFold& m, int threads) {
+    const Network& n = m.network;
+    float* packed = m.packed;
+    const Sizes<E> s(n.few, n.hidden, n.out, m.height, m.width);
     const Folded<E> to(s);
     const Scales e(n);
-    const Axes<E> axes{n, s, e};
+    const Axes<E> axes(n, s, e);
     pack_factors<E>(threads, {
-        {n.weight1.data, axes.few(s.few_units * PER_UNIT<E>), 9 * s.few_units, axes.hidden(n.weight1.out, &e.first), n.hidden,
-         packed + to.w1},
+        {n.weight1.data, axes.few(s.few_units * PER_UNIT<E>), s.few_depth(), axes.hidden(n.weight1.out, &e.first), n.hidden,
+         packed + to.w1, axes.taps(axes.first_taps)},
         {n.weight2.data, axes.hidden(n.weight2.in, nullptr), s.hidden_units, axes.hidden(n.weight2.out, &e.second), n.hidden,
          packed + to.w2},
-        {n.weight3.data, axes.hidden(n.weight3.in, nullptr), s.hidden_units, axes.out(n.out), 9 * n.out, packed + to.w3},
+        {n.weight3.data, axes.hidden(n.weight3.in, nullptr), s.hidden_units, axes.out(n.out), s.out_columns(), packed + to.w3,
+         axes.taps(axes.third_taps)},
     });
     memset(packed + to.b1, 0, (to.size - to.b1) * sizeof(float));
     for (int64_t i = 0; i < n.hidden; i++) {
@@ -176,15 +227,16 @@ template <class E>
 struct Backward {
     Scratch<float> w3, w2, w1;
     Backward(const Network& n, const Sizes<E>& s, const Scales& e, int threads)
-        : w3(packed_size<E>(9 * s.out_units, n.hidden)), w2(packed_size<E>(s.hidden_units, n.hidden)),
-          w1(packed_size<E>(s.hidden_units, 9 * n.few)) {
-        const Axes<E> axes{n, s, e};
+        : w3(s.factors() * packed_size<E>(s.out_depth(), n.hidden)), w2(packed_size<E>(s.hidden_units, n.hidden)),
+          w1(s.factors() * packed_size<E>(s.hidden_units, s.few_columns())) {
+        const Axes<E> axes(n, s, e);
         pack_factors<E>(threads, {
-            {n.weight3.data, axes.out(s.out_units * PER_UNIT<E>), 9 * s.out_units, axes.hidden(n.weight3.in, nullptr), n.hidden,
-             w3.data()},
+            {n.weight3.data, axes.out(s.out_units * PER_UNIT<E>), s.out_depth(), axes.hidden(n.weight3.in, nullptr), n.hidden,
+             w3.data(), axes.taps(axes.third_taps)},
             {n.weight2.data, axes.hidden(n.weight2.out, &e.second), s.hidden_units, axes.hidden(n.weight2.in, nullptr),
              n.hidden, w2.data()},
-            {n.weight1.data, axes.hidden(n.weight1.out, &e.first), s.hidden_units, axes.few(n.few), 9 * n.few, w1.data()},
+            {n.weight1.data, axes.hidden(n.weight1.out, &e.first), s.hidden_units, axes.few(n.few), s.few_columns(), w1.data(),
+             axes.taps(axes.first_taps)},
         });
     }
 };
@@ -196,9 +248,9 @@ struct Sums {
     int64_t w1 = 0, w2, w3, b1, b2, b3, size;
     explicit Sums(const Sizes<E>& s) {
         const int64_t hidden = padded<float>(s.hidden);
-        w2 = w1 + padded<float>(9 * s.few_units * PER_UNIT<E>) * hidden;
+        w2 = w1 + padded<float>(s.factors() * s.few_depth() * PER_UNIT<E>) * hidden;
         w3 = w2 + padded<float>(s.hidden) * hidden;
-        b1 = w3 + padded<float>(9 * s.out_units * PER_UNIT<E>) * hidden;
+        b1 = w3 + padded<float>(s.factors() * s.out_depth() * PER_UNIT<E>) * hidden;
         b2 = b1 + hidden;
         b3 = b2 + hidden;
         size = b3 + padded<float>(s.out);

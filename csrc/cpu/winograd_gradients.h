@@ -1,0 +1,114 @@
+// gradients.h's loop over bands with 3x3 convolutions by Winograd.
+#pragma once
+#include "gradients.h"
+#include "winograd_trace.h"
+
+namespace flowkern::FLOWKERN_ISA {
+
+class WinogradVjp {
+  public:
+    WinogradVjp(const WeightGradients<float>& weights, const Bands& bands, const Hidden<float>* kept)
+        : w_(weights), s_(w_.s), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), gradient_(bands.bordered(), s_.out),
+          products_(POINTS * ROWS<float>, VECTORS<float> * WIDTH), h1_(kept ? 0 : 4 * TILES, s_.hidden_row()),
+          h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), g1_(4 * TILES, s_.hidden_row()), g2_(4 * TILES, s_.hidden_row()), d_(s_.out),
+          a_(s_.few), x_(s_.hidden), sent_(s_.few) {}
+
+    void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
+        const Bands bands = bands_;
+        const Sizes<float> s = s_;
+        const Sums<float> where = w_.where;
+        const View<float> image = image_, gradient = gradient_, products = products_, g1 = g1_, g2 = g2_, d = d_, a = a_, x = x_,
+                          sent = sent_;
+        const int64_t size = bands.bordered() * s.few, row = Hidden<float>::first_row(bands, band), wide = padded<float>(s.hidden);
+        const int64_t tiles = bands.row_count(band) * m.width / 4, pixel = bands.first_pixel(band);
+        const auto add_outers = [&](const View<float>& few, int64_t channels, int64_t count, float* to) {
+            for (int64_t i = 0; i < POINTS; i++) {
+                add_outer<float>(few.from(i * TILES).units(), channels, x.from(i * TILES).units(), s.hidden, count, to + i * channels * wide);
+            }
+        };
+        load_band(bands, band, pixels_of(m.a), s.few, s.few, image[0]);
+        load_band(bands, band, dense_pixels<float>(m.dh, bands, s.out), s.out, s.out, gradient[0]);
+        float* to = sums + band * size;
+        memset(to, 0, size * sizeof(float));
+        if (w_.need3) {
+            for (int64_t r = 0; r < bands.row_count(band); r++) {
+                add_rows(gradient.from((r + 1) * (m.width + 2) + 1), 0, m.width, s.out, total + where.b3);
+            }
+        }
+        for (int64_t first = 0; first < tiles; first += TILES) {
+            const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<float>) * ROWS<float>;
+            const View<float> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<float>(h1_);
+            const View<float> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<float>(h2_);
+            if (!kept_) {
+                for (int64_t p = 0; p < 4 * count; p++) {
+                    const int64_t at = (pixel + pixel_of(first + p / 4, p % 4, m.width)) * s.hidden;
+                    memcpy(h1[p], static_cast<const float*>(m.h1) + at, s.hidden * sizeof(float));
+                    memcpy(h2[p], static_cast<const float*>(m.h2) + at, s.hidden * sizeof(float));
+                }
+            }
+            load_points(gradient[0], m.width, s.out, s.out, first, count, d);
+            to_many(d, count, s.out, w_.back.w3.data(), s.hidden, nullptr, products, masked(g2, h2));
+            // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
+            for (int64_t p = 4 * count; p < rows; p++) memset(g2[p], 0, g2.row * sizeof(float));
+            if (w_.need3) {
+                evaluate_points(h2, s.hidden, count, x);
+                add_outers(d, s.out, count, total + where.w3);
+            }
+            multiply<float>(g2.units(), rows, s.hidden, w_.back.w2.data(), s.hidden, nullptr, masked(g1, h1));
+            if (w_.need2) {
+                add_outer<float>(g2.units(), s.hidden, h1.units(), s.hidden, 4 * count, total + where.w2);
+                add_rows(g2, 0, 4 * count, s.hidden, total + where.b2);
+            }
+            evaluate_points(g1, s.hidden, count, x);
+            if (w_.need1) {
+                load_points(image[0], m.width, s.few, s.few, first, count, a);
+                add_outers(a, s.few, count, total + where.w1);
+                add_rows(g1, 0, 4 * count, s.hidden, total + where.b1);
+            }
+            to_few(x, count, s.hidden, w_.back.w1.data(), s.few, sent, m.width, first, to);
+        }
+    }
+
+  private:
+    const WeightGradients<float>& w_;
+    const Sizes<float>& s_;
+    const Bands& bands_;
+    const Hidden<float>* const kept_;
+    const Rows<float> image_, gradient_, products_, h1_, h2_, g1_, g2_;
+    const Points d_, a_, x_, sent_;
+};
+
+// Adds weights' gradients to those of ranges of bands, numbered from `first_range` on, and to the gradient of a. kept: as of
+// VjpBands.
+template <class E>
+void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, const WeightGradients<E>& weights,
+               const Ranges& ranges, int64_t first_range, int threads) {
+    const int64_t count = bands.count(), few = m.network.few;
+    const Scratch<float> sums(count * bands.bordered() * few + WIDTH);
+    share_out(threads, ranges.count(), [&](Shared& left) {
+        const auto run = [&](const auto& loop) {
+            for (int64_t r; (r = left.take()) >= 0;) {
+                for (int64_t band = ranges.begin(r); band < ranges.begin(r + 1); band++) {
+                    loop.run(m, band, sums.data(), weights.total(first_range + r));
+                }
+            }
+        };
+        if constexpr (std::is_same_v<E, float>) {
+            if (weights.s.winograd) return run(WinogradVjp(weights, bands, kept));
+        }
+        run(VjpBands<E>(weights, bands, kept));
+    });
+    parallel(threads, count, [&](int64_t begin, int64_t end) {
+        float* da = static_cast<float*>(m.da.data);
+        for (int64_t band = begin; band < end; band++) {
+            finish_band(bands, band, sums.data(), few, [&](int64_t sample, int64_t y, const float* row) {
+                float* to = da + sample * m.da.sample + y * m.da.row;
+                for (int64_t x = 0; x < bands.width; x++, to += m.da.pixel, row += few) {
+                    for (int64_t c = 0; c < few; c++) to[c] += row[c];
+                }
+            });
+        }
+    });
+}
+
+}  // namespace flowkern::FLOWKERN_ISA

@@ -1,0 +1,89 @@
+// trace.h's loop over bands with 3x3 convolutions by Winograd, for which bands have whole tiles. Hidden activations are in the
+// order of tiles, four pixels each.
+#pragma once
+#include "points.h"
+#include "trace.h"
+
+namespace flowkern::FLOWKERN_ISA {
+
+// A tile's four pixels, counted from a band's first.
+inline int64_t pixel_of(int64_t tile, int64_t i, int64_t width) {
+    return (tile / (width / 2) * 2 + i / 2) * width + tile % (width / 2) * 2 + i % 2;
+}
+
+class WinogradTrace {
+  public:
+    WinogradTrace(const Sizes<float>& sizes, const Bands& bands, const Hidden<float>* kept)
+        : s_(sizes), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), d_(s_.few), products_(POINTS * ROWS<float>, VECTORS<float> * WIDTH),
+          h1_(kept ? 0 : 4 * TILES, s_.hidden_row()), h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), x_(s_.hidden), sent_(s_.out) {}
+
+    void run(const NetworkTrace& m, int64_t band, float* sums) const {
+        const Bands bands = bands_;
+        const Sizes<float> s = s_;
+        const Folded<float> folded(s);
+        const View<float> image = image_, d = d_, products = products_, x = x_, sent = sent_;
+        const float* packed = m.packed;
+        const int64_t size = bands.bordered() * m.out, row = Hidden<float>::first_row(bands, band);
+        load_band(bands, band, pixels_of(m.a), m.few, m.few, image[0]);
+        float* to = sums + band * size;
+        memset(to, 0, size * sizeof(float));
+        const int64_t tiles = bands.row_count(band) * m.width / 4;
+        for (int64_t first = 0; first < tiles; first += TILES) {
+            const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<float>) * ROWS<float>;
+            const View<float> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<float>(h1_);
+            const View<float> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<float>(h2_);
+            load_points(image[0], m.width, m.few, m.few, first, count, d);
+            to_many(d, count, m.few, packed + folded.w1, m.hidden, packed + folded.b1, products, rectified(h1));
+            multiply<float>(h1.units(), rows, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
+            evaluate_points(h2, m.hidden, count, x);
+            to_few(x, count, m.hidden, packed + folded.w3, m.out, sent, m.width, first, to);
+            if (!m.h1) continue;
+            const int64_t pixel = bands.first_pixel(band);
+            for (int64_t p = 0; p < 4 * count; p++) {
+                const int64_t at = (pixel + pixel_of(first + p / 4, p % 4, m.width)) * m.hidden;
+                copy_past_cache(static_cast<float*>(m.h1) + at, h1[p], m.hidden);
+                copy_past_cache(static_cast<float*>(m.h2) + at, h2[p], m.hidden);
+            }
+        }
+        if (m.h1) end_copies_past_cache();
+    }
+
+  private:
+    const Sizes<float>& s_;
+    const Bands& bands_;
+    const Hidden<float>* const kept_;
+    const Rows<float> image_;
+    const Points d_;
+    const Rows<float> products_, h1_, h2_;
+    const Points x_, sent_;
+};
+
+// The network's output, and hidden activations as TraceBands has them.
+template <class E>
+void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kept, int threads) {
+    const Sizes<E> sizes(m.few, m.hidden, m.out, m.height, m.width);
+    const int64_t numbers = m.width * m.out;
+    const Scratch<float> sums(bands.count() * bands.bordered() * m.out + WIDTH), biases(numbers);  // of a row of pixels
+    share_out(threads, bands.count(), [&](Shared& left) {
+        const auto run = [&](const auto& loop) {
+            for (int64_t band; (band = left.take()) >= 0;) loop.run(m, band, sums.data());
+        };
+        if constexpr (std::is_same_v<E, float>) {
+            if (sizes.winograd) return run(WinogradTrace(sizes, bands, kept));
+        }
+        run(TraceBands<E>(sizes, bands, kept));
+    });
+    const float* of_channels = m.packed + Folded<E>(sizes).b3;
+    for (int64_t i = 0; i < numbers; i++) biases.data()[i] = of_channels[i % m.out];
+    parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
+        const float* bias = biases.data();
+        for (int64_t band = begin; band < end; band++) {
+            finish_band(bands, band, sums.data(), m.out, [&](int64_t sample, int64_t y, const float* row) {
+                Stored<E>* h = static_cast<Stored<E>*>(m.h) + (sample * m.height + y) * numbers;
+                for (int64_t i = 0; i < numbers; i++) convert(row[i] + bias[i], h[i]);
+            });
+        }
+    });
+}
+
+}  // namespace flowkern::FLOWKERN_ISA
