@@ -67,7 +67,7 @@ inline void combine_panel(const View<float>& points, int64_t count, int64_t dept
     for (int64_t first = 0; first < count; first += ROWS<float>) {
         for (int i = 0; i < POINTS; i++) {
             const View<float> to = products.from(i * ROWS<float>);
-            multiply_on_vectors<float, P>(points.from(i * TILES + first).units(), ROWS<float>, depth, packed + i * size, nullptr,
+            multiply_on_vectors<float, P, false>(points.from(i * TILES + first).units(), ROWS<float>, depth, packed + i * size, nullptr,
                                           [&](int64_t r, int64_t c, V v) { store(to[r] + c, v); });
         }
         for (int64_t r = 0; r < min(ROWS<float>, count - first); r++) {

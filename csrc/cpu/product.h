@@ -15,8 +15,11 @@ inline void multiply_add(Vector<float>& sum, float a, Vector<float> b, BFloat16)
 }
 #endif
 
-template <class E, int V, class F>
+// HALF: of the last vector of every row only half has columns. Processors that take vectors of 64 bytes apart need half the time
+// for it.
+template <class E, int V, bool HALF, class F>
 inline void multiply_on_vectors(Units a, int64_t rows, int64_t depth, const float* packed, const float* init, const F& done) {
+    constexpr int WHOLE = V - HALF;
     for (int64_t first = 0; first < rows; first += ROWS<E>) {
         const float* row[ROWS<E>];
 #pragma GCC unroll 8
@@ -25,22 +28,34 @@ inline void multiply_on_vectors(Units a, int64_t rows, int64_t depth, const floa
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS<E>; r++) {
 #pragma GCC unroll 3
-            for (int v = 0; v < V; v++) sum[r][v] = init ? load(init + v * WIDTH) : Vector<float>{};
+            for (int v = 0; v < WHOLE; v++) sum[r][v] = init ? load(init + v * WIDTH) : Vector<float>{};
+        }
+        [[maybe_unused]] HalfVector<float> end[ROWS<E>];
+        if constexpr (HALF) {
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS<E>; r++) end[r] = init ? load_half(init + WHOLE * WIDTH) : HalfVector<float>{};
         }
         const float* b = packed;
         for (int64_t k = 0; k < depth; k++, b += V * WIDTH) {
             Vector<float> column[V];
+            [[maybe_unused]] HalfVector<float> last;
 #pragma GCC unroll 3
-            for (int v = 0; v < V; v++) column[v] = load(b + v * WIDTH);
+            for (int v = 0; v < WHOLE; v++) column[v] = load(b + v * WIDTH);
+            if constexpr (HALF) last = load_half(b + WHOLE * WIDTH);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS<E>; r++) {
                 const float value = row[r][k];
 #pragma GCC unroll 3
-                for (int v = 0; v < V; v++) multiply_add(sum[r][v], value, column[v], E());
+                for (int v = 0; v < WHOLE; v++) multiply_add(sum[r][v], value, column[v], E());
+                if constexpr (HALF) end[r] += value * last;
             }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS<E>; r++) {
+            if constexpr (HALF) {
+                sum[r][V - 1] = Vector<float>{};
+                memcpy(&sum[r][V - 1], &end[r], sizeof end[r]);
+            }
 #pragma GCC unroll 3
             for (int v = 0; v < V; v++) done(first + r, v * WIDTH, sum[r][v]);
         }
@@ -48,11 +63,14 @@ inline void multiply_on_vectors(Units a, int64_t rows, int64_t depth, const floa
 }
 
 template <class E, int V, class F>
-inline void multiply_panel(Units a, int64_t rows, int64_t depth, const float* packed, const float* init, const F& done) {
+inline void multiply_panel(Units a, int64_t rows, int64_t depth, const float* packed, bool half, const float* init, const F& done) {
     if constexpr (TILED<E>) {
         multiply_on_tiles<V>(a, rows, depth, packed, init, done);
     } else {
-        multiply_on_vectors<E, V>(a, rows, depth, packed, init, done);
+        if constexpr (VECTOR_BYTES == 64 && PER_UNIT<E> == 1) {
+            if (half) return multiply_on_vectors<E, V, true>(a, rows, depth, packed, init, done);
+        }
+        multiply_on_vectors<E, V, false>(a, rows, depth, packed, init, done);
     }
 }
 
@@ -64,12 +82,13 @@ inline void multiply(Units a, int64_t rows, int64_t depth, const float* packed, 
         const Panel p = panel<E>(columns, i);
         const int64_t column = p.first * WIDTH;
         const float *b = packed + depth * column, *start = init ? init + column : nullptr;
+        const bool half = columns - column <= (2 * p.vectors - 1) * (WIDTH / 2);
         const auto shifted = [&](int64_t r, int64_t c, Vector<float> v) { done(r, column + c, v); };
         if constexpr (VECTORS<E> == 3) {
-            if (p.vectors == 3) multiply_panel<E, 3>(a, rows, depth, b, start, shifted);
+            if (p.vectors == 3) multiply_panel<E, 3>(a, rows, depth, b, half, start, shifted);
         }
-        if (p.vectors == 2) multiply_panel<E, 2>(a, rows, depth, b, start, shifted);
-        if (p.vectors == 1) multiply_panel<E, 1>(a, rows, depth, b, start, shifted);
+        if (p.vectors == 2) multiply_panel<E, 2>(a, rows, depth, b, half, start, shifted);
+        if (p.vectors == 1) multiply_panel<E, 1>(a, rows, depth, b, half, start, shifted);
     }
 }
 

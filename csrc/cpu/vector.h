@@ -47,6 +47,13 @@ inline Vector<T> load(const T* p) {
 }
 
 template <class T>
+inline HalfVector<T> load_half(const T* p) {
+    HalfVector<T> v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class T>
 inline void store(T* p, Vector<T> v) {
     memcpy(p, &v, sizeof v);
 }
