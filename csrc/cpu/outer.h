@@ -40,10 +40,10 @@ inline void add_outer_panel(Units a, int64_t rows, Units b, int64_t depth, float
     for (; r < rows; r++) add_outer_block<E, 1, V>(at(), b, depth, total + r * stride, stride);
 }
 
-// total (rows, columns) += transpose of a (depth, rows) times b (depth, columns), columns padded to whole vectors.
+// total (rows, columns), rows `stride` apart, += transpose of a (depth, rows) times b (depth, columns), columns padded to whole
+// vectors.
 template <class E>
-inline void add_outer(Units a, int64_t rows, Units b, int64_t columns, int64_t depth, float* total) {
-    const int64_t stride = padded<float>(columns);
+inline void add_outer(Units a, int64_t rows, Units b, int64_t columns, int64_t depth, float* total, int64_t stride) {
     for (int64_t i = 0; i < panel_count<E>(columns); i++) {
         const Panel p = panel<E>(columns, i);
         const Units from{b.data + p.first * WIDTH, b.stride};
@@ -74,9 +74,9 @@ class OuterProduct {
             add_product(left_.units(), a_columns, pair_rows(b, right_, pixels, b_columns), b_columns, depth, total);
         } else if constexpr (PAIRED) {
             add_outer<E>(pair_rows(a, left_, pixels, a_columns), a_columns, pair_rows(b, right_, pixels, b_columns), b_columns,
-                         depth, total);
+                         depth, total, padded<float>(b_columns));
         } else {
-            add_outer<E>(a.units(), a_columns, b.units(), b_columns, depth, total);
+            add_outer<E>(a.units(), a_columns, b.units(), b_columns, depth, total, padded<float>(b_columns));
         }
     }
 

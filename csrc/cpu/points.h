@@ -6,7 +6,22 @@
 
 namespace flowkern::FLOWKERN_ISA {
 
-constexpr int64_t TILES = 16;  // of a chunk
+constexpr int64_t TILES = 16;               // of a chunk
+constexpr int64_t EVALUATED = 9 * WIDTH;    // hidden channels at once
+
+// A chunk's rows of tiles for each point.
+struct PointsView {
+    View<float> rows;
+
+    View<float> operator[](int64_t point) const { return rows.from(point * TILES); }
+};
+// An odd number of cache lines a row, so that points don't collide.
+struct Points : PointsView {
+    explicit Points(int64_t channels) : PointsView{{}}, memory_(POINTS * TILES, padded<float>(channels) | WIDTH) { rows = memory_; }
+
+  private:
+    const Rows<float> memory_;
+};
 
 // to += the first n numbers of a vector.
 inline void add_first(float* to, V v, int64_t n) {
@@ -21,53 +36,45 @@ inline void add_first(float* to, V v, int64_t n) {
 #endif
 }
 
-// Arrays of a chunk: rows of all tiles for each point.
-class Points : public Rows<float> {
-  public:
-    explicit Points(int64_t channels) : Rows<float>(POINTS * TILES, padded<float>(channels) | WIDTH) {}
-    View<float> at(int point) const { return from(point * TILES); }
-};
-
-// What `count` tiles of a band from the one numbered `first` on are products of; `wide`: numbers of a bordered band's pixel.
-inline void load_points(const float* bordered, int64_t width, int64_t wide, int64_t channels, int64_t first, int64_t count,
-                        const View<float>& points) {
-    const int64_t row = (width + 2) * wide, columns = width / 2;
+// What `count` tiles of a bordered band from the one numbered `first` on are products of.
+inline void load_points(const float* bordered, int64_t width, int64_t channels, int64_t first, int64_t count, const PointsView& points) {
+    const int64_t row = (width + 2) * channels, columns = width / 2;
     for (int64_t t = 0; t < count; t++) {
-        const float* patch = bordered + (first + t) / columns * 2 * row + (first + t) % columns * 2 * wide;
+        const float* patch = bordered + (first + t) / columns * 2 * row + (first + t) % columns * 2 * channels;
         for (int64_t c = 0; c < channels; c += WIDTH) {
             V d[16], p[16];
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) d[i] = load(patch + i / 4 * row + i % 4 * wide + c);
+            for (int i = 0; i < 16; i++) d[i] = load(patch + i / 4 * row + i % 4 * channels + c);
             in_both<4, 4, to_points>(d, p);
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) store(points[i * TILES + t] + c, p[i]);
+            for (int i = 0; i < 16; i++) store(points[i][t] + c, p[i]);
         }
     }
 }
 
-// The same of a tile's own pixels, which are four rows of `rows`.
-inline void evaluate_points(const View<float>& rows, int64_t channels, int64_t count, const View<float>& points) {
+// The same of a tile's own pixels, four rows of `rows`, and of `channels` from the first one on.
+inline void evaluate_points(const View<float>& rows, int64_t first, int64_t channels, int64_t count, const PointsView& points) {
     for (int64_t t = 0; t < count; t++) {
         const View<float> tile = rows.from(4 * t);
         for (int64_t c = 0; c < channels; c += WIDTH) {
             V x[4], p[16];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) x[i] = load(tile[i] + c);
+            for (int i = 0; i < 4; i++) x[i] = load(tile[i] + first + c);
             in_both<2, 4, evaluate>(x, p);
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) store(points[i * TILES + t] + c, p[i]);
+            for (int i = 0; i < 16; i++) store(points[i][t] + c, p[i]);
         }
     }
 }
 
 // A convolution to many channels: done(row, column, vector) for every vector of four rows a tile. packed: POINTS factors.
 template <int P, class F>
-inline void combine_panel(const View<float>& points, int64_t count, int64_t depth, const float* packed, int64_t size, const float* init,
+inline void combine_panel(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t size, const float* init,
                           const View<float>& products, const F& done) {
     for (int64_t first = 0; first < count; first += ROWS<float>) {
         for (int i = 0; i < POINTS; i++) {
             const View<float> to = products.from(i * ROWS<float>);
-            multiply_on_vectors<float, P, false>(points.from(i * TILES + first).units(), ROWS<float>, depth, packed + i * size, nullptr,
+            multiply_on_vectors<float, P, false>(points[i].from(first).units(), ROWS<float>, depth, packed + i * size, nullptr,
                                           [&](int64_t r, int64_t c, V v) { store(to[r] + c, v); });
         }
         for (int64_t r = 0; r < min(ROWS<float>, count - first); r++) {
@@ -86,7 +93,7 @@ inline void combine_panel(const View<float>& points, int64_t count, int64_t dept
 }
 
 template <class F>
-inline void to_many(const View<float>& points, int64_t count, int64_t depth, const float* packed, int64_t columns, const float* init,
+inline void to_many(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t columns, const float* init,
                     const View<float>& products, const F& done) {
     const int64_t size = packed_size<float>(depth, columns);
     for (int64_t i = 0; i < panel_count<float>(columns); i++) {
@@ -102,14 +109,14 @@ inline void to_many(const View<float>& points, int64_t count, int64_t depth, con
 
 // bordered += what tiles send to the pixels around them, from products of all points.
 template <int C>
-void spread_tiles(const View<float>& products, int64_t width, int64_t first, int64_t count, int64_t channels, float* bordered) {
+void spread_tiles(const PointsView& products, int64_t width, int64_t first, int64_t count, int64_t channels, float* bordered) {
     const int64_t n = C ? C : channels, row = (width + 2) * n, columns = width / 2;
     for (int64_t t = 0; t < count; t++) {
         float* patch = bordered + (first + t) / columns * 2 * row + (first + t) % columns * 2 * n;
         for (int64_t c = 0; c < n; c += WIDTH) {
             V m[16], s[16];
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) m[i] = load(products[i * TILES + t] + c);
+            for (int i = 0; i < 16; i++) m[i] = load(products[i][t] + c);
             in_both<4, 4, spread>(m, s);
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) add_first(patch + i / 4 * row + i % 4 * n + c, s[i], min(WIDTH, n - c));
@@ -117,15 +124,19 @@ void spread_tiles(const View<float>& products, int64_t width, int64_t first, int
     }
 }
 
-// A convolution to few channels, of evaluated points.
-inline void to_few(const View<float>& points, int64_t count, int64_t depth, const float* packed, int64_t channels, const View<float>& products,
-                   int64_t width, int64_t first, float* bordered) {
-    const int64_t size = packed_size<float>(depth, channels), rows = ceil_div(count, ROWS<float>) * ROWS<float>;
+// A convolution to few channels: products of evaluated points, `count` channels of `depth` from the one numbered `first` on, of
+// which the first ones begin the sums that `spread` is for.
+inline void add_products(const PointsView& points, int64_t tiles, int64_t first, int64_t count, int64_t depth, const float* packed,
+                         int64_t channels, const PointsView& products) {
+    const int64_t size = packed_size<float>(depth, channels), rows = ceil_div(tiles, ROWS<float>) * ROWS<float>;
     for (int i = 0; i < POINTS; i++) {
-        const View<float> to = products.from(i * TILES);
-        multiply<float>(points.from(i * TILES).units(), rows, depth, packed + i * size, channels, nullptr,
-                        [&](int64_t r, int64_t c, V v) { store(to[r] + c, v); });
+        const View<float> to = products[i];
+        multiply_some<float>(points[i].units(), rows, first, count, depth, packed + i * size, channels, nullptr,
+                             [&](int64_t r, int64_t c, V v) { store(to[r] + c, first ? load(to[r] + c) + v : v); });
     }
+}
+
+inline void spread_products(const PointsView& products, int64_t width, int64_t first, int64_t count, int64_t channels, float* bordered) {
     switch (channels) {
         case 6: return spread_tiles<6>(products, width, first, count, channels, bordered);
         case 12: return spread_tiles<12>(products, width, first, count, channels, bordered);

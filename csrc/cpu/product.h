@@ -74,22 +74,29 @@ inline void multiply_panel(Units a, int64_t rows, int64_t depth, const float* pa
     }
 }
 
+// As `multiply`, of `count` rows of b from the one numbered `first` on, of `depth` that it has.
+template <class E, class F>
+inline void multiply_some(Units a, int64_t rows, int64_t first, int64_t count, int64_t depth, const float* packed, int64_t columns,
+                          const float* init, const F& done) {
+    for (int64_t i = 0; i < panel_count<E>(columns); i++) {
+        const Panel p = panel<E>(columns, i);
+        const int64_t column = p.first * WIDTH;
+        const float *b = packed + depth * column + first * p.vectors * WIDTH, *start = init ? init + column : nullptr;
+        const bool half = columns - column <= (2 * p.vectors - 1) * (WIDTH / 2);
+        const auto shifted = [&](int64_t r, int64_t c, Vector<float> v) { done(r, column + c, v); };
+        if constexpr (VECTORS<E> == 3) {
+            if (p.vectors == 3) multiply_panel<E, 3>(a, rows, count, b, half, start, shifted);
+        }
+        if (p.vectors == 2) multiply_panel<E, 2>(a, rows, count, b, half, start, shifted);
+        if (p.vectors == 1) multiply_panel<E, 1>(a, rows, count, b, half, start, shifted);
+    }
+}
+
 // done(row, column, vector) for every vector of a b + init, b packed, `rows` a multiple of ROWS. init: columns, or null.
 template <class E, class F>
 inline void multiply(Units a, int64_t rows, int64_t depth, const float* packed, int64_t columns, const float* init, const F& done) {
     depth = packed_depth<E>(depth);
-    for (int64_t i = 0; i < panel_count<E>(columns); i++) {
-        const Panel p = panel<E>(columns, i);
-        const int64_t column = p.first * WIDTH;
-        const float *b = packed + depth * column, *start = init ? init + column : nullptr;
-        const bool half = columns - column <= (2 * p.vectors - 1) * (WIDTH / 2);
-        const auto shifted = [&](int64_t r, int64_t c, Vector<float> v) { done(r, column + c, v); };
-        if constexpr (VECTORS<E> == 3) {
-            if (p.vectors == 3) multiply_panel<E, 3>(a, rows, depth, b, half, start, shifted);
-        }
-        if (p.vectors == 2) multiply_panel<E, 2>(a, rows, depth, b, half, start, shifted);
-        if (p.vectors == 1) multiply_panel<E, 1>(a, rows, depth, b, half, start, shifted);
-    }
+    multiply_some<E>(a, rows, 0, depth, depth, packed, columns, init, done);
 }
 
 }  // namespace flowkern::FLOWKERN_ISA

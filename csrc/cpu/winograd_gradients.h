@@ -11,61 +11,63 @@ class WinogradVjp {
         : w_(weights), s_(w_.s), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), gradient_(bands.bordered(), s_.out),
           products_(POINTS * ROWS<float>, VECTORS<float> * WIDTH), h1_(kept ? 0 : 4 * TILES, s_.hidden_row()),
           h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), g1_(4 * TILES, s_.hidden_row()), g2_(4 * TILES, s_.hidden_row()), d_(s_.out),
-          a_(s_.few), x_(s_.hidden), sent_(s_.few) {}
+          a_(s_.few), x_(min(s_.hidden, EVALUATED)), sent_(s_.few) {}
 
     void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
         const Bands bands = bands_;
         const Sizes<float> s = s_;
         const Sums<float> where = w_.where;
-        const View<float> image = image_, gradient = gradient_, products = products_, g1 = g1_, g2 = g2_, d = d_, a = a_, x = x_,
-                          sent = sent_;
+        const View<float> image = image_, gradient = gradient_, products = products_, g1 = g1_, g2 = g2_;
+        const PointsView d = d_, a = a_, x = x_, sent = sent_;
         const int64_t size = bands.bordered() * s.few, row = Hidden<float>::first_row(bands, band), wide = padded<float>(s.hidden);
-        const int64_t tiles = bands.row_count(band) * m.width / 4, pixel = bands.first_pixel(band);
-        const auto add_outers = [&](const View<float>& few, int64_t channels, int64_t count, float* to) {
-            for (int64_t i = 0; i < POINTS; i++) {
-                add_outer<float>(few.from(i * TILES).units(), channels, x.from(i * TILES).units(), s.hidden, count, to + i * channels * wide);
-            }
-        };
         load_band(bands, band, pixels_of(m.a), s.few, s.few, image[0]);
         load_band(bands, band, dense_pixels<float>(m.dh, bands, s.out), s.out, s.out, gradient[0]);
         float* to = sums + band * size;
         memset(to, 0, size * sizeof(float));
         if (w_.need3) {
-            for (int64_t r = 0; r < bands.row_count(band); r++) {
-                add_rows(gradient.from((r + 1) * (m.width + 2) + 1), 0, m.width, s.out, total + where.b3);
+            for (int64_t r = 1; r <= bands.row_count(band); r++) {
+                add_rows(gradient.from(r * (m.width + 2) + 1), 0, m.width, s.out, total + where.b3);
             }
         }
+        const int64_t tiles = bands.row_count(band) * m.width / 4;
         for (int64_t first = 0; first < tiles; first += TILES) {
             const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<float>) * ROWS<float>;
             const View<float> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<float>(h1_);
             const View<float> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<float>(h2_);
             if (!kept_) {
                 for (int64_t p = 0; p < 4 * count; p++) {
-                    const int64_t at = (pixel + pixel_of(first + p / 4, p % 4, m.width)) * s.hidden;
+                    const int64_t at = (bands.first_pixel(band) + pixel_of(first + p / 4, p % 4, m.width)) * s.hidden;
                     memcpy(h1[p], static_cast<const float*>(m.h1) + at, s.hidden * sizeof(float));
                     memcpy(h2[p], static_cast<const float*>(m.h2) + at, s.hidden * sizeof(float));
                 }
             }
-            load_points(gradient[0], m.width, s.out, s.out, first, count, d);
+            load_points(gradient[0], m.width, s.out, first, count, d);
             to_many(d, count, s.out, w_.back.w3.data(), s.hidden, nullptr, products, masked(g2, h2));
-            // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
-            for (int64_t p = 4 * count; p < rows; p++) memset(g2[p], 0, g2.row * sizeof(float));
-            if (w_.need3) {
-                evaluate_points(h2, s.hidden, count, x);
-                add_outers(d, s.out, count, total + where.w3);
-            }
             multiply<float>(g2.units(), rows, s.hidden, w_.back.w2.data(), s.hidden, nullptr, masked(g1, h1));
             if (w_.need2) {
-                add_outer<float>(g2.units(), s.hidden, h1.units(), s.hidden, 4 * count, total + where.w2);
+                add_outer<float>(g2.units(), s.hidden, h1.units(), s.hidden, 4 * count, total + where.w2, wide);
                 add_rows(g2, 0, 4 * count, s.hidden, total + where.b2);
             }
-            evaluate_points(g1, s.hidden, count, x);
             if (w_.need1) {
-                load_points(image[0], m.width, s.few, s.few, first, count, a);
-                add_outers(a, s.few, count, total + where.w1);
+                load_points(image[0], m.width, s.few, first, count, a);
                 add_rows(g1, 0, 4 * count, s.hidden, total + where.b1);
             }
-            to_few(x, count, s.hidden, w_.back.w1.data(), s.few, sent, m.width, first, to);
+            for (int64_t c = 0; c < s.hidden; c += EVALUATED) {
+                const int64_t channels = min(EVALUATED, s.hidden - c);
+                const auto add_outers = [&](const PointsView& few, int64_t rows, float* to) {
+                    for (int64_t i = 0; i < POINTS; i++, to += rows * wide) {
+                        add_outer<float>(few[i].units(), rows, x[i].units(), channels, count, to, wide);
+                    }
+                };
+                if (w_.need3) {
+                    evaluate_points(h2, c, channels, count, x);
+                    add_outers(d, s.out, total + where.w3 + c);
+                }
+                evaluate_points(g1, c, channels, count, x);
+                if (w_.need1) add_outers(a, s.few, total + where.w1 + c);
+                add_products(x, count, c, channels, s.hidden, w_.back.w1.data(), s.few, sent);
+            }
+            spread_products(sent, m.width, first, count, s.few, to);
         }
     }
 

@@ -15,13 +15,14 @@ class WinogradTrace {
   public:
     WinogradTrace(const Sizes<float>& sizes, const Bands& bands, const Hidden<float>* kept)
         : s_(sizes), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), d_(s_.few), products_(POINTS * ROWS<float>, VECTORS<float> * WIDTH),
-          h1_(kept ? 0 : 4 * TILES, s_.hidden_row()), h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), x_(s_.hidden), sent_(s_.out) {}
+          h1_(kept ? 0 : 4 * TILES, s_.hidden_row()), h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), x_(min(s_.hidden, EVALUATED)), sent_(s_.out) {}
 
     void run(const NetworkTrace& m, int64_t band, float* sums) const {
         const Bands bands = bands_;
         const Sizes<float> s = s_;
         const Folded<float> folded(s);
-        const View<float> image = image_, d = d_, products = products_, x = x_, sent = sent_;
+        const View<float> image = image_, products = products_;
+        const PointsView d = d_, x = x_, sent = sent_;
         const float* packed = m.packed;
         const int64_t size = bands.bordered() * m.out, row = Hidden<float>::first_row(bands, band);
         load_band(bands, band, pixels_of(m.a), m.few, m.few, image[0]);
@@ -32,11 +33,15 @@ class WinogradTrace {
             const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<float>) * ROWS<float>;
             const View<float> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<float>(h1_);
             const View<float> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<float>(h2_);
-            load_points(image[0], m.width, m.few, m.few, first, count, d);
+            load_points(image[0], m.width, m.few, first, count, d);
             to_many(d, count, m.few, packed + folded.w1, m.hidden, packed + folded.b1, products, rectified(h1));
             multiply<float>(h1.units(), rows, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
-            evaluate_points(h2, m.hidden, count, x);
-            to_few(x, count, m.hidden, packed + folded.w3, m.out, sent, m.width, first, to);
+            for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
+                const int64_t channels = min(EVALUATED, m.hidden - c);
+                evaluate_points(h2, c, channels, count, x);
+                add_products(x, count, c, channels, m.hidden, packed + folded.w3, m.out, sent);
+            }
+            spread_products(sent, m.width, first, count, m.out, to);
             if (!m.h1) continue;
             const int64_t pixel = bands.first_pixel(band);
             for (int64_t p = 0; p < 4 * count; p++) {
