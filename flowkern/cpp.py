@@ -45,7 +45,7 @@ def build_config() -> dict:
 
 
 def kept_scratch(afresh: bool = False) -> int:
-    """Bytes of scratch memory that threads have used and keep for their next calls, at most 2 MiB each.
+    """Bytes of scratch memory that threads have used and keep for their next calls, at most 4 MiB each.
 
     afresh: have the next call tell what is used from now on.
     """

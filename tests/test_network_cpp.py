@@ -31,6 +31,16 @@ LARGE = {
     "levels": (2, 24, 16, 16, 128, 24),
     "three ranges of sums a thread": (24, 4, 16, 16, 10, 4),
 }
+# Even sizes and enough hidden channels: by Winograd in fp32. Chunks of tiles that end within a row, a last band that is
+# smaller, bands of two rows, channels that nothing divides, more of them than are evaluated at once.
+WINOGRAD = {
+    "levels": (2, 12, 32, 32, 128, 12),
+    "bands": (2, 12, 44, 24, 40, 12),
+    "two rows": (1, 4, 4, 600, 32, 4),
+    "one tile": (3, 2, 2, 2, 33, 2),
+    "additive": (2, 10, 6, 10, 50, 5),
+    "many channels": (1, 96, 4, 6, 150, 96),
+}
 
 
 @pytest.fixture(autouse=True, params=["amx", "avx512bf16", "avx512", "avx2"])
@@ -58,6 +68,23 @@ def test_against_pytorch(dtype):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_against_pytorch_on_larger_images(dtype):
     compare(CPP, LARGE.values(), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("shape", WINOGRAD)
+def test_winograd_against_pytorch(shape):
+    compare(CPP, [WINOGRAD[shape]], FLOAT)
+
+
+def test_winograd_is_as_exact_as_the_sums_over_taps():
+    """Beside images with a row more, which have no whole tiles; in units of fp32's last place."""
+    n, c, height, width, hidden, out = WINOGRAD["levels"]
+    errors = []
+    for rows in (height, height + 1):
+        shape = n, c, rows, width, hidden, out
+        got, exact = results(CPP, shape, FLOAT, FLOAT), results(PYTORCH, shape, DOUBLE, DOUBLE)
+        errors.append(torch.tensor([relative(g.double(), e) for g, e in zip(got, exact, strict=True)]))
+    eps = torch.finfo(FLOAT).eps
+    assert (errors[0] <= 3 * errors[1] + eps).all() and errors[0].max() < 20 * eps, [(e / eps).tolist() for e in errors]
 
 
 @pytest.fixture(params=["fp32", "bf16"])
@@ -122,7 +149,7 @@ def test_gradients_in_the_memory_layout_of_their_parameters(dtype):
     assert_gradients_laid_out_as_parameters(CPP, dtype)
 
 
-@pytest.mark.parametrize("shape", ["bands", "three ranges of sums a thread"])
+@pytest.mark.parametrize("shape", ["bands", "levels", "three ranges of sums a thread"])
 def test_same_bits_again_whatever_the_threads_do_and_inputs_left_alone(shape, dtype):
     """The sums over pixels alone depend on how many threads share them, up to rounding."""
     n, c, height, width, hidden, out = LARGE[shape]

@@ -16,7 +16,7 @@ void parallel_ranges(int threads, int64_t items, void (*body)(const void*, int64
 // Memory for scratch arrays, aligned to 64 bytes. A thread gives it back in the opposite order. The first `RESERVE` bytes are
 // the thread's own and stay its own: malloc takes microseconds for arrays of some kilobytes, and their lines stay in cache.
 // Raises std::bad_alloc.
-constexpr int64_t RESERVE = 2 << 20;
+constexpr int64_t RESERVE = 4 << 20;
 void* take_scratch(int64_t bytes);
 void give_scratch(void* memory);
 
