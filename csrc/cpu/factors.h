@@ -123,6 +123,10 @@ struct View {
     Units units() const { return {reinterpret_cast<const float*>(data), row / PER_UNIT<E>}; }
 };
 
+// The fp32 numbers that they are.
+inline View<float> widened(const View<float>& rows) { return rows; }
+inline View<float> widened(const View<Widened>& rows) { return {&rows.data->value, rows.row}; }
+
 // A scratch array of them, zero at first, that may be read two vectors beyond its end.
 template <class E>
 class Rows : public View<E> {

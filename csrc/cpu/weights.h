@@ -81,7 +81,7 @@ struct Factor {
 
     int64_t panels() const { return panel_count<E>(count); }
     void pack_panel(int64_t i) const {
-        if constexpr (std::is_same_v<E, float>) {
+        if constexpr (PER_UNIT<E> == 1) {
             if (taps) return pack_points(i);
         }
         const float* data = static_cast<const float*>(weight);
@@ -129,7 +129,11 @@ struct Factor {
                 for (int t = 0; t < 9; t++) {
                     float numbers[WIDTH];
 #pragma omp simd
-                    for (int l = 0; l < WIDTH; l++) numbers[l] = row[taps[t] + offset[l]] * factor * scale[l];
+                    for (int l = 0; l < WIDTH; l++) {
+                        E number;
+                        convert(row[taps[t] + offset[l]] * factor * scale[l], number);
+                        numbers[l] = unit_of(number);
+                    }
                     w[t] = load(numbers);
                 }
                 points_of_taps(w, u);

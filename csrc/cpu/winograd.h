@@ -9,18 +9,16 @@
 // the 4x4 pixels around it, which is the transpose: spread(of_taps w * evaluate x), of evaluate = combine' and spread =
 // to_points'. What is done to arrays of many channels is then the cheaper of each pair.
 #pragma once
-#include <type_traits>
-
 #include "factors.h"
 
 namespace flowkern::FLOWKERN_ISA {
 
 constexpr int POINTS = 16;
 
-// The even-sized images of fp32 networks that are wide enough for the transforms to be worth it.
+// Even-sized images of networks that multiply fp32 numbers and are wide enough for the transforms to be worth it.
 template <class E>
 bool by_winograd(int64_t hidden, int64_t height, int64_t width) {
-    return std::is_same_v<E, float> && hidden >= 32 && height % 2 == 0 && width % 2 == 0;
+    return PER_UNIT<E> == 1 && hidden >= 32 && height % 2 == 0 && width % 2 == 0;
 }
 
 using V = Vector<float>;

@@ -5,23 +5,25 @@
 
 namespace flowkern::FLOWKERN_ISA {
 
+template <class E>
 class WinogradVjp {
   public:
-    WinogradVjp(const WeightGradients<float>& weights, const Bands& bands, const Hidden<float>* kept)
+    WinogradVjp(const WeightGradients<E>& weights, const Bands& bands, const Hidden<E>* kept)
         : w_(weights), s_(w_.s), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), gradient_(bands.bordered(), s_.out),
-          products_(POINTS * ROWS<float>, VECTORS<float> * WIDTH), h1_(kept ? 0 : 4 * TILES, s_.hidden_row()),
+          products_(POINTS * ROWS<E>, VECTORS<E> * WIDTH), h1_(kept ? 0 : 4 * TILES, s_.hidden_row()),
           h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), g1_(4 * TILES, s_.hidden_row()), g2_(4 * TILES, s_.hidden_row()), d_(s_.out),
           a_(s_.few), x_(min(s_.hidden, EVALUATED)), sent_(s_.few) {}
 
     void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
         const Bands bands = bands_;
-        const Sizes<float> s = s_;
-        const Sums<float> where = w_.where;
-        const View<float> image = image_, gradient = gradient_, products = products_, g1 = g1_, g2 = g2_;
+        const Sizes<E> s = s_;
+        const Sums<E> where = w_.where;
+        const View<E> image = image_, gradient = gradient_, g1 = g1_, g2 = g2_;
+        const View<float> products = products_;
         const PointsView d = d_, a = a_, x = x_, sent = sent_;
-        const int64_t size = bands.bordered() * s.few, row = Hidden<float>::first_row(bands, band), wide = padded<float>(s.hidden);
+        const int64_t size = bands.bordered() * s.few, row = Hidden<E>::first_row(bands, band), wide = padded<float>(s.hidden);
         load_band(bands, band, pixels_of(m.a), s.few, s.few, image[0]);
-        load_band(bands, band, dense_pixels<float>(m.dh, bands, s.out), s.out, s.out, gradient[0]);
+        load_band(bands, band, dense_pixels<Stored<E>>(m.dh, bands, s.out), s.out, s.out, gradient[0]);
         float* to = sums + band * size;
         memset(to, 0, size * sizeof(float));
         if (w_.need3) {
@@ -31,39 +33,39 @@ class WinogradVjp {
         }
         const int64_t tiles = bands.row_count(band) * m.width / 4;
         for (int64_t first = 0; first < tiles; first += TILES) {
-            const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<float>) * ROWS<float>;
-            const View<float> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<float>(h1_);
-            const View<float> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<float>(h2_);
+            const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<E>) * ROWS<E>;
+            const View<E> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<E>(h1_);
+            const View<E> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<E>(h2_);
             if (!kept_) {
                 for (int64_t p = 0; p < 4 * count; p++) {
                     const int64_t at = (bands.first_pixel(band) + pixel_of(first + p / 4, p % 4, m.width)) * s.hidden;
-                    memcpy(h1[p], static_cast<const float*>(m.h1) + at, s.hidden * sizeof(float));
-                    memcpy(h2[p], static_cast<const float*>(m.h2) + at, s.hidden * sizeof(float));
+                    convert_numbers(static_cast<const Stored<E>*>(m.h1) + at, h1[p], s.hidden);
+                    convert_numbers(static_cast<const Stored<E>*>(m.h2) + at, h2[p], s.hidden);
                 }
             }
-            load_points(gradient[0], m.width, s.out, first, count, d);
+            load_points(widened(gradient)[0], m.width, s.out, first, count, d);
             to_many(d, count, s.out, w_.back.w3.data(), s.hidden, nullptr, products, masked(g2, h2));
-            multiply<float>(g2.units(), rows, s.hidden, w_.back.w2.data(), s.hidden, nullptr, masked(g1, h1));
+            multiply<E>(g2.units(), rows, s.hidden, w_.back.w2.data(), s.hidden, nullptr, masked(g1, h1));
             if (w_.need2) {
-                add_outer<float>(g2.units(), s.hidden, h1.units(), s.hidden, 4 * count, total + where.w2, wide);
+                add_outer<E>(g2.units(), s.hidden, h1.units(), s.hidden, 4 * count, total + where.w2, wide);
                 add_rows(g2, 0, 4 * count, s.hidden, total + where.b2);
             }
             if (w_.need1) {
-                load_points(image[0], m.width, s.few, first, count, a);
+                load_points(widened(image)[0], m.width, s.few, first, count, a);
                 add_rows(g1, 0, 4 * count, s.hidden, total + where.b1);
             }
             for (int64_t c = 0; c < s.hidden; c += EVALUATED) {
                 const int64_t channels = min(EVALUATED, s.hidden - c);
                 const auto add_outers = [&](const PointsView& few, int64_t rows, float* to) {
                     for (int64_t i = 0; i < POINTS; i++, to += rows * wide) {
-                        add_outer<float>(few[i].units(), rows, x[i].units(), channels, count, to, wide);
+                        add_outer<E>(few[i].units(), rows, x[i].units(), channels, count, to, wide);
                     }
                 };
                 if (w_.need3) {
-                    evaluate_points(h2, c, channels, count, x);
+                    evaluate_points(widened(h2), c, channels, count, x);
                     add_outers(d, s.out, total + where.w3 + c);
                 }
-                evaluate_points(g1, c, channels, count, x);
+                evaluate_points(widened(g1), c, channels, count, x);
                 if (w_.need1) add_outers(a, s.few, total + where.w1 + c);
                 add_products(x, count, c, channels, s.hidden, w_.back.w1.data(), s.few, sent);
             }
@@ -72,11 +74,13 @@ class WinogradVjp {
     }
 
   private:
-    const WeightGradients<float>& w_;
-    const Sizes<float>& s_;
+    const WeightGradients<E>& w_;
+    const Sizes<E>& s_;
     const Bands& bands_;
-    const Hidden<float>* const kept_;
-    const Rows<float> image_, gradient_, products_, h1_, h2_, g1_, g2_;
+    const Hidden<E>* const kept_;
+    const Rows<E> image_, gradient_;
+    const Rows<float> products_;
+    const Rows<E> h1_, h2_, g1_, g2_;
     const Points d_, a_, x_, sent_;
 };
 
@@ -95,8 +99,8 @@ void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, c
                 }
             }
         };
-        if constexpr (std::is_same_v<E, float>) {
-            if (weights.s.winograd) return run(WinogradVjp(weights, bands, kept));
+        if constexpr (PER_UNIT<E> == 1) {
+            if (weights.s.winograd) return run(WinogradVjp<E>(weights, bands, kept));
         }
         run(VjpBands<E>(weights, bands, kept));
     });

@@ -11,34 +11,36 @@ inline int64_t pixel_of(int64_t tile, int64_t i, int64_t width) {
     return (tile / (width / 2) * 2 + i / 2) * width + tile % (width / 2) * 2 + i % 2;
 }
 
+template <class E>
 class WinogradTrace {
   public:
-    WinogradTrace(const Sizes<float>& sizes, const Bands& bands, const Hidden<float>* kept)
-        : s_(sizes), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), d_(s_.few), products_(POINTS * ROWS<float>, VECTORS<float> * WIDTH),
+    WinogradTrace(const Sizes<E>& sizes, const Bands& bands, const Hidden<E>* kept)
+        : s_(sizes), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), d_(s_.few), products_(POINTS * ROWS<E>, VECTORS<E> * WIDTH),
           h1_(kept ? 0 : 4 * TILES, s_.hidden_row()), h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), x_(min(s_.hidden, EVALUATED)), sent_(s_.out) {}
 
     void run(const NetworkTrace& m, int64_t band, float* sums) const {
         const Bands bands = bands_;
-        const Sizes<float> s = s_;
-        const Folded<float> folded(s);
-        const View<float> image = image_, products = products_;
+        const Sizes<E> s = s_;
+        const Folded<E> folded(s);
+        const View<E> image = image_;
+        const View<float> products = products_;
         const PointsView d = d_, x = x_, sent = sent_;
         const float* packed = m.packed;
-        const int64_t size = bands.bordered() * m.out, row = Hidden<float>::first_row(bands, band);
+        const int64_t size = bands.bordered() * m.out, row = Hidden<E>::first_row(bands, band);
         load_band(bands, band, pixels_of(m.a), m.few, m.few, image[0]);
         float* to = sums + band * size;
         memset(to, 0, size * sizeof(float));
         const int64_t tiles = bands.row_count(band) * m.width / 4;
         for (int64_t first = 0; first < tiles; first += TILES) {
-            const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<float>) * ROWS<float>;
-            const View<float> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<float>(h1_);
-            const View<float> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<float>(h2_);
-            load_points(image[0], m.width, m.few, first, count, d);
+            const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<E>) * ROWS<E>;
+            const View<E> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<E>(h1_);
+            const View<E> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<E>(h2_);
+            load_points(widened(image)[0], m.width, m.few, first, count, d);
             to_many(d, count, m.few, packed + folded.w1, m.hidden, packed + folded.b1, products, rectified(h1));
-            multiply<float>(h1.units(), rows, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
+            multiply<E>(h1.units(), rows, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
             for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
                 const int64_t channels = min(EVALUATED, m.hidden - c);
-                evaluate_points(h2, c, channels, count, x);
+                evaluate_points(widened(h2), c, channels, count, x);
                 add_products(x, count, c, channels, m.hidden, packed + folded.w3, m.out, sent);
             }
             spread_products(sent, m.width, first, count, m.out, to);
@@ -46,20 +48,21 @@ class WinogradTrace {
             const int64_t pixel = bands.first_pixel(band);
             for (int64_t p = 0; p < 4 * count; p++) {
                 const int64_t at = (pixel + pixel_of(first + p / 4, p % 4, m.width)) * m.hidden;
-                copy_past_cache(static_cast<float*>(m.h1) + at, h1[p], m.hidden);
-                copy_past_cache(static_cast<float*>(m.h2) + at, h2[p], m.hidden);
+                copy_past_cache(static_cast<Stored<E>*>(m.h1) + at, h1[p], m.hidden);
+                copy_past_cache(static_cast<Stored<E>*>(m.h2) + at, h2[p], m.hidden);
             }
         }
         if (m.h1) end_copies_past_cache();
     }
 
   private:
-    const Sizes<float>& s_;
+    const Sizes<E>& s_;
     const Bands& bands_;
-    const Hidden<float>* const kept_;
-    const Rows<float> image_;
+    const Hidden<E>* const kept_;
+    const Rows<E> image_;
     const Points d_;
-    const Rows<float> products_, h1_, h2_;
+    const Rows<float> products_;
+    const Rows<E> h1_, h2_;
     const Points x_, sent_;
 };
 
@@ -73,8 +76,8 @@ void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kep
         const auto run = [&](const auto& loop) {
             for (int64_t band; (band = left.take()) >= 0;) loop.run(m, band, sums.data());
         };
-        if constexpr (std::is_same_v<E, float>) {
-            if (sizes.winograd) return run(WinogradTrace(sizes, bands, kept));
+        if constexpr (PER_UNIT<E> == 1) {
+            if (sizes.winograd) return run(WinogradTrace<E>(sizes, bands, kept));
         }
         run(TraceBands<E>(sizes, bands, kept));
     });
