@@ -26,6 +26,8 @@ REPLAYED, BLOCK, LONGER = 512, 32, 192
 # there are two a thread too, and three where each has so many pixels that sums over them are divided; a share of the
 # tensors, and a constant.
 WEIGHTS, DIVIDED, SCRATCH, CONSTANT = 3, 1024, 1 / 16, 512 << 10
+# By Winograd a 3x3 convolution's weights become so many numbers instead of nine.
+POINTS = 16
 # Where PyTorch has no oneDNN convolution for a precision it unfolds what 3x3 ones read, into nine copies.
 UNFOLDED = 9
 # Held whatever is kept: images, latents and the splits' parts, in states of each level, and more of them with learned
@@ -60,7 +62,10 @@ class Level(NamedTuple):
     @property
     def weights(self) -> int:
         """Numbers in a step's convolutions, which are also the multiplications for a pixel."""
-        return self.hidden * (9 * (self.channels // 2) + self.hidden + 9 * self.outputs)
+        return self._weights(9)
+
+    def _weights(self, taps: int) -> int:
+        return self.hidden * (taps * (self.channels // 2 + self.outputs) + self.hidden)
 
     @property
     def held(self) -> int:
@@ -73,7 +78,7 @@ class Level(NamedTuple):
         outputs = OUTPUTS * self.outputs * self.pixels * self.network_bytes
         tensors = STATES * self.state + outputs + self._hidden_working(stored, machine)
         of_threads = machine.threads * (3 if self.pixels >= DIVIDED * machine.threads else 2)
-        weights = (WEIGHTS + of_threads) * self.weights * self.state_bytes
+        weights = (WEIGHTS + of_threads) * self._weights(POINTS if machine.tiled else 9) * self.state_bytes
         mixes = MIXES * self.depth * self.channels**2 * 8
         return max(int((1 + SCRATCH) * tensors) + weights, mixes) + CONSTANT
 

@@ -248,8 +248,8 @@ def network_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
         a = _image(a)
         hidden = [k.data_ptr() for k in kept] or [0, 0]
         _native().network_trace(torch.get_num_threads(), _TYPES[folded.dtype], n, height, width, folded.few,
-                                folded.hidden, folded.out, folded.packed(height, width).data_ptr(), a.data_ptr(), _strides(a),
-                                h.data_ptr(), *hidden)
+                                folded.hidden, folded.out, folded.packed(height, width).data_ptr(), a.data_ptr(),
+                                _strides(a), h.data_ptr(), *hidden)
     return h, kept
 
 

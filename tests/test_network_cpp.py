@@ -31,13 +31,14 @@ LARGE = {
     "levels": (2, 24, 16, 16, 128, 24),
     "three ranges of sums a thread": (24, 4, 16, 16, 10, 4),
 }
-# Even sizes and enough hidden channels: by Winograd, where numbers are multiplied in fp32. Chunks of tiles that end within a row, a last band that is
-# smaller, bands of two rows, channels that nothing divides, more of them than are evaluated at once.
+# Even sizes and enough hidden channels: by Winograd, where numbers are multiplied in fp32. Chunks of tiles that end
+# within a row, a last band that is smaller, bands of two rows, channels that nothing divides, more of them than are
+# evaluated at once.
 WINOGRAD = {
     "levels": (2, 12, 32, 32, 128, 12),
     "bands": (2, 12, 44, 24, 40, 12),
     "two rows": (1, 4, 4, 600, 32, 4),
-    "one tile": (3, 2, 2, 2, 33, 2),
+    "few tiles": (3, 2, 2, 10, 33, 2),
     "additive": (2, 10, 6, 10, 50, 5),
     "many channels": (1, 96, 4, 6, 150, 96),
 }

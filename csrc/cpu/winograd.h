@@ -15,10 +15,11 @@ namespace flowkern::FLOWKERN_ISA {
 
 constexpr int POINTS = 16;
 
-// Even-sized images of networks that multiply fp32 numbers and are wide enough for the transforms to be worth it.
+// For images of even sizes and more tiles than half a block of rows, by networks that multiply fp32 numbers and have enough
+// channels for the transforms to be worth it.
 template <class E>
 bool by_winograd(int64_t hidden, int64_t height, int64_t width) {
-    return PER_UNIT<E> == 1 && hidden >= 32 && height % 2 == 0 && width % 2 == 0;
+    return PER_UNIT<E> == 1 && hidden >= 32 && height % 2 == 0 && width % 2 == 0 && height * width > 16;
 }
 
 using V = Vector<float>;
