@@ -70,8 +70,9 @@ def model_caption(group: dict, figures: dict) -> str:
     return (f"{group['what']}: L={setup['levels']}, K={setup['depth']}, hidden {setup['hidden']}, "
             f"{setup['batch']} {images} of {setup['size']}×{setup['size']}, {setup['scale']} scale. Medians of "
             f"{group['rounds']} rounds in which all rows take turns; a ratio is the median of the rounds' ratios. Of "
-            f"the product peak: the networks' operations as sums over taps, which Winograd has fewer of, recomputed ones "
-            f"included, against the fastest of the same rounds' matrix products ({rates} GFLOP/s). {where(figures)}")
+            f"the product peak: the networks' operations as sums over taps, of which Winograd needs fewer, recomputed "
+            f"ones included, against the fastest of the same rounds' matrix products ({rates} GFLOP/s). "
+            f"{where(figures)}")
 
 
 def where(figures: dict) -> str:
