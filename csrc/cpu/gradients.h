@@ -1,157 +1,41 @@
-// The coupling network backward, on chunks of a band's pixels (network.cpp says which products).
+// The coupling network backward.
 #pragma once
-#include "outer.h"
-#include "trace.h"
+#include "taps_vjp.h"
+#include "winograd_vjp.h"
 
 namespace flowkern::FLOWKERN_ISA {
 
-// total += the sums over rows of `columns` columns from the first on, and up to a vector.
+// Adds weights' gradients to those of ranges of bands, numbered from `first_range` on, and to the gradient of a. kept: as of
+// TapsVjp.
 template <class E>
-void add_rows(const View<E>& rows, int64_t first, int64_t count, int64_t columns, float* total) {
-    for (int64_t c = 0; c < columns; c += WIDTH) {
-        Vector<float> sum{};
-        for (int64_t p = 0; p < count; p++) sum += load_numbers(rows[p] + first + c);
-        store(total + c, load(total + c) + sum);
-    }
-}
-
-// What a product does with its sums: the derivative of a ReLU, whose results these are.
-template <class E>
-auto masked(const View<E>& to, const View<E>& by) {
-    return [=](int64_t r, int64_t c, Vector<float> v) {
-        store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
-    };
-}
-
-// What all threads read: the transposed factors; and where each adds up the weights' gradients.
-template <class E>
-class WeightGradients {
-  public:
-    WeightGradients(const NetworkVjp& m, int64_t ranges, int threads)
-        : s(m), where(s), scales(m.network), back(m.network, s, scales, threads),
-          need1(m.gradient.weight1.data || m.gradient.scale1 || m.gradient.bias1),
-          need2(m.gradient.weight2.data || m.gradient.scale2 || m.gradient.bias2),
-          need3(m.gradient.weight3.data || m.gradient.bias3 || m.gradient.logs), ranges_(ranges), totals_(ranges * where.size) {
-        parallel(threads, ranges, [&](int64_t begin, int64_t end) {
-            memset(total(begin), 0, (end - begin) * where.size * sizeof(float));
-        });
-    }
-    float* total(int64_t range) const { return totals_.data() + range * where.size; }
-
-    // Writes the parameters' gradients. Ranges are added in order, whoever took them.
-    void finish(const NetworkVjp& m, int threads) const {
-        float* sum = total(0);
-        parallel(threads, ceil_div(where.size, 1024), [&](int64_t begin, int64_t end) {
-            for (int64_t r = 1; r < ranges_; r++) {
-                const float* other = total(r);
-                for (int64_t i = begin * 1024; i < min(end * 1024, where.size); i++) sum[i] += other[i];
-            }
-        });
-        if (s.winograd) {
-            taps_of_sums(sum + where.w1, s.few, threads);
-            taps_of_sums(sum + where.w3, s.out, threads);
-        }
-        unfold(m.network, m.gradient, s, scales, sum, threads);
-    }
-
-    const Sizes<E> s;
-    const Sums<E> where;
-    const Scales scales;
-    const Backward<E> back;
-    const bool need1, need2, need3;
-
-  private:
-    // Gradients of all points of some channels, (POINTS, channels, hidden), become those of taps, (9, channels, hidden).
-    void taps_of_sums(float* sum, int64_t channels, int threads) const {
-        const int64_t wide = padded<float>(s.hidden);
-        parallel(threads, channels, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin * wide; i < end * wide; i += WIDTH) {
-                Vector<float> u[POINTS], w[9];
-                for (int n = 0; n < POINTS; n++) u[n] = load(sum + n * channels * wide + i);
-                taps_of_points(u, w);
-                for (int n = 0; n < 9; n++) store(sum + n * channels * wide + i, w[n]);
-            }
-        });
-    }
-
-    const int64_t ranges_;
-    const Scratch<float> totals_;
-};
-
-// The loop over bands, with one thread's scratch memory.
-template <class E>
-class VjpBands {
-  public:
-    // kept: hidden activations, or null.
-    VjpBands(const WeightGradients<E>& weights, const Bands& bands, const Hidden<E>* kept)
-        : w_(weights), s_(w_.s), bands_(bands), kept_(kept), few_(s_.few_units * PER_UNIT<E>), out_(s_.out_units * PER_UNIT<E>),
-          taps_(padded<float>(9 * s_.few) | WIDTH), image_(bands.bordered(), few_), gradient_(bands.bordered(), out_),
-          x_(CHUNK<E>, s_.row(9 * s_.few_units)), d_(CHUNK<E>, s_.row(9 * s_.out_units)), h1_(kept ? 0 : CHUNK<E>, s_.hidden_row()),
-          h2_(kept ? 0 : CHUNK<E>, s_.hidden_row()), g1_(CHUNK<E>, s_.hidden_row()), g2_(CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_),
-          outer_(CHUNK<E>, max(max(9 * few_, 9 * out_), s_.hidden), s_.hidden) {}
-
-    // Adds weights' gradients to `total`, and puts what the band's pixels send to their neighbours into its `sums`. Hidden
-    // activations are those of `m` if none are kept.
-    void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
-        const Bands bands = bands_;
-        const Network& n = m.network;
-        const Sizes<E> s = s_;
-        const Sums<E> where = w_.where;
-        // Copies, because compilers must assume that each store changes members, and would load them again.
-        const View<E> image = image_, gradient = gradient_, x = x_, d = d_, g1 = g1_, g2 = g2_;
-        const View<float> sent = sent_;
-        const int64_t size = bands.bordered() * n.few, row = Hidden<E>::first_row(bands, band);
-        load_band(bands, band, pixels_of(m.a), n.few, few_, image[0]);
-        load_band(bands, band, dense_pixels<Stored<E>>(m.dh, bands, n.out), n.out, out_, gradient[0]);
-        float* to = sums + band * size;
-        memset(to, 0, size * sizeof(float));
-        const int64_t pixels = bands.row_count(band) * m.width;
-        for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
-            const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
-            const View<E> h1 = kept_ ? kept_->first.from(row + first) : View<E>(h1_);
-            const View<E> h2 = kept_ ? kept_->second.from(row + first) : View<E>(h2_);
-            if (!kept_) {
-                const int64_t pixel = bands.first_pixel(band) + first;
-                for (int64_t p = 0; p < count; p++) {
-                    convert_numbers(static_cast<const Stored<E>*>(m.h1) + (pixel + p) * n.hidden, h1[p], n.hidden);
-                    convert_numbers(static_cast<const Stored<E>*>(m.h2) + (pixel + p) * n.hidden, h2[p], n.hidden);
+void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, const WeightGradients<E>& weights,
+               const Ranges& ranges, int64_t first_range, int threads) {
+    const int64_t count = bands.count(), few = m.network.few;
+    const Scratch<float> sums(count * bands.bordered() * few + WIDTH);
+    share_out(threads, ranges.count(), [&](Shared& left) {
+        const auto run = [&](const auto& loop) {
+            for (int64_t r; (r = left.take()) >= 0;) {
+                for (int64_t band = ranges.begin(r); band < ranges.begin(r + 1); band++) {
+                    loop.run(m, band, sums.data(), weights.total(first_range + r));
                 }
             }
-            gather_taps(gradient.units().data, m.width, s.out_units, first, count, d.units());
-            // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
-            for (int64_t p = count; p < rows; p++) memset(d[p], 0, d.row * sizeof(E));
-            multiply<E>(d.units(), rows, 9 * s.out_units, w_.back.w3.data(), n.hidden, nullptr, masked(g2, h2));
-            if (w_.need3) {
-                outer_.add(d, 9 * out_, h2, n.hidden, rows, total + where.w3);
-                add_rows(d, 4 * out_, count, n.out, total + where.b3);
-            }
-            multiply<E>(g2.units(), rows, s.hidden_units, w_.back.w2.data(), n.hidden, nullptr, masked(g1, h1));
-            if (w_.need2) {
-                outer_.add(g2, n.hidden, h1, n.hidden, rows, total + where.w2);
-                add_rows(g2, 0, count, s.hidden, total + where.b2);
-            }
-            if (w_.need1) {
-                gather_taps(image.units().data, m.width, s.few_units, first, count, x.units());
-                for (int64_t p = count; p < rows; p++) memset(x[p], 0, x.row * sizeof(E));
-                outer_.add(x, 9 * few_, g1, n.hidden, rows, total + where.w1);
-                add_rows(g1, 0, count, s.hidden, total + where.b1);
-            }
-            multiply<E>(g1.units(), rows, s.hidden_units, w_.back.w1.data(), 9 * n.few, nullptr,
-                        [&](int64_t r, int64_t c, Vector<float> v) { store(sent[r] + c, v); });
-            scatter(sent[0], taps_, m.width, first, count, n.few, to);
+        };
+        if constexpr (PER_UNIT<E> == 1) {
+            if (weights.s.winograd) return run(WinogradVjp<E>(weights, bands, kept));
         }
-    }
-
-  private:
-    const WeightGradients<E>& w_;
-    const Sizes<E>& s_;
-    const Bands& bands_;
-    const Hidden<E>* const kept_;
-    const int64_t few_, out_, taps_;
-    [[maybe_unused]] Tiles<E> tiles_;
-    const Rows<E> image_, gradient_, x_, d_, h1_, h2_, g1_, g2_;
-    const Rows<float> sent_;
-    const OuterProduct<E> outer_;
-};
+        run(TapsVjp<E>(weights, bands, kept));
+    });
+    parallel(threads, count, [&](int64_t begin, int64_t end) {
+        float* da = static_cast<float*>(m.da.data);
+        for (int64_t band = begin; band < end; band++) {
+            finish_band(bands, band, sums.data(), few, [&](int64_t sample, int64_t y, const float* row) {
+                float* to = da + sample * m.da.sample + y * m.da.row;
+                for (int64_t x = 0; x < bands.width; x++, to += m.da.pixel, row += few) {
+                    for (int64_t c = 0; c < few; c++) to[c] += row[c];
+                }
+            });
+        }
+    });
+}
 
 }  // namespace flowkern::FLOWKERN_ISA

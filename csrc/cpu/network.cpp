@@ -6,7 +6,8 @@
 //     G2 = D W3', G1 = G2 W2', da = scatter(G1 W1'), dW1 = X' G1, dW2 = G2' H1, dW3 = D' H2.
 // The third layer's taps are numbered from last to first, because they are scattered where the first layer's are gathered.
 // By Winograd (winograd.h, points.h) taps are points instead, which X, D and the arrays of many channels are transformed to.
-#include "winograd_gradients.h"
+#include "gradients.h"
+#include "trace.h"
 
 namespace flowkern::FLOWKERN_ISA {
 namespace {

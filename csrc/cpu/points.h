@@ -6,8 +6,8 @@
 
 namespace flowkern::FLOWKERN_ISA {
 
-constexpr int64_t TILES = 16;               // of a chunk
-constexpr int64_t EVALUATED = 9 * WIDTH;    // hidden channels at once
+constexpr int64_t TILES = 16;             // of a chunk
+constexpr int64_t EVALUATED = 9 * WIDTH;  // hidden channels at once
 
 // A chunk's rows of tiles for each point.
 struct PointsView {
@@ -23,8 +23,13 @@ struct Points : PointsView {
     const Rows<float> memory_;
 };
 
+// A tile's four pixels, counted from a band's first.
+inline int64_t pixel_of(int64_t tile, int64_t i, int64_t width) {
+    return (tile / (width / 2) * 2 + i / 2) * width + tile % (width / 2) * 2 + i % 2;
+}
+
 // to += the first n numbers of a vector.
-inline void add_first(float* to, V v, int64_t n) {
+inline void add_first(float* to, Vec v, int64_t n) {
     if (n == WIDTH) return store(to, load(to) + v);
 #ifdef __AVX512F__
     const __mmask16 first = uint16_t((1u << n) - 1);
@@ -42,7 +47,7 @@ inline void load_points(const float* bordered, int64_t width, int64_t channels, 
     for (int64_t t = 0; t < count; t++) {
         const float* patch = bordered + (first + t) / columns * 2 * row + (first + t) % columns * 2 * channels;
         for (int64_t c = 0; c < channels; c += WIDTH) {
-            V d[16], p[16];
+            Vec d[16], p[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) d[i] = load(patch + i / 4 * row + i % 4 * channels + c);
             in_both<4, 4, to_points>(d, p);
@@ -57,7 +62,7 @@ inline void evaluate_points(const View<float>& rows, int64_t first, int64_t chan
     for (int64_t t = 0; t < count; t++) {
         const View<float> tile = rows.from(4 * t);
         for (int64_t c = 0; c < channels; c += WIDTH) {
-            V x[4], p[16];
+            Vec x[4], p[16];
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) x[i] = load(tile[i] + first + c);
             in_both<2, 4, evaluate>(x, p);
@@ -75,16 +80,16 @@ inline void combine_panel(const PointsView& points, int64_t count, int64_t depth
         for (int i = 0; i < POINTS; i++) {
             const View<float> to = products.from(i * ROWS<float>);
             multiply_on_vectors<float, P, false>(points[i].from(first).units(), ROWS<float>, depth, packed + i * size, nullptr,
-                                          [&](int64_t r, int64_t c, V v) { store(to[r] + c, v); });
+                                                [&](int64_t r, int64_t c, Vec v) { store(to[r] + c, v); });
         }
         for (int64_t r = 0; r < min(ROWS<float>, count - first); r++) {
 #pragma GCC unroll 3
             for (int v = 0; v < P; v++) {
-                V m[16], y[4];
+                Vec m[16], y[4];
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) m[i] = load(products[i * ROWS<float> + r] + v * WIDTH);
                 in_both<4, 2, combine>(m, y);
-                const V start = init ? load(init + v * WIDTH) : V{};
+                const Vec start = init ? load(init + v * WIDTH) : Vec{};
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; i++) done(4 * (first + r) + i, v * WIDTH, y[i] + start);
             }
@@ -100,7 +105,7 @@ inline void to_many(const PointsView& points, int64_t count, int64_t depth, cons
         const Panel p = panel<float>(columns, i);
         const int64_t column = p.first * WIDTH;
         const float *b = packed + depth * column, *start = init ? init + column : nullptr;
-        const auto shifted = [&](int64_t r, int64_t c, V v) { done(r, column + c, v); };
+        const auto shifted = [&](int64_t r, int64_t c, Vec v) { done(r, column + c, v); };
         if (p.vectors == 3) combine_panel<3>(points, count, depth, b, size, start, products, shifted);
         if (p.vectors == 2) combine_panel<2>(points, count, depth, b, size, start, products, shifted);
         if (p.vectors == 1) combine_panel<1>(points, count, depth, b, size, start, products, shifted);
@@ -114,7 +119,7 @@ void spread_tiles(const PointsView& products, int64_t width, int64_t first, int6
     for (int64_t t = 0; t < count; t++) {
         float* patch = bordered + (first + t) / columns * 2 * row + (first + t) % columns * 2 * n;
         for (int64_t c = 0; c < n; c += WIDTH) {
-            V m[16], s[16];
+            Vec m[16], s[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) m[i] = load(products[i][t] + c);
             in_both<4, 4, spread>(m, s);
@@ -132,7 +137,7 @@ inline void add_products(const PointsView& points, int64_t tiles, int64_t first,
     for (int i = 0; i < POINTS; i++) {
         const View<float> to = products[i];
         multiply_some<float>(points[i].units(), rows, first, count, depth, packed + i * size, channels, nullptr,
-                             [&](int64_t r, int64_t c, V v) { store(to[r] + c, first ? load(to[r] + c) + v : v); });
+                             [&](int64_t r, int64_t c, Vec v) { store(to[r] + c, first ? load(to[r] + c) + v : v); });
     }
 }
 

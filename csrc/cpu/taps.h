@@ -22,6 +22,10 @@ struct Bands {
     int64_t bordered() const { return (rows + 2) * (width + 2); }  // pixels
 };
 
+// Pixels that are taken through all layers together, a multiple of ROWS. Sums over pixels leave a tile after each chunk, which larger chunks make up for.
+template <class E>
+constexpr int64_t CHUNK = TILED<E> ? 128 : 64;
+
 // Copies n numbers by whole vectors: up to a vector too many are read and written.
 inline void copy_vectors(float* to, const float* from, int64_t n) {
     for (int64_t i = 0; i < n; i += WIDTH) store(to + i, load(from + i));

@@ -22,44 +22,44 @@ bool by_winograd(int64_t hidden, int64_t height, int64_t width) {
     return PER_UNIT<E> == 1 && hidden >= 32 && height % 2 == 0 && width % 2 == 0 && height * width > 16;
 }
 
-using V = Vector<float>;
+using Vec = Vector<float>;
 
-inline void to_points(const V* d, int64_t stride, V* to, int64_t step) {
-    const V a = d[0], b = d[stride], c = d[2 * stride], e = d[3 * stride];
+inline void to_points(const Vec* d, int64_t stride, Vec* to, int64_t step) {
+    const Vec a = d[0], b = d[stride], c = d[2 * stride], e = d[3 * stride];
     to[0] = a - c, to[step] = b + c, to[2 * step] = c - b, to[3 * step] = e - b;
 }
-inline void spread(const V* m, int64_t stride, V* to, int64_t step) {
-    const V a = m[0], b = m[stride], c = m[2 * stride], e = m[3 * stride];
+inline void spread(const Vec* m, int64_t stride, Vec* to, int64_t step) {
+    const Vec a = m[0], b = m[stride], c = m[2 * stride], e = m[3 * stride];
     to[0] = a, to[step] = b - c - e, to[2 * step] = b + c - a, to[3 * step] = e;
 }
-inline void evaluate(const V* x, int64_t stride, V* to, int64_t step) {
-    const V a = x[0], b = x[stride];
+inline void evaluate(const Vec* x, int64_t stride, Vec* to, int64_t step) {
+    const Vec a = x[0], b = x[stride];
     to[0] = a, to[step] = a + b, to[2 * step] = a - b, to[3 * step] = b;
 }
-inline void combine(const V* m, int64_t stride, V* to, int64_t step) {
-    const V a = m[0], b = m[stride], c = m[2 * stride], e = m[3 * stride];
+inline void combine(const Vec* m, int64_t stride, Vec* to, int64_t step) {
+    const Vec a = m[0], b = m[stride], c = m[2 * stride], e = m[3 * stride];
     to[0] = a + b + c, to[step] = b - c + e;
 }
-inline void of_taps(const V* w, int64_t stride, V* to, int64_t step) {
-    const V a = w[0], b = w[stride] * 0.5f, c = w[2 * stride], half = (a + c) * 0.5f;
+inline void of_taps(const Vec* w, int64_t stride, Vec* to, int64_t step) {
+    const Vec a = w[0], b = w[stride] * 0.5f, c = w[2 * stride], half = (a + c) * 0.5f;
     to[0] = a, to[step] = half + b, to[2 * step] = half - b, to[3 * step] = c;
 }
-inline void to_taps(const V* u, int64_t stride, V* to, int64_t step) {  // of_taps'
-    const V a = u[0], b = u[stride] * 0.5f, c = u[2 * stride] * 0.5f, e = u[3 * stride];
+inline void to_taps(const Vec* u, int64_t stride, Vec* to, int64_t step) {  // of_taps'
+    const Vec a = u[0], b = u[stride] * 0.5f, c = u[2 * stride] * 0.5f, e = u[3 * stride];
     to[0] = a + b + c, to[step] = b - c, to[2 * step] = b + c + e;
 }
 
-// One of them in both dimensions, from FROM x FROM numbers to TO x TO.
-template <int FROM, int TO, void TRANSFORM(const V*, int64_t, V*, int64_t)>
-inline void in_both(const V* from, V* to) {
-    V half[FROM * TO];
+// Any of these in both dimensions, from FROM x FROM numbers to TO x TO.
+template <int FROM, int TO, void TRANSFORM(const Vec*, int64_t, Vec*, int64_t)>
+inline void in_both(const Vec* from, Vec* to) {
+    Vec half[FROM * TO];
 #pragma GCC unroll 4
     for (int r = 0; r < FROM; r++) TRANSFORM(from + r * FROM, 1, half + r * TO, 1);
 #pragma GCC unroll 4
     for (int c = 0; c < TO; c++) TRANSFORM(half + c, TO, to + c, TO);
 }
 
-inline void points_of_taps(const V* w, V* u) { in_both<3, 4, of_taps>(w, u); }
-inline void taps_of_points(const V* u, V* w) { in_both<4, 3, to_taps>(u, w); }
+inline void points_of_taps(const Vec* w, Vec* u) { in_both<3, 4, of_taps>(w, u); }
+inline void taps_of_points(const Vec* u, Vec* w) { in_both<4, 3, to_taps>(u, w); }
 
 }  // namespace flowkern::FLOWKERN_ISA

@@ -1,16 +1,12 @@
-// trace.h's loop over bands with 3x3 convolutions by Winograd, for which bands have whole tiles. Hidden activations are in the
-// order of tiles, four pixels each.
+// The coupling network forward on a band, with 3x3 convolutions by Winograd, for which bands have whole tiles. Hidden activations
+// are in the order of tiles, four pixels each.
 #pragma once
+#include "hidden.h"
 #include "points.h"
-#include "trace.h"
 
 namespace flowkern::FLOWKERN_ISA {
 
-// A tile's four pixels, counted from a band's first.
-inline int64_t pixel_of(int64_t tile, int64_t i, int64_t width) {
-    return (tile / (width / 2) * 2 + i / 2) * width + tile % (width / 2) * 2 + i % 2;
-}
-
+// One thread's loop over bands, with its scratch memory.
 template <class E>
 class WinogradTrace {
   public:
@@ -65,33 +61,5 @@ class WinogradTrace {
     const Rows<E> h1_, h2_;
     const Points x_, sent_;
 };
-
-// The network's output, and hidden activations as TraceBands has them.
-template <class E>
-void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kept, int threads) {
-    const Sizes<E> sizes(m.few, m.hidden, m.out, m.height, m.width);
-    const int64_t numbers = m.width * m.out;
-    const Scratch<float> sums(bands.count() * bands.bordered() * m.out + WIDTH), biases(numbers);  // of a row of pixels
-    share_out(threads, bands.count(), [&](Shared& left) {
-        const auto run = [&](const auto& loop) {
-            for (int64_t band; (band = left.take()) >= 0;) loop.run(m, band, sums.data());
-        };
-        if constexpr (PER_UNIT<E> == 1) {
-            if (sizes.winograd) return run(WinogradTrace<E>(sizes, bands, kept));
-        }
-        run(TraceBands<E>(sizes, bands, kept));
-    });
-    const float* of_channels = m.packed + Folded<E>(sizes).b3;
-    for (int64_t i = 0; i < numbers; i++) biases.data()[i] = of_channels[i % m.out];
-    parallel(threads, bands.count(), [&](int64_t begin, int64_t end) {
-        const float* bias = biases.data();
-        for (int64_t band = begin; band < end; band++) {
-            finish_band(bands, band, sums.data(), m.out, [&](int64_t sample, int64_t y, const float* row) {
-                Stored<E>* h = static_cast<Stored<E>*>(m.h) + (sample * m.height + y) * numbers;
-                for (int64_t i = 0; i < numbers; i++) convert(row[i] + bias[i], h[i]);
-            });
-        }
-    });
-}
 
 }  // namespace flowkern::FLOWKERN_ISA
