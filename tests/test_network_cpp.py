@@ -36,7 +36,7 @@ LARGE = {
 # evaluated at once.
 WINOGRAD = {
     "levels": (2, 12, 32, 32, 128, 12),
-    "bands": (2, 12, 44, 24, 40, 12),
+    "a smaller last band": (2, 12, 44, 24, 40, 12),
     "two rows": (1, 4, 4, 600, 32, 4),
     "few tiles": (3, 2, 2, 10, 33, 2),
     "additive": (2, 10, 6, 10, 50, 5),
@@ -151,10 +151,10 @@ def test_gradients_in_the_memory_layout_of_their_parameters(dtype):
     assert_gradients_laid_out_as_parameters(CPP, dtype)
 
 
-@pytest.mark.parametrize("shape", ["bands", "levels", "three ranges of sums a thread"])
+@pytest.mark.parametrize("shape", ["bands", "three ranges of sums a thread", "few tiles"])
 def test_same_bits_again_whatever_the_threads_do_and_inputs_left_alone(shape, dtype):
     """The sums over pixels alone depend on how many threads share them, up to rounding."""
-    n, c, height, width, hidden, out = LARGE[shape]
+    n, c, height, width, hidden, out = (LARGE | WINOGRAD)[shape]
     given, x, dh = parameters(c // 2, hidden, out), state(n, c, height, width), state(n, out, height, width).to(dtype)
     folded = CPP.fold(given, dtype)
     _, kept = CPP.trace(folded, x[:, : c // 2], True)
@@ -170,6 +170,7 @@ def test_same_bits_again_whatever_the_threads_do_and_inputs_left_alone(shape, dt
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[2][:2], strict=True))
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
     assert all(relative(a, b) < 1e-6 for a, b in zip(found[0], found[2], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 

@@ -19,7 +19,9 @@ class Ops {
   public:
     Ops(const Chain& chain, int threads)
         : c_(chain), threads_(threads), set_(active()), pixels_(chain.samples * chain.height * chain.width),
-          packed_(largest([&](const Network& n) { return set_.network->packed_size(c_.type, n.few, n.hidden, n.out, c_.height, c_.width) * 4; })) {}
+          packed_(largest([&](const Network& n) {
+              return set_.network->packed_size(c_.type, n.few, n.hidden, n.out, c_.height, c_.width) * 4;
+          })) {}
 
     int64_t state_size() const { return pixels_ * c_.channels * 4; }
     int64_t output_size() const { return pixels_ * c_.networks->out * size_of(c_.type); }

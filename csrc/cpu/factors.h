@@ -4,6 +4,8 @@
 #pragma once
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "convert.h"
 #include "parallel.h"
 
@@ -156,6 +158,19 @@ template <class E>
 Panel panel(int64_t columns, int64_t i) {
     const int64_t vectors = padded<float>(columns) / WIDTH, count = panel_count<E>(columns);
     return {vectors * i / count, int(vectors * (i + 1) / count - vectors * i / count)};
+}
+
+// f(std::integral_constant of its vectors, its first column) for every panel.
+template <class E, class F>
+inline void each_panel(int64_t columns, const F& f) {
+    for (int64_t i = 0; i < panel_count<E>(columns); i++) {
+        const Panel p = panel<E>(columns, i);
+        if constexpr (VECTORS<E> == 3) {
+            if (p.vectors == 3) f(std::integral_constant<int, 3>(), p.first * WIDTH);
+        }
+        if (p.vectors == 2) f(std::integral_constant<int, 2>(), p.first * WIDTH);
+        if (p.vectors == 1) f(std::integral_constant<int, 1>(), p.first * WIDTH);
+    }
 }
 
 // Right factors are packed panel by panel, each of `depth` rows of its vectors, so that they are read in order. For tiles

@@ -44,14 +44,9 @@ inline void add_outer_panel(Units a, int64_t rows, Units b, int64_t depth, float
 // vectors.
 template <class E>
 inline void add_outer(Units a, int64_t rows, Units b, int64_t columns, int64_t depth, float* total, int64_t stride) {
-    for (int64_t i = 0; i < panel_count<E>(columns); i++) {
-        const Panel p = panel<E>(columns, i);
-        const Units from{b.data + p.first * WIDTH, b.stride};
-        float* to = total + p.first * WIDTH;
-        if (p.vectors == 3) add_outer_panel<E, 3>(a, rows, from, depth, to, stride);
-        if (p.vectors == 2) add_outer_panel<E, 2>(a, rows, from, depth, to, stride);
-        if (p.vectors == 1) add_outer_panel<E, 1>(a, rows, from, depth, to, stride);
-    }
+    each_panel<E>(columns, [&](auto vectors, int64_t column) {
+        add_outer_panel<E, decltype(vectors)::value>(a, rows, {b.data + column, b.stride}, depth, total + column, stride);
+    });
 }
 
 // Scratch memory for such sums over at most so many pixels, a whole number of blocks, of arrays of at most so many columns:

@@ -23,8 +23,9 @@ struct Points : PointsView {
     const Rows<float> memory_;
 };
 
-// A tile's four pixels, counted from a band's first.
-inline int64_t pixel_of(int64_t tile, int64_t i, int64_t width) {
+// The pixel, counted from a band's first, that is at a place in the order of tiles, four pixels each.
+inline int64_t pixel_of(int64_t place, int64_t width) {
+    const int64_t tile = place / 4, i = place % 4;
     return (tile / (width / 2) * 2 + i / 2) * width + tile % (width / 2) * 2 + i % 2;
 }
 
@@ -101,15 +102,10 @@ template <class F>
 inline void to_many(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t columns, const float* init,
                     const View<float>& products, const F& done) {
     const int64_t size = packed_size<float>(depth, columns);
-    for (int64_t i = 0; i < panel_count<float>(columns); i++) {
-        const Panel p = panel<float>(columns, i);
-        const int64_t column = p.first * WIDTH;
-        const float *b = packed + depth * column, *start = init ? init + column : nullptr;
-        const auto shifted = [&](int64_t r, int64_t c, Vec v) { done(r, column + c, v); };
-        if (p.vectors == 3) combine_panel<3>(points, count, depth, b, size, start, products, shifted);
-        if (p.vectors == 2) combine_panel<2>(points, count, depth, b, size, start, products, shifted);
-        if (p.vectors == 1) combine_panel<1>(points, count, depth, b, size, start, products, shifted);
-    }
+    each_panel<float>(columns, [&](auto vectors, int64_t column) {
+        combine_panel<decltype(vectors)::value>(points, count, depth, packed + depth * column, size, init ? init + column : nullptr, products,
+                                                [&](int64_t r, int64_t c, Vec v) { done(r, column + c, v); });
+    });
 }
 
 // bordered += what tiles send to the pixels around them, from products of all points.

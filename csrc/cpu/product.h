@@ -78,18 +78,12 @@ inline void multiply_panel(Units a, int64_t rows, int64_t depth, const float* pa
 template <class E, class F>
 inline void multiply_some(Units a, int64_t rows, int64_t first, int64_t count, int64_t depth, const float* packed, int64_t columns,
                           const float* init, const F& done) {
-    for (int64_t i = 0; i < panel_count<E>(columns); i++) {
-        const Panel p = panel<E>(columns, i);
-        const int64_t column = p.first * WIDTH;
-        const float *b = packed + depth * column + first * p.vectors * WIDTH, *start = init ? init + column : nullptr;
-        const bool half = columns - column <= (2 * p.vectors - 1) * (WIDTH / 2);
-        const auto shifted = [&](int64_t r, int64_t c, Vector<float> v) { done(r, column + c, v); };
-        if constexpr (VECTORS<E> == 3) {
-            if (p.vectors == 3) multiply_panel<E, 3>(a, rows, count, b, half, start, shifted);
-        }
-        if (p.vectors == 2) multiply_panel<E, 2>(a, rows, count, b, half, start, shifted);
-        if (p.vectors == 1) multiply_panel<E, 1>(a, rows, count, b, half, start, shifted);
-    }
+    each_panel<E>(columns, [&](auto vectors, int64_t column) {
+        constexpr int V = decltype(vectors)::value;
+        const bool half = columns - column <= (2 * V - 1) * (WIDTH / 2);
+        multiply_panel<E, V>(a, rows, count, packed + depth * column + first * V * WIDTH, half, init ? init + column : nullptr,
+                             [&](int64_t r, int64_t c, Vector<float> v) { done(r, column + c, v); });
+    });
 }
 
 // done(row, column, vector) for every vector of a b + init, b packed, `rows` a multiple of ROWS. init: columns, or null.

@@ -11,9 +11,9 @@ class TapsTrace {
   public:
     // kept: where hidden activations are left, or null.
     TapsTrace(const Sizes<E>& sizes, const Bands& bands, const Hidden<E>* kept)
-        : s_(sizes), bands_(bands), kept_(kept), wide_(s_.few_units * PER_UNIT<E>), taps_(padded<float>(9 * s_.out) | WIDTH),
-          image_(bands.bordered(), wide_), x_(CHUNK<E>, s_.row(9 * s_.few_units)), h1_(kept ? 0 : CHUNK<E>, s_.hidden_row()),
-          h2_(kept ? 0 : CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_) {}
+        : s_(sizes), bands_(bands), wide_(s_.few_units * PER_UNIT<E>), taps_(padded<float>(9 * s_.out) | WIDTH),
+          image_(bands.bordered(), wide_), x_(CHUNK<E>, s_.row(9 * s_.few_units)), 
+          hidden_(kept, CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_) {}
 
     // What the band's pixels send to their neighbours, into its `sums`; and hidden activations into those of `m`.
     void run(const NetworkTrace& m, int64_t band, float* sums) const {
@@ -31,20 +31,15 @@ class TapsTrace {
         const int64_t pixels = bands.row_count(band) * m.width;
         for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
             const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
-            const View<E> h1 = kept_ ? kept_->first.from(row + first) : View<E>(h1_);
-            const View<E> h2 = kept_ ? kept_->second.from(row + first) : View<E>(h2_);
+            const Hidden<E> hidden = hidden_.at(row + first);
+            const View<E> h1 = hidden.first, h2 = hidden.second;
             gather_taps(image.units().data, m.width, s.few_units, first, count, x.units());
             multiply<E>(x.units(), rows, 9 * s.few_units, packed + folded.w1, m.hidden, packed + folded.b1, rectified(h1));
             multiply<E>(h1.units(), rows, s.hidden_units, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
             multiply<E>(h2.units(), rows, s.hidden_units, packed + folded.w3, 9 * m.out, nullptr,
                         [&](int64_t r, int64_t c, Vector<float> v) { store(sent[r] + c, v); });
             scatter(sent[0], taps_, m.width, first, count, m.out, to);
-            if (!m.h1) continue;
-            const int64_t pixel = bands.first_pixel(band) + first;
-            for (int64_t p = 0; p < count; p++) {
-                copy_past_cache(static_cast<Stored<E>*>(m.h1) + (pixel + p) * m.hidden, h1[p], m.hidden);
-                copy_past_cache(static_cast<Stored<E>*>(m.h2) + (pixel + p) * m.hidden, h2[p], m.hidden);
-            }
+            if (m.h1) copy_out(hidden, count, m, [&](int64_t r) { return bands.first_pixel(band) + first + r; });
         }
         if (m.h1) end_copies_past_cache();
     }
@@ -52,10 +47,10 @@ class TapsTrace {
   private:
     const Sizes<E>& s_;
     const Bands& bands_;
-    const Hidden<E>* const kept_;
     const int64_t wide_, taps_;
     [[maybe_unused]] Tiles<E> tiles_;
-    const Rows<E> image_, x_, h1_, h2_;
+    const Rows<E> image_, x_;
+    const HiddenChunks<E> hidden_;
     const Rows<float> sent_;
 };
 

@@ -10,10 +10,10 @@ class TapsVjp {
   public:
     // kept: hidden activations, or null.
     TapsVjp(const WeightGradients<E>& weights, const Bands& bands, const Hidden<E>* kept)
-        : w_(weights), s_(w_.s), bands_(bands), kept_(kept), few_(s_.few_units * PER_UNIT<E>), out_(s_.out_units * PER_UNIT<E>),
+        : w_(weights), s_(w_.s), bands_(bands), few_(s_.few_units * PER_UNIT<E>), out_(s_.out_units * PER_UNIT<E>),
           taps_(padded<float>(9 * s_.few) | WIDTH), image_(bands.bordered(), few_), gradient_(bands.bordered(), out_),
-          x_(CHUNK<E>, s_.row(9 * s_.few_units)), d_(CHUNK<E>, s_.row(9 * s_.out_units)), h1_(kept ? 0 : CHUNK<E>, s_.hidden_row()),
-          h2_(kept ? 0 : CHUNK<E>, s_.hidden_row()), g1_(CHUNK<E>, s_.hidden_row()), g2_(CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_),
+          x_(CHUNK<E>, s_.row(9 * s_.few_units)), d_(CHUNK<E>, s_.row(9 * s_.out_units)), 
+          hidden_(kept, CHUNK<E>, s_.hidden_row()), g1_(CHUNK<E>, s_.hidden_row()), g2_(CHUNK<E>, s_.hidden_row()), sent_(CHUNK<E>, taps_),
           outer_(CHUNK<E>, max(max(9 * few_, 9 * out_), s_.hidden), s_.hidden) {}
 
     // Adds weights' gradients to `total`, and puts what the band's pixels send to their neighbours into its `sums`. Hidden
@@ -34,15 +34,9 @@ class TapsVjp {
         const int64_t pixels = bands.row_count(band) * m.width;
         for (int64_t first = 0; first < pixels; first += CHUNK<E>) {
             const int64_t count = min(CHUNK<E>, pixels - first), rows = ceil_div(count, ROWS<E>) * ROWS<E>;
-            const View<E> h1 = kept_ ? kept_->first.from(row + first) : View<E>(h1_);
-            const View<E> h2 = kept_ ? kept_->second.from(row + first) : View<E>(h2_);
-            if (!kept_) {
-                const int64_t pixel = bands.first_pixel(band) + first;
-                for (int64_t p = 0; p < count; p++) {
-                    convert_numbers(static_cast<const Stored<E>*>(m.h1) + (pixel + p) * n.hidden, h1[p], n.hidden);
-                    convert_numbers(static_cast<const Stored<E>*>(m.h2) + (pixel + p) * n.hidden, h2[p], n.hidden);
-                }
-            }
+            const Hidden<E> hidden = hidden_.at(row + first);
+            const View<E> h1 = hidden.first, h2 = hidden.second;
+            if (!hidden_.kept()) copy_in(m, [&](int64_t r) { return bands.first_pixel(band) + first + r; }, count, hidden);
             gather_taps(gradient.units().data, m.width, s.out_units, first, count, d.units());
             // Sums are over whole blocks of pixels: gradients are zero beyond the last, so that nothing comes of the rest.
             for (int64_t p = count; p < rows; p++) memset(d[p], 0, d.row * sizeof(E));
@@ -72,10 +66,11 @@ class TapsVjp {
     const WeightGradients<E>& w_;
     const Sizes<E>& s_;
     const Bands& bands_;
-    const Hidden<E>* const kept_;
     const int64_t few_, out_, taps_;
     [[maybe_unused]] Tiles<E> tiles_;
-    const Rows<E> image_, gradient_, x_, d_, h1_, h2_, g1_, g2_;
+    const Rows<E> image_, gradient_, x_, d_;
+    const HiddenChunks<E> hidden_;
+    const Rows<E> g1_, g2_;
     const Rows<float> sent_;
     const OuterProduct<E> outer_;
 };

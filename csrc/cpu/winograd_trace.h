@@ -11,8 +11,8 @@ template <class E>
 class WinogradTrace {
   public:
     WinogradTrace(const Sizes<E>& sizes, const Bands& bands, const Hidden<E>* kept)
-        : s_(sizes), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), d_(s_.few), products_(POINTS * ROWS<E>, VECTORS<E> * WIDTH),
-          h1_(kept ? 0 : 4 * TILES, s_.hidden_row()), h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), x_(min(s_.hidden, EVALUATED)), sent_(s_.out) {}
+        : s_(sizes), bands_(bands), image_(bands.bordered(), s_.few), d_(s_.few), products_(POINTS * ROWS<E>, VECTORS<E> * WIDTH),
+          hidden_(kept, 4 * TILES, s_.hidden_row()), x_(min(s_.hidden, EVALUATED)), sent_(s_.out) {}
 
     void run(const NetworkTrace& m, int64_t band, float* sums) const {
         const Bands bands = bands_;
@@ -29,8 +29,8 @@ class WinogradTrace {
         const int64_t tiles = bands.row_count(band) * m.width / 4;
         for (int64_t first = 0; first < tiles; first += TILES) {
             const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<E>) * ROWS<E>;
-            const View<E> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<E>(h1_);
-            const View<E> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<E>(h2_);
+            const Hidden<E> hidden = hidden_.at(row + 4 * first);
+            const View<E> h1 = hidden.first, h2 = hidden.second;
             load_points(widened(image)[0], m.width, m.few, first, count, d);
             to_many(d, count, m.few, packed + folded.w1, m.hidden, packed + folded.b1, products, rectified(h1));
             multiply<E>(h1.units(), rows, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
@@ -40,12 +40,8 @@ class WinogradTrace {
                 add_products(x, count, c, channels, m.hidden, packed + folded.w3, m.out, sent);
             }
             spread_products(sent, m.width, first, count, m.out, to);
-            if (!m.h1) continue;
-            const int64_t pixel = bands.first_pixel(band);
-            for (int64_t p = 0; p < 4 * count; p++) {
-                const int64_t at = (pixel + pixel_of(first + p / 4, p % 4, m.width)) * m.hidden;
-                copy_past_cache(static_cast<Stored<E>*>(m.h1) + at, h1[p], m.hidden);
-                copy_past_cache(static_cast<Stored<E>*>(m.h2) + at, h2[p], m.hidden);
+            if (m.h1) {
+                copy_out(hidden, 4 * count, m, [&](int64_t r) { return bands.first_pixel(band) + pixel_of(4 * first + r, m.width); });
             }
         }
         if (m.h1) end_copies_past_cache();
@@ -54,11 +50,10 @@ class WinogradTrace {
   private:
     const Sizes<E>& s_;
     const Bands& bands_;
-    const Hidden<E>* const kept_;
     const Rows<E> image_;
     const Points d_;
     const Rows<float> products_;
-    const Rows<E> h1_, h2_;
+    const HiddenChunks<E> hidden_;
     const Points x_, sent_;
 };
 

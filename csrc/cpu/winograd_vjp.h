@@ -10,9 +10,9 @@ template <class E>
 class WinogradVjp {
   public:
     WinogradVjp(const WeightGradients<E>& weights, const Bands& bands, const Hidden<E>* kept)
-        : w_(weights), s_(w_.s), bands_(bands), kept_(kept), image_(bands.bordered(), s_.few), gradient_(bands.bordered(), s_.out),
-          products_(POINTS * ROWS<E>, VECTORS<E> * WIDTH), h1_(kept ? 0 : 4 * TILES, s_.hidden_row()),
-          h2_(kept ? 0 : 4 * TILES, s_.hidden_row()), g1_(4 * TILES, s_.hidden_row()), g2_(4 * TILES, s_.hidden_row()), d_(s_.out),
+        : w_(weights), s_(w_.s), bands_(bands), image_(bands.bordered(), s_.few), gradient_(bands.bordered(), s_.out),
+          products_(POINTS * ROWS<E>, VECTORS<E> * WIDTH), hidden_(kept, 4 * TILES, s_.hidden_row()),
+          g1_(4 * TILES, s_.hidden_row()), g2_(4 * TILES, s_.hidden_row()), d_(s_.out),
           a_(s_.few), x_(min(s_.hidden, EVALUATED)), sent_(s_.few) {}
 
     void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
@@ -35,14 +35,10 @@ class WinogradVjp {
         const int64_t tiles = bands.row_count(band) * m.width / 4;
         for (int64_t first = 0; first < tiles; first += TILES) {
             const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<E>) * ROWS<E>;
-            const View<E> h1 = kept_ ? kept_->first.from(row + 4 * first) : View<E>(h1_);
-            const View<E> h2 = kept_ ? kept_->second.from(row + 4 * first) : View<E>(h2_);
-            if (!kept_) {
-                for (int64_t p = 0; p < 4 * count; p++) {
-                    const int64_t at = (bands.first_pixel(band) + pixel_of(first + p / 4, p % 4, m.width)) * s.hidden;
-                    convert_numbers(static_cast<const Stored<E>*>(m.h1) + at, h1[p], s.hidden);
-                    convert_numbers(static_cast<const Stored<E>*>(m.h2) + at, h2[p], s.hidden);
-                }
+            const Hidden<E> hidden = hidden_.at(row + 4 * first);
+            const View<E> h1 = hidden.first, h2 = hidden.second;
+            if (!hidden_.kept()) {
+                copy_in(m, [&](int64_t r) { return bands.first_pixel(band) + pixel_of(4 * first + r, m.width); }, 4 * count, hidden);
             }
             load_points(widened(gradient)[0], m.width, s.out, first, count, d);
             to_many(d, count, s.out, w_.back.w3.data(), s.hidden, nullptr, products, masked(g2, h2));
@@ -78,10 +74,10 @@ class WinogradVjp {
     const WeightGradients<E>& w_;
     const Sizes<E>& s_;
     const Bands& bands_;
-    const Hidden<E>* const kept_;
     const Rows<E> image_, gradient_;
     const Rows<float> products_;
-    const Rows<E> h1_, h2_, g1_, g2_;
+    const HiddenChunks<E> hidden_;
+    const Rows<E> g1_, g2_;
     const Points d_, a_, x_, sent_;
 };
 
