@@ -73,7 +73,7 @@ void couple_blocks(const Couple& m, const Mixing<T>& mixing, int64_t blocks, int
                 continue;
             }
             join<K, true>(x, b, channels, tile);
-            if (m.inverse) mixing.offset->subtract_from(tile, channels);
+            if (m.inverse) mixing.offset->subtract_from(tile, TILE, channels, tile);
             mix_into<K>(tile, channels, mixing.packed, mixing.init, valid, mixed, y + at);
         }
         logdet[item] = sum;

@@ -9,18 +9,16 @@ namespace {
 constexpr int TILES_SUMMED = 4;
 
 template <class K, class T>
-void mix_tiles(const Mix& m, const T* packed, const T* init, int64_t begin, int64_t end) {
+void mix_tiles(const Mix& m, const T* packed, const T* init, const Offset<T>& offset, int64_t begin, int64_t end) {
     const int64_t channels = K::channels(m.channels);
     const T* x = static_cast<const T*>(m.x);
     T* y = static_cast<T*>(m.y);
     Scratch<T> in(tile_size<T>(channels)), out(tile_size<T>(channels));
-    const Offset<T> offset(m.offset, channels);
     for (int64_t first = begin * TILE; first < min(end * TILE, m.pixels); first += TILE) {
         const int64_t valid = min(TILE, m.pixels - first);
         const T* rows = x + first * channels;
         if (m.inverse || valid < TILE) {
-            load_tile(rows, valid, channels, in.data());
-            if (m.inverse) offset.subtract_from(in.data(), channels);
+            m.inverse ? offset.subtract_from(rows, valid, channels, in.data()) : load_tile(rows, valid, channels, in.data());
             rows = in.data();
         }
         mix_into<K>(rows, channels, packed, init, valid, out.data(), y + first * channels);
@@ -35,36 +33,53 @@ struct Reverse {
     const T *back, *zero; // g -> dv
 };
 
-template <class K, class T>
-void mix_vjp_tiles(const MixVjp& m, const Reverse<T>& reverse, int64_t begin, int64_t end, double* sums) {
-    const int64_t channels = K::channels(m.channels), size = tile_size<T>(channels), width = padded<T>(channels);
-    const T *vs = static_cast<const T*>(m.v), *gs = static_cast<const T*>(m.g);
-    T *rebuilt = static_cast<T*>(m.rebuilt), *dv = static_cast<T*>(m.dv);
-    Scratch<T> given(size), mapped(size), gradient(size), back(size), some(channels * width + width);
-    some.clear();
-    const Offset<T> offset(m.offset, channels);
-    for (int64_t tile = begin; tile < end; tile++) {
-        const int64_t first = tile * TILE, left = m.pixels - first, valid = min(TILE, left), at = first * channels;
-        const T *v = given.data(), *g = readable(gs + at, left, channels, gradient.data());
-        if (reverse.subtract) {
-            load_tile(vs + at, valid, channels, given.data());
-            offset.subtract_from(given.data(), channels);
-        } else {
-            v = readable(vs + at, left, channels, given.data());
+// One thread's loop over tiles, with its scratch memory.
+template <class K, class T = typename K::Element>
+class MixVjpTiles {
+  public:
+    MixVjpTiles(const MixVjp& m, const Reverse<T>& reverse, const Offset<T>& offset)
+        : m_(m), reverse_(reverse), offset_(offset), given_(tile_size<T>(m.channels)), mapped_(given_.size()),
+          gradient_(given_.size()), back_(given_.size()), some_(m.channels * padded<T>(m.channels) + padded<T>(m.channels)) {}
+
+    // Adds to `sums`, of the matrix and behind them of the offset, in rows of padded<T>(channels).
+    void run(int64_t begin, int64_t end, double* sums) const {
+        some_.clear();
+        for (int64_t tile = begin; tile < end; tile++) {
+            add(tile);
+            if ((tile - begin) % TILES_SUMMED == TILES_SUMMED - 1 || tile + 1 == end) flush(some_.data(), some_.size(), sums);
         }
-        if (reverse.map) {
-            mix_tile<K>(v, channels, reverse.map, reverse.init, mapped.data());
-            if (rebuilt) store_tile(mapped.data(), valid, channels, rebuilt + at);
-        }
-        mix_tile<K>(g, channels, reverse.back, reverse.zero, back.data());
-        store_tile(back.data(), valid, channels, dv + at);
-        const T* x = reverse.subtract ? mapped.data() : v;
-        const T* weight = m.inverse ? back.data() : g;
-        outer_tile<K>(weight, x, channels, some.data());
-        sum_tile(weight, channels, some.data() + channels * width);
-        if ((tile - begin) % TILES_SUMMED == TILES_SUMMED - 1 || tile + 1 == end) flush(some.data(), channels * width + width, sums);
     }
-}
+
+  private:
+    void add(int64_t tile) const {
+        const int64_t channels = K::channels(m_.channels), first = tile * TILE, left = m_.pixels - first, at = first * channels;
+        const bool inside = is_readable<T>(left, channels);
+        const T *v = static_cast<const T*>(m_.v) + at, *g = readable(static_cast<const T*>(m_.g) + at, left, channels, gradient_.data());
+        T *rebuilt = m_.rebuilt ? static_cast<T*>(m_.rebuilt) + at : nullptr, *dv = static_cast<T*>(m_.dv) + at;
+        if (reverse_.subtract) {
+            offset_.subtract_from(v, min(TILE, left), channels, given_.data());
+            v = given_.data();
+        } else {
+            v = readable(v, left, channels, given_.data());
+        }
+        // Results go to their images at once where the sums may read them there.
+        T *mapped = inside && rebuilt ? rebuilt : mapped_.data(), *back = inside ? dv : back_.data();
+        if (reverse_.map) mix_tile<K>(v, channels, reverse_.map, reverse_.init, mapped);
+        mix_tile<K>(g, channels, reverse_.back, reverse_.zero, back);
+        if (!inside) {
+            if (rebuilt) store_tile(mapped, min(TILE, left), channels, rebuilt);
+            store_tile(back, min(TILE, left), channels, dv);
+        }
+        const T* weight = m_.inverse ? back : g;
+        outer_tile<K>(weight, reverse_.subtract ? mapped : v, channels, some_.data());
+        sum_tile(weight, channels, some_.data() + channels * padded<T>(channels));
+    }
+
+    const MixVjp& m_;
+    const Reverse<T>& reverse_;
+    const Offset<T>& offset_;
+    const Scratch<T> given_, mapped_, gradient_, back_, some_;
+};
 
 }  // namespace
 
@@ -77,8 +92,9 @@ void mix(const Mix& m, int threads) {
         pack(m.matrix, channels, packed.data());
         init.clear();
         if (!m.inverse) memcpy(init.data(), m.offset, channels * sizeof(T));
+        const Offset<T> offset(m.offset, channels);
         parallel(threads, ceil_div(m.pixels, TILE), [&](int64_t begin, int64_t end) {
-            mix_tiles<K>(m, packed.data(), init.data(), begin, end);
+            mix_tiles<K>(m, packed.data(), init.data(), offset, begin, end);
         });
     });
 }
@@ -108,10 +124,10 @@ void mix_vjp(const MixVjp& m, int threads) {
         const int64_t chunks = ceil_div(tiles, chunk), size = channels * width + width;
         Scratch<double> sums(max(chunks, 1) * size);
         sums.clear();
+        const Offset<T> offset(m.offset, channels);
         parallel(threads, chunks, [&](int64_t begin, int64_t end) {
-            for (int64_t c = begin; c < end; c++) {
-                mix_vjp_tiles<K>(m, reverse, c * chunk, min((c + 1) * chunk, tiles), sums.data() + c * size);
-            }
+            const MixVjpTiles<K> loop(m, reverse, offset);
+            for (int64_t c = begin; c < end; c++) loop.run(c * chunk, min((c + 1) * chunk, tiles), sums.data() + c * size);
         });
 
         double* total = sums.data();

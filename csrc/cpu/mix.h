@@ -46,10 +46,16 @@ inline void store_tile(const T* tile, int64_t valid, int64_t channels, T* image)
     memcpy(image, tile, valid * channels * sizeof(T));
 }
 
-// The rows of a tile themselves where vectors may be read beyond the last one, else a copy completed by zeros.
+// Whether a tile is complete and vectors may be read beyond its last row, `left` pixels before the image's end.
+template <class T>
+inline bool is_readable(int64_t left, int64_t channels) {
+    return (left - TILE) * channels >= LANES<T>;
+}
+
+// The rows of a tile themselves where that is so, else a copy completed by zeros.
 template <class T>
 inline const T* readable(const T* image, int64_t left, int64_t channels, T* tile) {
-    if ((left - TILE) * channels >= LANES<T>) return image;
+    if (is_readable<T>(left, channels)) return image;
     load_tile(image, min(left, TILE), channels, tile);
     return tile;
 }
@@ -61,10 +67,15 @@ class Offset {
     Offset(const void* offset, int64_t channels) : rows_(TILE * channels) {
         for (int p = 0; p < TILE; p++) memcpy(rows_.data() + p * channels, offset, channels * sizeof(T));
     }
-    void subtract_from(T* tile, int64_t channels) const {
+    // From the first `valid` rows of a tile; what it lacks is zero before.
+    void subtract_from(const T* image, int64_t valid, int64_t channels, T* tile) const {
         const T* rows = rows_.data();
+        if (valid < TILE) {
+            load_tile(image, valid, channels, tile);
+            image = tile;
+        }
 #pragma omp simd
-        for (int64_t i = 0; i < TILE * channels; i++) tile[i] -= rows[i];
+        for (int64_t i = 0; i < TILE * channels; i++) tile[i] = image[i] - rows[i];
     }
 
   private:

@@ -87,6 +87,7 @@ class Scratch {
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     T* data() const { return data_; }
+    int64_t size() const { return size_; }
     void clear() const { memset(data_, 0, size_ * sizeof(T)); }
 
   private:

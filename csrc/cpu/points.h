@@ -29,16 +29,23 @@ inline int64_t pixel_of(int64_t place, int64_t width) {
     return (tile / (width / 2) * 2 + i / 2) * width + tile % (width / 2) * 2 + i % 2;
 }
 
-// to += the first n numbers of a vector.
-inline void add_first(float* to, Vec v, int64_t n) {
-    if (n == WIDTH) return store(to, load(to) + v);
+// The first n numbers of a vector, the others zero.
+inline Vec load_first(const float* from, int64_t n) {
+    if (n == WIDTH) return load(from);
 #ifdef __AVX512F__
-    const __mmask16 first = uint16_t((1u << n) - 1);
-    _mm512_mask_storeu_ps(to, first, __m512(v) + _mm512_maskz_loadu_ps(first, to));
+    return Vec(_mm512_maskz_loadu_ps(uint16_t((1u << n) - 1), from));
 #else
-    float numbers[WIDTH];
-    store(numbers, v);
-    for (int64_t l = 0; l < n; l++) to[l] += numbers[l];
+    Vec v{};
+    for (int64_t l = 0; l < n; l++) v[l] = from[l];
+    return v;
+#endif
+}
+inline void store_first(float* to, Vec v, int64_t n) {
+    if (n == WIDTH) return store(to, v);
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(to, uint16_t((1u << n) - 1), __m512(v));
+#else
+    for (int64_t l = 0; l < n; l++) to[l] = v[l];
 #endif
 }
 
@@ -108,19 +115,40 @@ inline void to_many(const PointsView& points, int64_t count, int64_t depth, cons
     });
 }
 
-// bordered += what tiles send to the pixels around them, from products of all points.
+// bordered += what tiles send to the pixels around them, from products of all points. Two columns of four are the next tile's
+// too: they wait in registers, so that no number is read back right after it was written, nor one beside it, which processors
+// that look at a vector's whole place take for the same.
 template <int C>
 void spread_tiles(const PointsView& products, int64_t width, int64_t first, int64_t count, int64_t channels, float* bordered) {
     const int64_t n = C ? C : channels, row = (width + 2) * n, columns = width / 2;
-    for (int64_t t = 0; t < count; t++) {
-        float* patch = bordered + (first + t) / columns * 2 * row + (first + t) % columns * 2 * n;
-        for (int64_t c = 0; c < n; c += WIDTH) {
+    for (int64_t c = 0; c < n; c += WIDTH) {
+        const int64_t size = min(WIDTH, n - c);
+        Vec waiting[4][2] = {};
+        for (int64_t t = 0; t < count; t++) {
+            const int64_t column = (first + t) % columns;
+            float* patch = bordered + (first + t) / columns * 2 * row + column * 2 * n + c;
             Vec m[16], s[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; i++) m[i] = load(products[i][t] + c);
             in_both<4, 4, spread>(m, s);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) add_first(patch + i / 4 * row + i % 4 * n + c, s[i], min(WIDTH, n - c));
+            const bool last = column + 1 == columns || t + 1 == count;
+#pragma GCC unroll 4
+            for (int y = 0; y < 4; y++, patch += row) {
+                Vec sum[4];
+#pragma GCC unroll 2
+                for (int x = 0; x < 2; x++) {
+                    sum[x] = load_first(patch + x * n, size) + (waiting[y][x] + s[4 * y + x]);
+                    waiting[y][x] = sum[x + 2] = s[4 * y + x + 2];
+                }
+#pragma GCC unroll 2
+                for (int x = 0; x < 2; x++) store_first(patch + x * n, sum[x], size);
+                if (!last) continue;
+#pragma GCC unroll 2
+                for (int x = 2; x < 4; x++) {
+                    store_first(patch + x * n, load_first(patch + x * n, size) + sum[x], size);
+                    waiting[y][x - 2] = Vec{};
+                }
+            }
         }
     }
 }

@@ -79,18 +79,28 @@ struct Factor {
     float* packed;
     const int64_t* taps = nullptr;  // where they lie, of a convolution by Winograd, which is POINTS factors
 
-    int64_t panels() const { return panel_count<E>(count); }
-    void pack_panel(int64_t i) const {
+    // Threads share slices of panels: one panel of few columns may be half of the work.
+    int64_t slices() const { return panel_count<E>(count) * slices_of_panel(); }
+    void pack_slice(int64_t i) const {
+        const Panel p = panel<E>(count, i / slices_of_panel());
+        const int64_t begin = i % slices_of_panel() * SLICE, end = min(begin + SLICE, depth);
         if constexpr (PER_UNIT<E> == 1) {
-            if (taps) return pack_points(i);
+            if (taps) return pack_points(p, begin, end);
         }
+        pack_numbers(p, begin, end);
+    }
+
+  private:
+    static constexpr int64_t SLICE = 32;  // rows
+    int64_t slices_of_panel() const { return ceil_div(depth, SLICE); }
+
+    void pack_numbers(const Panel& p, int64_t begin, int64_t end) const {
         const float* data = static_cast<const float*>(weight);
-        const Panel p = panel<E>(count, i);
         const int64_t first = p.first * WIDTH, valid = min(p.vectors * WIDTH, count - first);
-        float* to = packed + packed_depth<E>(depth) * first;
+        float* to = packed + packed_depth<E>(depth) * first + begin * p.vectors * WIDTH;
         const int32_t* offset = columns.offset.data() + first;
         const float* scale = columns.scale.data() + first;
-        for (int64_t k = 0; k < depth; k++, to += p.vectors * WIDTH) {
+        for (int64_t k = begin; k < end; k++, to += p.vectors * WIDTH) {
             const float* row[2];
             float factor[2];
             for (int n = 0; n < PER_UNIT<E>; n++) {
@@ -111,15 +121,13 @@ struct Factor {
             }
             for (int64_t j = valid; j < p.vectors * WIDTH; j++) to[j] = 0;
         }
-        memset(to, 0, (packed_depth<E>(depth) - depth) * p.vectors * WIDTH * sizeof(float));
+        if (end == depth) memset(to, 0, (packed_depth<E>(depth) - depth) * p.vectors * WIDTH * sizeof(float));
     }
 
-  private:
-    void pack_points(int64_t i) const {
-        const Panel p = panel<E>(count, i);
+    void pack_points(const Panel& p, int64_t begin, int64_t end) const {
         const int64_t first = p.first * WIDTH, size = packed_size<E>(depth, count);
-        float* to = packed + depth * first;
-        for (int64_t k = 0; k < depth; k++) {
+        float* to = packed + depth * first + begin * p.vectors * WIDTH;
+        for (int64_t k = begin; k < end; k++) {
             const float* row = static_cast<const float*>(weight) + rows.offset.data()[k];
             const float factor = rows.scale.data()[k];
             for (int64_t j = first; j < first + p.vectors * WIDTH; j += WIDTH, to += WIDTH) {
@@ -143,14 +151,14 @@ struct Factor {
     }
 };
 
-// Packs a network's three, whose panels are of different sizes.
+// Packs a network's three.
 template <class E>
 void pack_factors(int threads, const Factor<E> (&factors)[3]) {
-    share_out(threads, factors[0].panels() + factors[1].panels() + factors[2].panels(), [&](Shared& left) {
+    share_out(threads, factors[0].slices() + factors[1].slices() + factors[2].slices(), [&](Shared& left) {
         for (int64_t i; (i = left.take()) >= 0;) {
             const Factor<E>* factor = factors;
-            for (; i >= factor->panels(); factor++) i -= factor->panels();
-            factor->pack_panel(i);
+            for (; i >= factor->slices(); factor++) i -= factor->slices();
+            factor->pack_slice(i);
         }
     });
 }
