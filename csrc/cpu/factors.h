@@ -125,6 +125,16 @@ struct View {
     Units units() const { return {reinterpret_cast<const float*>(data), row / PER_UNIT<E>}; }
 };
 
+// Rows of a length that compilers know, so that one address serves for many of them.
+template <int64_t ROW>
+struct FixedView {
+    float* data;
+
+    float* operator[](int64_t i) const { return data + i * ROW; }
+    FixedView from(int64_t first) const { return {data + first * ROW}; }
+    Units units() const { return {data, ROW}; }
+};
+
 // The fp32 numbers that they are.
 inline View<float> widened(const View<float>& rows) { return rows; }
 inline View<float> widened(const View<Widened>& rows) { return {&rows.data->value, rows.row}; }

@@ -10,14 +10,33 @@ constexpr int64_t TILES = 16;             // of a chunk
 constexpr int64_t EVALUATED = 9 * WIDTH;  // hidden channels at once
 
 // A chunk's rows of tiles for each point.
-struct PointsView {
-    View<float> rows;
+template <class R>
+struct PointsIn {
+    R rows;
 
-    View<float> operator[](int64_t point) const { return rows.from(point * TILES); }
+    R operator[](int64_t point) const { return rows.from(point * TILES); }
 };
-// An odd number of cache lines a row, so that points don't collide.
+using PointsView = PointsIn<View<float>>;
+using EvaluatedView = PointsIn<FixedView<EVALUATED>>;
+
+// Scratch memory for them, an odd number of cache lines a row, so that points don't collide.
 struct Points : PointsView {
     explicit Points(int64_t channels) : PointsView{{}}, memory_(POINTS * TILES, padded<float>(channels) | WIDTH) { rows = memory_; }
+
+  private:
+    const Rows<float> memory_;
+};
+struct Evaluated : EvaluatedView {
+    Evaluated() : EvaluatedView{}, memory_(POINTS * TILES, EVALUATED) { rows = {memory_.data}; }
+
+  private:
+    const Rows<float> memory_;
+};
+
+// Products of a few tiles at all points, for one panel of columns.
+using ProductsView = FixedView<VECTORS<float> * WIDTH>;
+struct Products : ProductsView {
+    Products() : ProductsView{}, memory_(POINTS * ROWS<float>, VECTORS<float> * WIDTH) { data = memory_.data; }
 
   private:
     const Rows<float> memory_;
@@ -66,7 +85,7 @@ inline void load_points(const float* bordered, int64_t width, int64_t channels, 
 }
 
 // The same of a tile's own pixels, four rows of `rows`, and of `channels` from the first one on.
-inline void evaluate_points(const View<float>& rows, int64_t first, int64_t channels, int64_t count, const PointsView& points) {
+inline void evaluate_points(const View<float>& rows, int64_t first, int64_t channels, int64_t count, const EvaluatedView& points) {
     for (int64_t t = 0; t < count; t++) {
         const View<float> tile = rows.from(4 * t);
         for (int64_t c = 0; c < channels; c += WIDTH) {
@@ -83,10 +102,10 @@ inline void evaluate_points(const View<float>& rows, int64_t first, int64_t chan
 // A convolution to many channels: done(row, column, vector) for every vector of four rows a tile. packed: POINTS factors.
 template <int P, class F>
 inline void combine_panel(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t size, const float* init,
-                          const View<float>& products, const F& done) {
+                          const ProductsView& products, const F& done) {
     for (int64_t first = 0; first < count; first += ROWS<float>) {
         for (int i = 0; i < POINTS; i++) {
-            const View<float> to = products.from(i * ROWS<float>);
+            const ProductsView to = products.from(i * ROWS<float>);
             multiply_on_vectors<float, P, false>(points[i].from(first).units(), ROWS<float>, depth, packed + i * size, nullptr,
                                                 [&](int64_t r, int64_t c, Vec v) { store(to[r] + c, v); });
         }
@@ -107,7 +126,7 @@ inline void combine_panel(const PointsView& points, int64_t count, int64_t depth
 
 template <class F>
 inline void to_many(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t columns, const float* init,
-                    const View<float>& products, const F& done) {
+                    const ProductsView& products, const F& done) {
     const int64_t size = packed_size<float>(depth, columns);
     each_panel<float>(columns, [&](auto vectors, int64_t column) {
         combine_panel<decltype(vectors)::value>(points, count, depth, packed + depth * column, size, init ? init + column : nullptr, products,
@@ -155,7 +174,7 @@ void spread_tiles(const PointsView& products, int64_t width, int64_t first, int6
 
 // A convolution to few channels: products of evaluated points, `count` channels of `depth` from the one numbered `first` on, of
 // which the first ones begin the sums that `spread` is for.
-inline void add_products(const PointsView& points, int64_t tiles, int64_t first, int64_t count, int64_t depth, const float* packed,
+inline void add_products(const EvaluatedView& points, int64_t tiles, int64_t first, int64_t count, int64_t depth, const float* packed,
                          int64_t channels, const PointsView& products) {
     const int64_t size = packed_size<float>(depth, channels), rows = ceil_div(tiles, ROWS<float>) * ROWS<float>;
     for (int i = 0; i < POINTS; i++) {

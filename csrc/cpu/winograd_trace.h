@@ -11,16 +11,17 @@ template <class E>
 class WinogradTrace {
   public:
     WinogradTrace(const Sizes<E>& sizes, const Bands& bands, const Hidden<E>* kept)
-        : s_(sizes), bands_(bands), image_(bands.bordered(), s_.few), d_(s_.few), products_(POINTS * ROWS<E>, VECTORS<E> * WIDTH),
-          hidden_(kept, 4 * TILES, s_.hidden_row()), x_(min(s_.hidden, EVALUATED)), sent_(s_.out) {}
+        : s_(sizes), bands_(bands), image_(bands.bordered(), s_.few), d_(s_.few),
+          hidden_(kept, 4 * TILES, s_.hidden_row()), sent_(s_.out) {}
 
     void run(const NetworkTrace& m, int64_t band, float* sums) const {
         const Bands bands = bands_;
         const Sizes<E> s = s_;
         const Folded<E> folded(s);
         const View<E> image = image_;
-        const View<float> products = products_;
-        const PointsView d = d_, x = x_, sent = sent_;
+        const ProductsView products = products_;
+        const PointsView d = d_, sent = sent_;
+        const EvaluatedView x = x_;
         const float* packed = m.packed;
         const int64_t size = bands.bordered() * m.out, row = Hidden<E>::first_row(bands, band);
         load_band(bands, band, pixels_of(m.a), m.few, m.few, image[0]);
@@ -52,9 +53,10 @@ class WinogradTrace {
     const Bands& bands_;
     const Rows<E> image_;
     const Points d_;
-    const Rows<float> products_;
+    const Products products_;
     const HiddenChunks<E> hidden_;
-    const Points x_, sent_;
+    const Points sent_;
+    const Evaluated x_;
 };
 
 }  // namespace flowkern::FLOWKERN_ISA

@@ -11,17 +11,18 @@ class WinogradVjp {
   public:
     WinogradVjp(const WeightGradients<E>& weights, const Bands& bands, const Hidden<E>* kept)
         : w_(weights), s_(w_.s), bands_(bands), image_(bands.bordered(), s_.few), gradient_(bands.bordered(), s_.out),
-          products_(POINTS * ROWS<E>, VECTORS<E> * WIDTH), hidden_(kept, 4 * TILES, s_.hidden_row()),
+          hidden_(kept, 4 * TILES, s_.hidden_row()),
           g1_(4 * TILES, s_.hidden_row()), g2_(4 * TILES, s_.hidden_row()), d_(s_.out),
-          a_(s_.few), x_(min(s_.hidden, EVALUATED)), sent_(s_.few) {}
+          a_(s_.few), sent_(s_.few) {}
 
     void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
         const Bands bands = bands_;
         const Sizes<E> s = s_;
         const Sums<E> where = w_.where;
         const View<E> image = image_, gradient = gradient_, g1 = g1_, g2 = g2_;
-        const View<float> products = products_;
-        const PointsView d = d_, a = a_, x = x_, sent = sent_;
+        const ProductsView products = products_;
+        const PointsView d = d_, a = a_, sent = sent_;
+        const EvaluatedView x = x_;
         const int64_t size = bands.bordered() * s.few, row = Hidden<E>::first_row(bands, band), wide = padded<float>(s.hidden);
         load_band(bands, band, pixels_of(m.a), s.few, s.few, image[0]);
         load_band(bands, band, dense_pixels<Stored<E>>(m.dh, bands, s.out), s.out, s.out, gradient[0]);
@@ -75,10 +76,11 @@ class WinogradVjp {
     const Sizes<E>& s_;
     const Bands& bands_;
     const Rows<E> image_, gradient_;
-    const Rows<float> products_;
+    const Products products_;
     const HiddenChunks<E> hidden_;
     const Rows<E> g1_, g2_;
-    const Points d_, a_, x_, sent_;
+    const Points d_, a_, sent_;
+    const Evaluated x_;
 };
 
 }  // namespace flowkern::FLOWKERN_ISA
