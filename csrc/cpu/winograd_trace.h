@@ -2,7 +2,7 @@
 // are in the order of tiles, four pixels each.
 #pragma once
 #include "hidden.h"
-#include "points.h"
+#include "quads.h"
 
 namespace flowkern::FLOWKERN_ISA {
 
@@ -35,11 +35,7 @@ class WinogradTrace {
             load_points(widened(image)[0], m.width, m.few, first, count, d);
             to_many(d, count, m.few, packed + folded.w1, m.hidden, packed + folded.b1, products, rectified(h1));
             multiply<E>(h1.units(), rows, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
-            for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
-                const int64_t channels = min(EVALUATED, m.hidden - c);
-                evaluate_points(widened(h2), c, channels, count, x);
-                add_products(x, count, c, channels, m.hidden, packed + folded.w3, m.out, sent);
-            }
+            send(m, widened(h2), count, packed + folded.w3, x, sent);
             spread_products(sent, m.width, first, count, m.out, to);
             if (m.h1) {
                 copy_out(hidden, 4 * count, m, [&](int64_t r) { return bands.first_pixel(band) + pixel_of(4 * first + r, m.width); });
@@ -49,6 +45,26 @@ class WinogradTrace {
     }
 
   private:
+    // Products of the last layer, of which tiles then send to the pixels around them.
+    void send(const NetworkTrace& m, const View<float>& h2, int64_t count, const float* packed, const EvaluatedView& x,
+              const PointsView& sent) const {
+#ifdef __AVX512F__
+        if (by_quads(m.hidden, m.out)) {
+            for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
+                const int64_t channels = min(EVALUATED, m.hidden - c);
+                evaluate_quads(h2, c, channels, count, x);
+                m.out <= 4 ? add_quads<1>(x, c, channels, m.hidden, packed, quads_) : add_quads<3>(x, c, channels, m.hidden, packed, quads_);
+            }
+            return part_quads(quads_, m.out, count, sent);
+        }
+#endif
+        for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
+            const int64_t channels = min(EVALUATED, m.hidden - c);
+            evaluate_points(h2, c, channels, count, x);
+            add_products(x, count, c, channels, m.hidden, packed, m.out, sent);
+        }
+    }
+
     const Sizes<E>& s_;
     const Bands& bands_;
     const Rows<E> image_;
@@ -57,6 +73,9 @@ class WinogradTrace {
     const HiddenChunks<E> hidden_;
     const Points sent_;
     const Evaluated x_;
+#ifdef __AVX512F__
+    const QuadSums quads_;
+#endif
 };
 
 }  // namespace flowkern::FLOWKERN_ISA
