@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import backend as backends
-from flowkern import ops, reference, transforms
+from flowkern import ops, reference, stored, transforms
 from flowkern.chain import as_state, chain, is_standard, reads_blocks
 from flowkern.mix import compose, mixes, stacked
 from flowkern.prior import Prior
@@ -152,18 +152,9 @@ class CouplingNet(nn.Module):
 
     def flat_parameters(self) -> list[Tensor]:
         """The nine parameters in the order of `flowkern.network`."""
-        norm1, norm2 = self.norm1, self.norm2
-        return [
-            self.weight1,
-            norm1.log_scale,
-            norm1.bias,
-            self.weight2,
-            norm2.log_scale,
-            norm2.bias,
-            self.weight3,
-            self.bias3,
-            self.logs,
-        ]
+        weight1, weight2, *last = stored.parameters(self, "weight1", "weight2", "weight3", "bias3", "logs")
+        norm1, norm2 = (stored.parameters(norm, "log_scale", "bias") for norm in (self.norm1, self.norm2))
+        return [weight1, *norm1, weight2, *norm2, *last]
 
     @torch.no_grad()
     def initialize(self, a: Tensor) -> None:

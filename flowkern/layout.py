@@ -29,11 +29,12 @@ def check_alike(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None
     """Raises ValueError unless all are on the state's device and of its dtype, fp32 or fp64, and h is of one that goes
     with it: kernels read memory by its address, and would take one number for another.
     """
-    if state.dtype not in NETWORK_DTYPES:
-        raise ValueError(f"{op}: a state must be float32 or float64, got {state.dtype}")
+    dtype, device = state.dtype, state.device
+    if dtype not in NETWORK_DTYPES:
+        raise ValueError(f"{op}: a state must be float32 or float64, got {dtype}")
     for t in others:
-        if t.dtype != state.dtype or t.device != state.device:
-            raise ValueError(f"{op}: expected {state.dtype} on {state.device} throughout, got {t.dtype} on {t.device}")
-    if h is not None and (h.dtype not in NETWORK_DTYPES[state.dtype] or h.device != state.device):
-        wanted = " or ".join(map(str, NETWORK_DTYPES[state.dtype]))
-        raise ValueError(f"{op}: h must be {wanted} on {state.device}, got {h.dtype} on {h.device}")
+        if t.dtype != dtype or t.device != device:
+            raise ValueError(f"{op}: expected {dtype} on {device} throughout, got {t.dtype} on {t.device}")
+    if h is not None and (h.dtype not in NETWORK_DTYPES[dtype] or h.device != device):
+        wanted = " or ".join(map(str, NETWORK_DTYPES[dtype]))
+        raise ValueError(f"{op}: h must be {wanted} on {device}, got {h.dtype} on {h.device}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from flowkern import backend as backends
-from flowkern import ops
+from flowkern import ops, stored
 
 PER_STEP = 5  # lower, upper, log_s, log_scale, bias
 
@@ -25,7 +25,8 @@ def compose(steps, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tenso
     sign, permutation = (torch.stack([getattr(conv, name) for conv in convs]) for name in ("sign", "permutation"))
     parameters = [
         p for conv, norm in zip(convs, norms, strict=True)
-        for p in (conv.lower, conv.upper, conv.log_s, norm.log_scale, norm.bias)
+        for p in (
+            *stored.parameters(conv, "lower", "upper", "log_s"), *stored.parameters(norm, "log_scale", "bias"))
     ]
     name = backends.resolve(sign.device, backend)
     # Without gradients the Function is left out: torch.compile binds the arguments of a variadic one wrongly there.
@@ -35,8 +36,9 @@ def compose(steps, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def stacked(parameters) -> list[Tensor]:
-    """Per-step parameters, five a step, as five tensors over steps."""
-    return [torch.stack(parameters[i::PER_STEP]) for i in range(PER_STEP)]
+    """Per-step parameters, five a step, as five tensors over steps: parts of one of matrices and of one of vectors."""
+    lower, upper, *vectors = (parameters[i::PER_STEP] for i in range(PER_STEP))
+    return [*torch.stack([*lower, *upper]).chunk(2), *torch.stack([p for vector in vectors for p in vector]).chunk(3)]
 
 
 def mixes(lower, upper, log_s, log_scale, bias, sign, permutation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
