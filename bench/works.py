@@ -1,6 +1,7 @@
 """What is done with a model and measured: for each, its inputs, the call, and the result whose error is told."""
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ class Work:
     """inputs(model, setup) -> the arguments of `run(model, *arguments)`, and of `result`, which gives a tensor or list
     of tensors to be compared with those of a model in double precision. trains: with a backward pass, so that a
     contender's `evaluations` count. forward(model, *arguments) -> a scalar: the part of `run` before its backward.
+    draws: of inputs that differ in their last bits, over which an error is the median. One input tells little where a
+    ReLU's sign, which rounding decides, moves a gradient by more than all other rounding.
     """
 
     inputs: Callable[[Callable, Setup], tuple]
@@ -26,6 +29,7 @@ class Work:
     flops: Callable[[Setup], int]       # of the coupling networks, one evaluation each
     what: str
     forward: Callable | None = None
+    draws: int = 1
 
     @property
     def trains(self) -> bool:
@@ -53,11 +57,11 @@ def _with_gradient(arguments: tuple) -> list[Tensor]:
     return [x for x in arguments if isinstance(x, Tensor) and x.requires_grad]
 
 
-def _training(forward: Callable, inputs: Callable, flops: Callable, what: str) -> Work:
+def _training(forward: Callable, inputs: Callable, flops: Callable, what: str, draws: int = 1) -> Work:
     def run(model, *arguments):
         _backward(model, *arguments, forward=forward)
 
-    return Work(inputs, run, lambda model, *a: gradient(model, *a, forward=forward), flops, what, forward)
+    return Work(inputs, run, lambda model, *a: gradient(model, *a, forward=forward), flops, what, forward, draws)
 
 
 def _images(model: nn.Module, setup: Setup) -> tuple[Tensor]:
@@ -136,7 +140,7 @@ WORKS = {
     "sample": Work(_noise, _sample, _sample, lambda setup: setup.flops(), f"Samples at temperature {TEMPERATURE}"),
     "step": _training(_step_loss, _state, _one_step_flops, "One step of flow, forward and backward"),
     "denoise": _training(lambda model, y, x: F.mse_loss(model(y), x), _noisy, _denoising_flops,
-                         "Training step of the unfolded denoiser"),
+                         "Training step of the unfolded denoiser", draws=5),
 }
 
 
@@ -160,7 +164,8 @@ def _rounding(exactly: nn.Module) -> Callable:
 
 
 class Errors:
-    """|r - r64| / |r64| of works' results, r64 by a model in double precision on the same inputs.
+    """|r - r64| / |r64| of works' results, r64 by a model in double precision on the same inputs; the median over a
+    work's draws of inputs.
 
     What that model gives is kept: the contenders that are compared with it share it.
     """
@@ -174,11 +179,23 @@ class Errors:
         work = WORKS[name]
         if truth not in self._models:
             self._models[truth] = truth(self._setup).double()
-        exactly = self._models[truth]
         if (truth, name) not in self._exact:
-            # Latents are of the exact model, rounded, so that both start from the same numbers.
-            arguments = work.inputs(_rounding(exactly), self._setup)
-            result = work.result(exactly, *(converted(a, torch.float64) for a in arguments)).double()
-            self._exact[truth, name] = arguments, result
-        arguments, result = self._exact[truth, name]
-        return ((work.result(model, *arguments).double() - result).norm() / result.norm()).item()
+            self._exact[truth, name] = list(_exact(work, self._models[truth], self._setup))
+        return statistics.median(
+            ((work.result(model, *arguments).double() - result).norm() / result.norm()).item()
+            for arguments, result in self._exact[truth, name])
+
+
+def _exact(work: Work, exactly: nn.Module, setup: Setup) -> Iterator[tuple[tuple, Tensor]]:
+    """The arguments of a work's draws, and their results."""
+    # Latents are of the exact model, rounded, so that both start from the same numbers.
+    given = work.inputs(_rounding(exactly), setup)
+    generator = torch.Generator().manual_seed(SEED)
+    for draw in range(work.draws):
+        arguments = tuple(_nearby(a, generator) for a in given) if draw else given
+        yield arguments, work.result(exactly, *(converted(a, torch.float64) for a in arguments)).double()
+
+
+def _nearby(x: Tensor, generator: torch.Generator) -> Tensor:
+    """x with about its last bits changed."""
+    return x * (1 + torch.finfo(x.dtype).eps * torch.randn(x.shape, generator=generator))

@@ -57,6 +57,24 @@ def test_errors_are_small_for_every_contender(work):
         assert errors(work, model, contender.truth) <= {"fp32": 1e-4, "bf16": 0.03}[contender.network], name
 
 
+def test_an_error_is_the_median_over_inputs_that_differ_in_their_last_bits():
+    given = []
+
+    def result(model, x):
+        if x.dtype == torch.float64:
+            return torch.ones(1)
+        given.append(x)
+        return torch.tensor([1.0 + [0.1, 0.0, 0.3, 0.2, 0.0][len(given) - 1]])
+
+    work = works.Work(lambda model, setup: (torch.ones(100),), None, result, None, "a work", draws=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(works.WORKS, "a work", work)
+        error = works.Errors(SMALL)("a work", torch.nn.Identity(), lambda setup: torch.nn.Identity())
+    assert error == pytest.approx(0.1)
+    assert torch.equal(given[0], torch.ones(100)) and len(given) == 5
+    assert all(0 < (x - 1).abs().max() < 1e-6 for x in given[1:]) and not torch.equal(given[1], given[2])
+
+
 def test_declared_differences_are_the_only_ones():
     glow = SMALL.glow()
     rival = Reference(glow)
