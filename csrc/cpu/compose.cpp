@@ -8,20 +8,22 @@
 namespace flowkern::FLOWKERN_ISA {
 namespace {
 
-// A square matrix of doubles in scratch memory, zero at first.
+// A square matrix of doubles in scratch memory, zero at first, in rows of whole vectors.
 class Square {
   public:
-    explicit Square(int64_t n) : n_(n), memory_(n * n) { memory_.clear(); }
-    double* operator[](int64_t i) const { return memory_.data() + i * n_; }
+    explicit Square(int64_t n) : row_(padded<double>(n)), memory_(n * row_) { memory_.clear(); }
+    double* operator[](int64_t i) const { return memory_.data() + i * row_; }
 
   private:
-    int64_t n_;
+    int64_t row_;
     Scratch<double> memory_;
 };
 
-// to += factor * from
-inline void add_row(double* to, const double* from, double factor, int64_t n) {
-    for (int64_t j = 0; j < n; j++) to[j] += factor * from[j];
+// to += factor * from, two rows of such a matrix, whose numbers before `begin` and from `end` on are zero in `from`: whole
+// vectors, as rows are short.
+inline void add_row(double* to, const double* from, double factor, int64_t begin, int64_t end) {
+    constexpr int64_t W = LANES<double>;
+    for (int64_t j = begin / W * W; j < end; j += W) store(to + j, load(to + j) + factor * load(from + j));
 }
 
 inline double dot(const double* a, const double* b, int64_t n) {
@@ -60,7 +62,7 @@ struct Factors {
     // L U diag(scale), before rows are permuted. Added to `result`, as below.
     void add_product(const Square& result) const {
         for (int64_t i = 0; i < n; i++) {
-            for (int64_t k = 0; k <= i; k++) add_row(result[i] + k, scaled[k] + k, low[i][k], n - k);
+            for (int64_t k = 0; k <= i; k++) add_row(result[i], scaled[k], low[i][k], k, n);
         }
     }
 
@@ -69,15 +71,15 @@ struct Factors {
         Square low_inverse(n), up_inverse(n);
         for (int64_t i = 0; i < n; i++) {
             low_inverse[i][i] = 1;
-            for (int64_t k = 0; k < i; k++) add_row(low_inverse[i], low_inverse[k], -low[i][k], k + 1);
+            for (int64_t k = 0; k < i; k++) add_row(low_inverse[i], low_inverse[k], -low[i][k], 0, k + 1);
         }
         for (int64_t i = n - 1; i >= 0; i--) {
             up_inverse[i][i] = 1;
-            for (int64_t k = i + 1; k < n; k++) add_row(up_inverse[i] + k, up_inverse[k] + k, -up[i][k], n - k);
+            for (int64_t k = i + 1; k < n; k++) add_row(up_inverse[i], up_inverse[k], -up[i][k], k, n);
             for (int64_t j = i; j < n; j++) up_inverse[i][j] /= up[i][i];
         }
         for (int64_t i = 0; i < n; i++) {
-            for (int64_t k = i; k < n; k++) add_row(result[i], low_inverse[k], up_inverse[i][k] / scale.data()[i], k + 1);
+            for (int64_t k = i; k < n; k++) add_row(result[i], low_inverse[k], up_inverse[i][k] / scale.data()[i], 0, k + 1);
         }
     }
 };
@@ -125,16 +127,16 @@ void compose_vjp_steps(const ComposeVjp& m, int threads) {
             T* dbias = static_cast<T*>(m.dbias) + step * n;
             const Square product(n), dproduct(n), dscaled(n);
             f.add_product(product);
-            Scratch<double> sums(2 * n);
+            Scratch<double> sums(2 * padded<double>(n));
             sums.clear();
-            double *to_bias = sums.data(), *to_scale = sums.data() + n;
+            double *to_bias = sums.data(), *to_scale = sums.data() + padded<double>(n);
             for (int64_t i = 0; i < n; i++) {
                 const int64_t row = f.permutation[i];
-                add_row(to_bias, product[row], doffset[i], n);
+                add_row(to_bias, product[row], doffset[i], 0, n);
                 for (int64_t j = 0; j < n; j++) dproduct[row][j] = double(dmatrix[i * n + j]) + double(doffset[i]) * f.bias[j];
             }
             for (int64_t i = 0; i < n; i++) {
-                for (int64_t k = 0; k <= i; k++) add_row(dscaled[k], dproduct[i], f.low[i][k], n);
+                for (int64_t k = 0; k <= i; k++) add_row(dscaled[k], dproduct[i], f.low[i][k], 0, n);
             }
             for (int64_t i = 0; i < n; i++) {
                 for (int64_t j = 0; j < n; j++) {
