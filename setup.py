@@ -143,6 +143,7 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
              (CSRC / "bindings.cpp", "bindings", "compile", f"{includes} {'-DFLOWKERN_BIND_CUDA' if cuda else ''}"),
              (CSRC / "cpu" / "parallel.cpp", "parallel", "compile", ""),
              (CSRC / "cpu" / "chain.cpp", "chain", "compile", ""),
+             (CSRC / "cpu" / "squeeze.cpp", "squeeze", "compile", ""),
              (CSRC / "cpu" / "dispatch.cpp", "dispatch", "compile", given)]
     for isa, flags in {"baseline": "", **sets}.items():
         flags = f"-fopenmp-simd -DFLOWKERN_ISA={isa} {flags}"

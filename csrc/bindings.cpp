@@ -12,6 +12,7 @@
 #include "cpu/chain.h"
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#include "cpu/squeeze.h"
 #include "params.h"
 
 namespace py = pybind11;
@@ -79,6 +80,19 @@ void couple_vjp(int threads, int type, int h_type, int64_t samples, int64_t pixe
                 network_type(h_type, state)};
     py::gil_scoped_release release;
     cpu::active().couple_vjp(m, threads);
+}
+
+// strides: six, of a view (samples, channels, 2, 2, height, width).
+void squeeze(int threads, int type, int64_t samples, int64_t channels, int64_t height, int64_t width, const std::vector<int64_t>& strides,
+             Pointer x, Pointer y) {
+    check_threads(threads);
+    check_sizes(samples, height * width, channels);
+    check_arrays(samples * height * width, x, y);
+    require(strides.size() == 6, "an image's blocks have six strides");
+    Squeeze m{address(x), address(y), samples, channels, height, width, strides[0], strides[1], strides[2], strides[3], strides[4],
+              strides[5], state_type(type)};
+    py::gil_scoped_release release;
+    cpu::squeeze(m, threads);
 }
 
 void shrink(int threads, int type, int64_t size, Pointer z, Pointer g, Pointer lambda, Pointer result, Pointer dlambda) {
@@ -341,6 +355,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("mix_vjp", &mix_vjp);
     module.def("couple", &couple);
     module.def("couple_vjp", &couple_vjp);
+    module.def("squeeze", &squeeze);
     module.def("shrink", &shrink);
     module.def("consistency", &consistency);
     module.def("compose", &compose);

@@ -59,6 +59,16 @@ struct MixVjp {
     void* workspace = nullptr;  // CUDA: of mix_vjp_workspace() bytes
 };
 
+// An image's blocks of 2x2 pixels, with their distances: of samples, channels, rows and columns within a block, and of rows and
+// columns of blocks. `y` is dense, channels-last, of samples x height x width blocks.
+struct Squeeze {
+    const void* x;
+    void* y;
+    int64_t samples, channels, height, width;
+    int64_t sample, channel, in_row, in_column, row, column;
+    Type type;
+};
+
 // z / (1 + lambda), or with `dlambda` not null its gradients: `result` is then that of z.
 struct Shrink {
     const void *z, *g, *lambda;

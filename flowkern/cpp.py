@@ -84,6 +84,23 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
     return y
 
 
+def squeeze_mix(blocks: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """The mix of the image whose blocks (N, C, 2, 2, H, W), a view, these are, squeezed."""
+    return channel_mix(_as_state(blocks), matrix, offset)
+
+
+def _as_state(x: Tensor) -> Tensor:
+    """As `flowkern.chain.as_state`, in one copy."""
+    if x.dim() != 6:
+        return channels_last(x)
+    check_alike("squeeze_mix", x)
+    n, c, _, _, height, width = x.shape
+    y = x.new_empty((n, height, width, 4 * c)).permute(0, 3, 1, 2)
+    _native().squeeze(torch.get_num_threads(), _TYPES[x.dtype], n, c, height, width, x.stride(), x.data_ptr(),
+                      y.data_ptr())
+    return y
+
+
 def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
     return _couple(x, h, scale, alpha, inverse, (0, 0, 0, 0))
 
@@ -283,7 +300,7 @@ def chain(x: Tensor, matrix: Tensor, offset: Tensor, inverse: Tensor, *, paramet
             x, matrix, offset, inverse, parameters=parameters, reverse=reverse, scale=scale, alpha=alpha, dtype=dtype,
             memory=memory, anchor_every=anchor_every, table=table)
     check_alike("chain", x, matrix, offset, inverse, *parameters)
-    x = channels_last(x)
+    x = _as_state(x)
     n, channels, height, width = x.shape
 
     def empty(channels: int, dtype: torch.dtype = x.dtype) -> Tensor:
@@ -315,7 +332,7 @@ def chain_vjp(boundary: Tensor, g: Tensor, glogdet: Tensor, kept: list[list[Tens
             boundary, g, glogdet, kept, matrix, offset, inverse, parameters=parameters, need=need, reverse=reverse,
             scale=scale, alpha=alpha, dtype=dtype, memory=memory, table=table)
     check_alike("chain_vjp", g, glogdet, boundary, matrix, offset, inverse, *parameters)
-    boundary, g, glogdet = channels_last(boundary), channels_last(g), glogdet.contiguous()
+    boundary, g, glogdet = _as_state(boundary), channels_last(g), glogdet.contiguous()
     n, channels, height, width = g.shape
     kept = [[channels_last(t) for t in tensors] for tensors in kept]
     gradients = [torch.empty_like(p) if needed else None for p, needed in zip(parameters, need, strict=True)]
@@ -375,5 +392,5 @@ def _strides(x: Tensor) -> list[int]:
 
 
 register(Backend("cpp", devices=("cpu",), probe=probe, load=lambda: sys.modules[__name__],
-                 preferred={"cpu": (*OPS, "compose", "compose_vjp", "network_fold", "network_trace", "network_vjp",
-                                    "network_tiled", "chain", "chain_vjp")}))
+                 preferred={"cpu": (*OPS, "compose", "compose_vjp", "squeeze_mix", "network_fold", "network_trace",
+                                    "network_vjp", "network_tiled", "chain", "chain_vjp")}))

@@ -41,6 +41,15 @@ def instruction_set(isa):
         _C.select_isa(before)
 
 
+def in_different_memory(n, c, height, width, dtype=torch.float32):
+    """The same image: dense, channels-last, the half that a split keeps, a crop."""
+    x = torch.randn(n, c, height, width, dtype=dtype)
+    yield "dense", x
+    yield "channels-last", x.contiguous(memory_format=torch.channels_last)
+    yield "half", torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, :c]
+    yield "crop", torch.nn.functional.pad(x, (1, 2, 3, 4))[:, :, 3 : 3 + height, 1 : 1 + width]
+
+
 def relative(a, b):
     """Norm of the difference over the norm of b."""
     return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()

@@ -8,6 +8,7 @@
 
 #include "../csrc/cpu/chain.h"
 #include "../csrc/cpu/dispatch.h"
+#include "../csrc/cpu/squeeze.h"
 #include "arrays.h"
 
 using namespace flowkern;
@@ -48,6 +49,14 @@ void pointwise(const cpu::InstructionSet& isa, Type type, int64_t size) {
         isa.shrink({x.get(), g.get(), strength.get(), result.get(), d, size, type}, 2);
         isa.consistency({x.get(), y.get(), g.get(), strength.get(), result.get(), other.get(), d, size, type}, 2);
     }
+}
+
+// A dense image, in planes or channels-last.
+void squeezes(Type type, int64_t samples, int64_t c, int64_t height, int64_t width) {
+    Array x(samples * c * 4 * height * width, type), y(samples * c * 4 * height * width, type);
+    const int64_t row = 2 * width, plane = 2 * height * row;
+    cpu::squeeze({x.get(), y.get(), samples, c, height, width, c * plane, plane, row, 1, 2 * row, 2, type}, 2);
+    cpu::squeeze({x.get(), y.get(), samples, c, height, width, c * plane, 1, c * row, c, 2 * c * row, 2 * c, type}, 2);
 }
 
 void compositions(const cpu::InstructionSet& isa, Type type, int64_t steps, int64_t c) {
@@ -145,6 +154,7 @@ int main(int count, char** arguments) {
     }
     for (Type type : {Type::f32, Type::f64}) {
         for (int64_t c : {1, 2, 7, 12, 48}) compositions(isa, type, 1 + c % 3, c);
+        for (int64_t c : {1, 3, 12}) squeezes(type, 2, c, 5, 1 + c % 4);
     }
     for (Type type : {Type::f32, Type::bf16}) {
         if (!isa.network) continue;
@@ -161,6 +171,8 @@ int main(int count, char** arguments) {
         chains(type, 1, 17, 16, 16, 4, 9, false);  // three ranges of sums a thread
         for (int64_t width : {2, 10, 600}) {  // by Winograd
             for (int64_t hidden : {32, 50, 150}) networks(isa, type, 2, width > 32 ? 4 : 18, width, 3 + hidden % 4, hidden, 7, true);
+            // Four tiles side by side.
+            for (int64_t out : {4, 10, 12}) networks(isa, type, 2, width > 32 ? 4 : 18, width, 2, 144 + 4 * out, out, true);
         }
         for (bool reverse : {false, true}) chains(type, 2, 3, 6, 10, 4, 40, reverse);
         chains(type, 1, 3, 64, 40, 4, 9, false);   // an image that is left, in more ranges than the two before it

@@ -33,7 +33,7 @@ LARGE = {
 }
 # Even sizes and enough hidden channels: by Winograd, where numbers are multiplied in fp32. Chunks of tiles that end
 # within a row, a last band that is smaller, bands of two rows, channels that nothing divides, more of them than are
-# evaluated at once.
+# evaluated at once. With AVX-512, 12 channels out, and 4, take four tiles side by side.
 WINOGRAD = {
     "levels": (2, 12, 32, 32, 128, 12),
     "a smaller last band": (2, 12, 44, 24, 40, 12),
@@ -41,6 +41,9 @@ WINOGRAD = {
     "few tiles": (3, 2, 2, 10, 33, 2),
     "additive": (2, 10, 6, 10, 50, 5),
     "many channels": (1, 96, 4, 6, 150, 96),
+    "four tiles side by side, and three": (2, 12, 6, 10, 160, 12),
+    "a tile of four": (2, 10, 6, 6, 48, 10),
+    "four channels": (1, 4, 10, 14, 32, 4),
 }
 
 

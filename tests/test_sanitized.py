@@ -39,7 +39,8 @@ def program(tmp_path_factory):
     sets = flags_of_sets()
     macros = " ".join(f"-DFLOWKERN_{name.upper()}" for name in ("x86", *sets) if len(sets) > 1)
     jobs = [("tests/sanitized.cpp", "main", ""), ("csrc/cpu/parallel.cpp", "parallel", ""),
-            ("csrc/cpu/chain.cpp", "chain", ""), ("csrc/cpu/dispatch.cpp", "dispatch", macros)]
+            ("csrc/cpu/chain.cpp", "chain", ""), ("csrc/cpu/squeeze.cpp", "squeeze", ""),
+            ("csrc/cpu/dispatch.cpp", "dispatch", macros)]
     jobs += [(f"csrc/cpu/{unit}.cpp", f"{unit}.{isa}", f"-DFLOWKERN_ISA={isa} {flags}")
              for isa, flags in sets.items() for unit in ("mix", "couple", "pointwise", "compose", "network")
              if unit != "network" and isa != "amx" or unit == "network" and isa != "baseline"]

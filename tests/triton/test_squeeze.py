@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import relative, small_glow
+from helpers import in_different_memory, relative, small_glow
 
 from flowkern import backend as backends
 from flowkern import layers, reference
@@ -11,20 +11,11 @@ from flowkern.audit import audit
 KERNELS = backends.table(torch.device("cpu"), "triton")
 
 
-def images(n, c, height, width):
-    """The same image in different memory: dense, channels-last, the half that a split keeps, a crop."""
-    x = torch.randn(n, c, height, width)
-    yield "dense", x
-    yield "channels-last", x.contiguous(memory_format=torch.channels_last)
-    yield "half", torch.cat([x, x], dim=1).contiguous(memory_format=torch.channels_last)[:, :c]
-    yield "crop", torch.nn.functional.pad(x, (1, 2, 3, 4))[:, :, 3 : 3 + height, 1 : 1 + width]
-
-
 @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (2, 3, 6, 10), (3, 6, 4, 2), (2, 18, 2, 6)])
 def test_squeeze_mix_is_squeeze_then_mix(shape):
     c = 4 * shape[1]
     matrix, offset = torch.randn(c, c).mT, torch.randn(c)
-    for name, x in images(*shape):
+    for name, x in in_different_memory(*shape):
         got = KERNELS.squeeze_mix(layers.blocks(x), matrix, offset)
         wanted = reference.channel_mix(reference.squeeze(x.double()), matrix.double(), offset.double())
         assert got.is_contiguous(memory_format=torch.channels_last), name
