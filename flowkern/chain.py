@@ -89,7 +89,9 @@ def _mix(x: Tensor, matrix: Tensor, offset: Tensor, table) -> Tensor:
 
 
 def as_state(x: Tensor) -> Tensor:
-    """A state (N, C, H, W), given itself or as blocks (N, C/4, 2, 2, H, W): itself, or a channels-last copy."""
+    """A state (N, C, H, W), given itself or as blocks (N, C/4, 2, 2, H, W): itself, or a channels-last copy, by way of
+    planes: on the CPU two such copies take a third of one that steps from block to block.
+    """
     return ops.channels_last(x.flatten(1, 3)) if x.dim() == 6 else x
 
 
@@ -125,7 +127,7 @@ def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, s
 
     for position, k in reversed(list(enumerate(reversed(steps) if reverse else steps))):
         if stored:
-            state, *rest = kept[position] if position else [as_state(x), *kept[position]]
+            state, *rest = kept[position] if position else [x, *kept[position]]
             y = state if reverse else table.channel_mix(state, matrix[k], offset[k], False)
             # The list that `trace` made is handed on as it is: a backend may write over what only this list holds.
             h, hidden = (rest[0], rest[1:]) if rest else nets.trace(k, _first_half(y))
@@ -355,7 +357,6 @@ class _LocalChain(Function):
 
 
 def _materialize(g, glogdet, like: Tensor) -> tuple[Tensor, Tensor]:
-    like = like.flatten(1, 3) if like.dim() == 6 else like  # blocks of an image: gradients are those of the state
     g = torch.zeros_like(like, memory_format=torch.channels_last) if g is None else ops.channels_last(g)
     return g, like.new_zeros(like.shape[0]) if glogdet is None else glogdet.contiguous()
 
@@ -472,6 +473,8 @@ def chain(
     needed = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if not needed:
         memory, anchors = "recompute", 0
+    elif memory != "recompute":
+        x = as_state(x)  # which backward wants, too; kept as blocks, it would keep what a split emits from it alive
     elif memory == "recompute" and kept_steps:
         at = kept_steps if reverse else len(nets) - kept_steps
         parts = [t.split([at, len(nets) - at]) for t in (matrix, offset, inverse)] + [(nets[:at], nets[at:])]

@@ -332,7 +332,7 @@ def chain_vjp(boundary: Tensor, g: Tensor, glogdet: Tensor, kept: list[list[Tens
             boundary, g, glogdet, kept, matrix, offset, inverse, parameters=parameters, need=need, reverse=reverse,
             scale=scale, alpha=alpha, dtype=dtype, memory=memory, table=table)
     check_alike("chain_vjp", g, glogdet, boundary, matrix, offset, inverse, *parameters)
-    boundary, g, glogdet = _as_state(boundary), channels_last(g), glogdet.contiguous()
+    boundary, g, glogdet = channels_last(boundary), channels_last(g), glogdet.contiguous()
     n, channels, height, width = g.shape
     kept = [[channels_last(t) for t in tensors] for tensors in kept]
     gradients = [torch.empty_like(p) if needed else None for p, needed in zip(parameters, need, strict=True)]

@@ -351,8 +351,8 @@ class Split(Prior):
 
 
 def squeeze(x: Tensor) -> Tensor:
-    """`reference.squeeze` in one copy, into channels-last memory. (N, C, H, W) -> (N, 4C, H/2, W/2)."""
-    return blocks(x).permute(0, 4, 5, 1, 2, 3).flatten(3).permute(0, 3, 1, 2)
+    """`reference.squeeze` into channels-last memory. (N, C, H, W) -> (N, 4C, H/2, W/2)."""
+    return as_state(blocks(x))
 
 
 def blocks(x: Tensor) -> Tensor:

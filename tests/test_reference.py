@@ -33,7 +33,7 @@ def test_inverse_undoes_forward(variant):
     torch.testing.assert_close(inverse_logdet, -logdet, rtol=1e-8, atol=1e-7)
 
 
-def test_squeeze_is_pixel_unshuffle_in_one_copy():
+def test_squeeze_is_pixel_unshuffle():
     x = torch.randn(2, 3, 4, 6)
     for given in (x, x.contiguous(memory_format=torch.channels_last), torch.randn(2, 6, 4, 6)[:, ::2]):
         torch.testing.assert_close(squeeze(given), reference.squeeze(given), rtol=0, atol=0)
