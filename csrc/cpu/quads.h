@@ -8,12 +8,13 @@ namespace flowkern::FLOWKERN_ISA {
 constexpr int64_t QUAD = 4;              // tiles
 constexpr int64_t QUADS = TILES / QUAD;  // of a chunk
 
-// Whether they take fewer operations: of processors that take vectors of 64 bytes apart, on their halves.
-constexpr bool by_quads(int64_t hidden, int64_t channels) {
-    return VECTOR_BYTES == 64 && hidden % WIDTH == 0 && channels <= WIDTH && 2 * ceil_div(channels, 4) < QUAD * ceil_div(channels, WIDTH / 2);
-}
-
 #ifdef __AVX512F__
+
+// Whether they take fewer operations of processors that take vectors of 64 bytes apart, on their halves; hidden channels are
+// taken by whole vectors.
+constexpr bool by_quads(int64_t hidden, int64_t channels) {
+    return hidden % WIDTH == 0 && 2 * ceil_div(channels, 4) < QUAD * ceil_div(channels, WIDTH / 2) && channels <= 3 * 4;
+}
 
 // A chunk's quads for each point: rows of four times as many numbers as there are channels, which for 16 of them are in the
 // order of `interleave`.
@@ -54,7 +55,7 @@ inline void evaluate_quads(const View<float>& rows, int64_t first, int64_t chann
     }
 }
 
-// V vectors of a quad's sums for each point.
+// Up to three vectors of a quad's sums for each point.
 struct QuadSums {
     QuadSums() : memory_(POINTS * QUADS * 3 * WIDTH) {}
     float* at(int64_t point, int64_t quad, int64_t vector) const {
