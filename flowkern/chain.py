@@ -399,7 +399,7 @@ def reference_chain(
     """The chain by the reference's formulas, for ordinary autograd. Same results as `chain`, every activation
     stored.
     """
-    x, logdet = as_state(x), x.new_zeros(x.shape[0])
+    logdet = x.new_zeros(x.shape[0])
     inverse = torch.linalg.inv(matrix) if reverse else None
     for k in reversed(range(len(matrix))) if reverse else range(len(matrix)):
         y = x if reverse else reference.channel_mix(x, matrix[k], offset[k])

@@ -36,9 +36,8 @@ def compose(steps, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tenso
 
 
 def stacked(parameters) -> list[Tensor]:
-    """Per-step parameters, five a step, as five tensors over steps: parts of one of matrices and of one of vectors."""
-    lower, upper, *vectors = (parameters[i::PER_STEP] for i in range(PER_STEP))
-    return [*torch.stack([*lower, *upper]).chunk(2), *torch.stack([p for vector in vectors for p in vector]).chunk(3)]
+    """Per-step parameters, five a step, as five tensors over steps."""
+    return [torch.stack(parameters[i::PER_STEP]) for i in range(PER_STEP)]
 
 
 def mixes(lower, upper, log_s, log_scale, bias, sign, permutation) -> tuple[Tensor, Tensor, Tensor, Tensor]:

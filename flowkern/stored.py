@@ -1,11 +1,11 @@
-"""A module's parameters by name, past nn.Module's own lookup, which is most of what a level takes in Python."""
+"""A module's parameters by name, past nn.Module's own lookup, of which a level needs more than a hundred."""
 
 from torch import Tensor, nn
 
 
 def parameters(module: nn.Module, *names: str) -> list[Tensor]:
-    """`getattr(module, name)` for each name, ten times as fast where the module itself stores a parameter of that name.
-    Where it doesn't (parametrizations, replicas, tensors put in a parameter's place) it is asked as usual.
+    """`getattr(module, name)` for each name, several times as fast where the module itself stores a parameter of that
+    name. Where it doesn't (parametrizations, replicas, tensors put in a parameter's place) it is asked as usual.
     """
     own = module._parameters
     return [own[name] if name in own else getattr(module, name) for name in names]

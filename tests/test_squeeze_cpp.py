@@ -2,13 +2,10 @@
 
 import pytest
 import torch
-from conftest import RUNNABLE
 from helpers import in_different_memory, relative, small_glow
 
 from flowkern import backend as backends
 from flowkern import chain, cpp, layers, reference
-
-pytestmark = pytest.mark.skipif("cpp" not in RUNNABLE, reason="the native extension does not run here")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -5,7 +5,7 @@ import torch
 from helpers import in_different_memory, relative, small_glow
 
 from flowkern import backend as backends
-from flowkern import layers, reference
+from flowkern import chain, layers, reference
 from flowkern.audit import audit
 
 KERNELS = backends.table(torch.device("cpu"), "triton")
@@ -28,21 +28,26 @@ def test_an_empty_batch():
 
 
 @pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
-def test_a_glow_squeezes_no_image_on_its_way_forward(memory, monkeypatch):
+def test_a_glow_squeezes_an_image_only_to_keep_it(memory, monkeypatch):
     glow = small_glow((1, 8, 8), levels=2, depth=1, hidden=3, dtype=torch.float32, backend="triton", memory=memory)
     same = small_glow((1, 8, 8), levels=2, depth=1, hidden=3, dtype=torch.float32, backend="reference", memory=memory)
     monkeypatch.setattr(layers, "squeeze", None)
+    squeezed, as_state = [], chain.as_state
+    for module in (layers, chain):
+        monkeypatch.setattr(module, "as_state", lambda x: squeezed.append(x.dim() == 6) or as_state(x))
     found = []
     for model in (glow, same):
         x = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        squeezed.clear()
         value = model.log_prob(x).sum()
+        assert sum(squeezed) == (0 if model is glow and memory == "recompute" else 2)  # levels
         found.append([value.detach(), *torch.autograd.grad(value, [x, *model.parameters()])])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+@pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
 def test_a_loss_of_the_log_determinant_alone(memory):
-    """The last level has no gradient of its state, which there is a view of the image's blocks."""
+    """The last level has no gradient of its state, and in "recompute" reads the image's blocks."""
     found = []
     for backend in ("triton", "reference"):
         glow = small_glow((1, 4, 4), levels=1, depth=2, hidden=3, dtype=torch.float32, backend=backend, memory=memory)
