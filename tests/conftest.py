@@ -1,4 +1,6 @@
-"""Shared fixtures: every backend that can run here, and memory that is handed out poisoned."""
+"""Shared fixtures: every backend that can run here, a seed for each test, and memory that is handed out poisoned."""
+
+import zlib
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ RUNNABLE = [name for name, state in flowkern.backends().items() if state is True
 def pytest_configure(config):
     # Most tensors here are tiny: a second thread only waits, and on a busy machine it waits long.
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # for what files make while they are collected
     config.addinivalue_line("markers", "unpoisoned: leave torch.empty and its relatives as they are in this test")
 
 
@@ -57,6 +60,12 @@ def _poisoned(allocate):
         return _poison(tensor)
 
     return wrapper
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Every test draws numbers of its own, the same in every run and in any order: what fails can be seen again."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
