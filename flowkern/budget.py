@@ -27,7 +27,7 @@ REPLAYED, BLOCK, LONGER = 512, 32, 192
 # tensors, and a constant.
 WEIGHTS, DIVIDED, SCRATCH, CONSTANT = 3, 1024, 1 / 16, 512 << 10
 # By Winograd a 3x3 convolution's weights become so many numbers instead of nine.
-POINTS = 16
+POINTS = 24
 # Where PyTorch has no oneDNN convolution for a precision it unfolds what 3x3 ones read, into nine copies.
 UNFOLDED = 9
 # Held whatever is kept: images, latents and the splits' parts, in states of each level, and more of them with learned

@@ -21,7 +21,9 @@ void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, c
             }
         };
         if constexpr (PER_UNIT<E> == 1) {
-            if (weights.s.winograd) return run(WinogradVjp<E>(weights, bands, kept));
+            if (weights.s.over != Over::taps) {
+                return with_tile(weights.s.over, [&](auto tile) { run(WinogradVjp<E, decltype(tile)>(weights, bands, kept)); });
+            }
         }
         run(TapsVjp<E>(weights, bands, kept));
     });

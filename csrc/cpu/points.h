@@ -20,14 +20,16 @@ using PointsView = PointsIn<View<float>>;
 using EvaluatedView = PointsIn<FixedView<EVALUATED>>;
 
 // Scratch memory for them, an odd number of cache lines a row, so that points don't collide.
+template <class Tile>
 struct Points : PointsView {
-    explicit Points(int64_t channels) : PointsView{{}}, memory_(POINTS * TILES, padded<float>(channels) | WIDTH) { rows = memory_; }
+    explicit Points(int64_t channels) : PointsView{{}}, memory_(Tile::POINTS * TILES, padded<float>(channels) | WIDTH) { rows = memory_; }
 
   private:
     const Rows<float> memory_;
 };
+template <class Tile>
 struct Evaluated : EvaluatedView {
-    Evaluated() : EvaluatedView{}, memory_(POINTS * TILES, EVALUATED) { rows = {memory_.data}; }
+    Evaluated() : EvaluatedView{}, memory_(Tile::POINTS * TILES, EVALUATED) { rows = {memory_.data}; }
 
   private:
     const Rows<float> memory_;
@@ -35,17 +37,26 @@ struct Evaluated : EvaluatedView {
 
 // Products of a few tiles at all points, for one panel of columns.
 using ProductsView = FixedView<VECTORS<float> * WIDTH>;
+template <class Tile>
 struct Products : ProductsView {
-    Products() : ProductsView{}, memory_(POINTS * ROWS<float>, VECTORS<float> * WIDTH) { data = memory_.data; }
+    Products() : ProductsView{}, memory_(Tile::POINTS * ROWS<float>, VECTORS<float> * WIDTH) { data = memory_.data; }
 
   private:
     const Rows<float> memory_;
 };
 
-// The pixel, counted from a band's first, that is at a place in the order of tiles, four pixels each.
-inline int64_t pixel_of(int64_t place, int64_t width) {
-    const int64_t tile = place / 4, i = place % 4;
-    return (tile / (width / 2) * 2 + i / 2) * width + tile % (width / 2) * 2 + i % 2;
+// The pixel, counted from a band's first, that is at a place in the order of tiles.
+template <class Tile>
+int64_t pixel_of(int64_t place, int64_t width) {
+    const int64_t tile = place / Tile::PIXELS, i = place % Tile::PIXELS, columns = width / Tile::X;
+    return (tile / columns * Tile::Y + i / Tile::X) * width + tile % columns * Tile::X + i % Tile::X;
+}
+
+// Where the patch of a tile begins in a bordered band of `channels` numbers a pixel.
+template <class Tile>
+int64_t patch_of(int64_t tile, int64_t width, int64_t channels) {
+    const int64_t columns = width / Tile::X;
+    return (tile / columns * Tile::Y * (width + 2) + tile % columns * Tile::X) * channels;
 }
 
 // The first n numbers of a vector, the others zero.
@@ -69,42 +80,44 @@ inline void store_first(float* to, Vec v, int64_t n) {
 }
 
 // What `count` tiles of a bordered band from the one numbered `first` on are products of.
-inline void load_points(const float* bordered, int64_t width, int64_t channels, int64_t first, int64_t count, const PointsView& points) {
-    const int64_t row = (width + 2) * channels, columns = width / 2;
+template <class Tile>
+void load_points(const float* bordered, int64_t width, int64_t channels, int64_t first, int64_t count, const PointsView& points) {
+    const int64_t row = (width + 2) * channels;
     for (int64_t t = 0; t < count; t++) {
-        const float* patch = bordered + (first + t) / columns * 2 * row + (first + t) % columns * 2 * channels;
+        const float* patch = bordered + patch_of<Tile>(first + t, width, channels);
         for (int64_t c = 0; c < channels; c += WIDTH) {
-            Vec d[16], p[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) d[i] = load(patch + i / 4 * row + i % 4 * channels + c);
-            in_both<4, 4, to_points>(d, p);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) store(points[i][t] + c, p[i]);
+            Vec d[Tile::POINTS], p[Tile::POINTS];
+#pragma GCC unroll 24
+            for (int i = 0; i < Tile::POINTS; i++) d[i] = load(patch + i / Tile::PATCH_X * row + i % Tile::PATCH_X * channels + c);
+            Tile::to_points(d, p);
+#pragma GCC unroll 24
+            for (int i = 0; i < Tile::POINTS; i++) store(points[i][t] + c, p[i]);
         }
     }
 }
 
-// The same of a tile's own pixels, four rows of `rows`, and of `channels` from the first one on.
-inline void evaluate_points(const View<float>& rows, int64_t first, int64_t channels, int64_t count, const EvaluatedView& points) {
+// The same of a tile's own pixels, which are rows of `rows`, and of `channels` from the first one on.
+template <class Tile>
+void evaluate_points(const View<float>& rows, int64_t first, int64_t channels, int64_t count, const EvaluatedView& points) {
     for (int64_t t = 0; t < count; t++) {
-        const View<float> tile = rows.from(4 * t);
+        const View<float> tile = rows.from(Tile::PIXELS * t);
         for (int64_t c = 0; c < channels; c += WIDTH) {
-            Vec x[4], p[16];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) x[i] = load(tile[i] + first + c);
-            in_both<2, 4, evaluate>(x, p);
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) store(points[i][t] + c, p[i]);
+            Vec x[Tile::PIXELS], p[Tile::POINTS];
+#pragma GCC unroll 8
+            for (int i = 0; i < Tile::PIXELS; i++) x[i] = load(tile[i] + first + c);
+            Tile::evaluate(x, p);
+#pragma GCC unroll 24
+            for (int i = 0; i < Tile::POINTS; i++) store(points[i][t] + c, p[i]);
         }
     }
 }
 
-// A convolution to many channels: done(row, column, vector) for every vector of four rows a tile. packed: POINTS factors.
-template <int P, class F>
+// A convolution to many channels: done(row, column, vector) for every vector of a tile's rows. packed: a factor for each point.
+template <class Tile, int P, class F>
 inline void combine_panel(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t size, const float* init,
                           const ProductsView& products, const F& done) {
     for (int64_t first = 0; first < count; first += ROWS<float>) {
-        for (int i = 0; i < POINTS; i++) {
+        for (int i = 0; i < Tile::POINTS; i++) {
             const ProductsView to = products.from(i * ROWS<float>);
             multiply_on_vectors<float, P, false>(points[i].from(first).units(), ROWS<float>, depth, packed + i * size, nullptr,
                                                 [&](int64_t r, int64_t c, Vec v) { store(to[r] + c, v); });
@@ -112,60 +125,60 @@ inline void combine_panel(const PointsView& points, int64_t count, int64_t depth
         for (int64_t r = 0; r < min(ROWS<float>, count - first); r++) {
 #pragma GCC unroll 3
             for (int v = 0; v < P; v++) {
-                Vec m[16], y[4];
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) m[i] = load(products[i * ROWS<float> + r] + v * WIDTH);
-                in_both<4, 2, combine>(m, y);
+                Vec m[Tile::POINTS], y[Tile::PIXELS];
+#pragma GCC unroll 24
+                for (int i = 0; i < Tile::POINTS; i++) m[i] = load(products[i * ROWS<float> + r] + v * WIDTH);
+                Tile::combine(m, y);
                 const Vec start = init ? load(init + v * WIDTH) : Vec{};
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) done(4 * (first + r) + i, v * WIDTH, y[i] + start);
+#pragma GCC unroll 8
+                for (int i = 0; i < Tile::PIXELS; i++) done(Tile::PIXELS * (first + r) + i, v * WIDTH, y[i] + start);
             }
         }
     }
 }
 
-template <class F>
-inline void to_many(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t columns, const float* init,
+template <class Tile, class F>
+void to_many(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t columns, const float* init,
                     const ProductsView& products, const F& done) {
     const int64_t size = packed_size<float>(depth, columns);
     each_panel<float>(columns, [&](auto vectors, int64_t column) {
-        combine_panel<decltype(vectors)::value>(points, count, depth, packed + depth * column, size, init ? init + column : nullptr, products,
+        combine_panel<Tile, decltype(vectors)::value>(points, count, depth, packed + depth * column, size, init ? init + column : nullptr, products,
                                                 [&](int64_t r, int64_t c, Vec v) { done(r, column + c, v); });
     });
 }
 
-// bordered += what tiles send to the pixels around them, from products of all points. Two columns of four are the next tile's
+// bordered += what tiles send to the pixels around them, from products of all points. The last two columns are the next tile's
 // too: they wait in registers, so that no number is read back right after it was written, nor one beside it, which processors
 // that look at a vector's whole place take for the same.
-template <int C>
+template <class Tile, int C>
 void spread_tiles(const PointsView& products, int64_t width, int64_t first, int64_t count, int64_t channels, float* bordered) {
-    const int64_t n = C ? C : channels, row = (width + 2) * n, columns = width / 2;
+    const int64_t n = C ? C : channels, row = (width + 2) * n, columns = width / Tile::X;
     for (int64_t c = 0; c < n; c += WIDTH) {
         const int64_t size = min(WIDTH, n - c);
-        Vec waiting[4][2] = {};
+        Vec waiting[Tile::PATCH_Y][2] = {};
         for (int64_t t = 0; t < count; t++) {
-            const int64_t column = (first + t) % columns;
-            float* patch = bordered + (first + t) / columns * 2 * row + column * 2 * n + c;
-            Vec m[16], s[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) m[i] = load(products[i][t] + c);
-            in_both<4, 4, spread>(m, s);
-            const bool last = column + 1 == columns || t + 1 == count;
+            float* patch = bordered + patch_of<Tile>(first + t, width, n) + c;
+            Vec m[Tile::POINTS], s[Tile::POINTS];
+#pragma GCC unroll 24
+            for (int i = 0; i < Tile::POINTS; i++) m[i] = load(products[i][t] + c);
+            Tile::spread(m, s);
+            const bool last = (first + t + 1) % columns == 0 || t + 1 == count;
 #pragma GCC unroll 4
-            for (int y = 0; y < 4; y++, patch += row) {
-                Vec sum[4];
+            for (int y = 0; y < Tile::PATCH_Y; y++, patch += row) {
+                const Vec* sent = s + y * Tile::PATCH_X;
+                Vec sum[Tile::X];
+#pragma GCC unroll 4
+                for (int x = 0; x < Tile::X; x++) sum[x] = load_first(patch + x * n, size) + (x < 2 ? waiting[y][x] + sent[x] : sent[x]);
 #pragma GCC unroll 2
-                for (int x = 0; x < 2; x++) {
-                    sum[x] = load_first(patch + x * n, size) + (waiting[y][x] + s[4 * y + x]);
-                    waiting[y][x] = sum[x + 2] = s[4 * y + x + 2];
-                }
-#pragma GCC unroll 2
-                for (int x = 0; x < 2; x++) store_first(patch + x * n, sum[x], size);
+                for (int x = 0; x < 2; x++) waiting[y][x] = sent[Tile::X + x];
+#pragma GCC unroll 4
+                for (int x = 0; x < Tile::X; x++) store_first(patch + x * n, sum[x], size);
                 if (!last) continue;
 #pragma GCC unroll 2
-                for (int x = 2; x < 4; x++) {
-                    store_first(patch + x * n, load_first(patch + x * n, size) + sum[x], size);
-                    waiting[y][x - 2] = Vec{};
+                for (int x = 0; x < 2; x++) {
+                    float* next = patch + (Tile::X + x) * n;
+                    store_first(next, load_first(next, size) + waiting[y][x], size);
+                    waiting[y][x] = Vec{};
                 }
             }
         }
@@ -174,23 +187,25 @@ void spread_tiles(const PointsView& products, int64_t width, int64_t first, int6
 
 // A convolution to few channels: products of evaluated points, `count` channels of `depth` from the one numbered `first` on, of
 // which the first ones begin the sums that `spread` is for.
-inline void add_products(const EvaluatedView& points, int64_t tiles, int64_t first, int64_t count, int64_t depth, const float* packed,
+template <class Tile>
+void add_products(const EvaluatedView& points, int64_t tiles, int64_t first, int64_t count, int64_t depth, const float* packed,
                          int64_t channels, const PointsView& products) {
     const int64_t size = packed_size<float>(depth, channels), rows = ceil_div(tiles, ROWS<float>) * ROWS<float>;
-    for (int i = 0; i < POINTS; i++) {
+    for (int i = 0; i < Tile::POINTS; i++) {
         const View<float> to = products[i];
         multiply_some<float>(points[i].units(), rows, first, count, depth, packed + i * size, channels, nullptr,
                              [&](int64_t r, int64_t c, Vec v) { store(to[r] + c, first ? load(to[r] + c) + v : v); });
     }
 }
 
-inline void spread_products(const PointsView& products, int64_t width, int64_t first, int64_t count, int64_t channels, float* bordered) {
+template <class Tile>
+void spread_products(const PointsView& products, int64_t width, int64_t first, int64_t count, int64_t channels, float* bordered) {
     switch (channels) {
-        case 6: return spread_tiles<6>(products, width, first, count, channels, bordered);
-        case 12: return spread_tiles<12>(products, width, first, count, channels, bordered);
-        case 24: return spread_tiles<24>(products, width, first, count, channels, bordered);
-        case 48: return spread_tiles<48>(products, width, first, count, channels, bordered);
-        default: return spread_tiles<0>(products, width, first, count, channels, bordered);
+        case 6: return spread_tiles<Tile, 6>(products, width, first, count, channels, bordered);
+        case 12: return spread_tiles<Tile, 12>(products, width, first, count, channels, bordered);
+        case 24: return spread_tiles<Tile, 24>(products, width, first, count, channels, bordered);
+        case 48: return spread_tiles<Tile, 48>(products, width, first, count, channels, bordered);
+        default: return spread_tiles<Tile, 0>(products, width, first, count, channels, bordered);
     }
 }
 

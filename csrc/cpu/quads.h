@@ -33,31 +33,34 @@ inline void interleave(Vec* v) {
 }
 
 // As evaluate_points. A quad that the chunk's tiles don't fill has its last one again.
-inline void evaluate_quads(const View<float>& rows, int64_t first, int64_t channels, int64_t count, const QuadsView& points) {
+template <class Tile>
+void evaluate_quads(const View<float>& rows, int64_t first, int64_t channels, int64_t count, const QuadsView& points) {
     for (int64_t q = 0; q < ceil_div(count, QUAD); q++) {
         for (int64_t c = 0; c < channels; c += WIDTH) {
-            Vec x[4][QUAD];  // of pixels
+            Vec x[Tile::PIXELS][QUAD];
+#pragma GCC unroll 8
+            for (int i = 0; i < Tile::PIXELS; i++) {
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-#pragma GCC unroll 4
-                for (int t = 0; t < QUAD; t++) x[i][t] = load(rows[4 * min(QUAD * q + t, count - 1) + i] + first + c);
+                for (int t = 0; t < QUAD; t++) x[i][t] = load(rows[Tile::PIXELS * min(QUAD * q + t, count - 1) + i] + first + c);
                 interleave(x[i]);
             }
 #pragma GCC unroll 4
             for (int j = 0; j < QUAD; j++) {
-                const Vec pixels[4] = {x[0][j], x[1][j], x[2][j], x[3][j]};
-                Vec p[POINTS];
-                in_both<2, 4, evaluate>(pixels, p);
-#pragma GCC unroll 16
-                for (int i = 0; i < POINTS; i++) store(quad_of(points, i, q) + QUAD * c + j * WIDTH, p[i]);
+                Vec pixels[Tile::PIXELS], p[Tile::POINTS];
+#pragma GCC unroll 8
+                for (int i = 0; i < Tile::PIXELS; i++) pixels[i] = x[i][j];
+                Tile::evaluate(pixels, p);
+#pragma GCC unroll 24
+                for (int i = 0; i < Tile::POINTS; i++) store(quad_of(points, i, q) + QUAD * c + j * WIDTH, p[i]);
             }
         }
     }
 }
 
 // Up to three vectors of a quad's sums for each point.
+template <class Tile>
 struct QuadSums {
-    QuadSums() : memory_(POINTS * QUADS * 3 * WIDTH) {}
+    QuadSums() : memory_(Tile::POINTS * QUADS * 3 * WIDTH) {}
     float* at(int64_t point, int64_t quad, int64_t vector) const {
         return memory_.data() + ((point * QUADS + quad) * 3 + vector) * WIDTH;
     }
@@ -67,13 +70,13 @@ struct QuadSums {
 };
 
 // As add_products.
-template <int V>
-void add_quads(const QuadsView& points, int64_t first, int64_t count, int64_t depth, const float* packed, const QuadSums& sums) {
+template <class Tile, int V>
+void add_quads(const QuadsView& points, int64_t first, int64_t count, int64_t depth, const float* packed, const QuadSums<Tile>& sums) {
     __m512i column[V];
     for (int v = 0; v < V; v++) {
         column[v] = _mm512_add_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_set1_epi32(4 * v));
     }
-    for (int i = 0; i < POINTS; i++) {
+    for (int i = 0; i < Tile::POINTS; i++) {
         Vec sum[QUADS][V];
 #pragma GCC unroll 4
         for (int q = 0; q < QUADS; q++) {
@@ -106,9 +109,10 @@ void add_quads(const QuadsView& points, int64_t first, int64_t count, int64_t de
 }
 
 // The sums as rows of tiles.
-inline void part_quads(const QuadSums& sums, int64_t channels, int64_t count, const PointsView& products) {
+template <class Tile>
+void part_quads(const QuadSums<Tile>& sums, int64_t channels, int64_t count, const PointsView& products) {
     const __m512i transposed = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-    for (int i = 0; i < POINTS; i++) {
+    for (int i = 0; i < Tile::POINTS; i++) {
         for (int64_t q = 0; q < ceil_div(count, QUAD); q++) {
             for (int64_t v = 0; v < ceil_div(channels, 4); v++) {
                 const Vec four(_mm512_permutexvar_ps(transposed, __m512(load(sums.at(i, q, v)))));

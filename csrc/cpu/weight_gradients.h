@@ -47,9 +47,11 @@ class WeightGradients {
                 for (int64_t i = begin * 1024; i < min(end * 1024, where.size); i++) sum[i] += other[i];
             }
         });
-        if (s.winograd) {
-            taps_of_sums(sum + where.w1, s.few, threads);
-            taps_of_sums(sum + where.w3, s.out, threads);
+        if (s.over != Over::taps) {
+            with_tile(s.over, [&](auto tile) {
+                taps_of_sums(tile, sum + where.w1, s.few, threads);
+                taps_of_sums(tile, sum + where.w3, s.out, threads);
+            });
         }
         unfold(m.network, m.gradient, s, scales, sum, threads);
     }
@@ -61,14 +63,15 @@ class WeightGradients {
     const bool need1, need2, need3;
 
   private:
-    // Gradients of all points of some channels, (POINTS, channels, hidden), become those of taps, (9, channels, hidden).
-    void taps_of_sums(float* sum, int64_t channels, int threads) const {
+    // Gradients of all points of some channels, (points, channels, hidden), become those of taps, (9, channels, hidden).
+    template <class Tile>
+    void taps_of_sums(Tile, float* sum, int64_t channels, int threads) const {
         const int64_t wide = padded<float>(s.hidden);
         parallel(threads, channels, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin * wide; i < end * wide; i += WIDTH) {
-                Vector<float> u[POINTS], w[9];
-                for (int n = 0; n < POINTS; n++) u[n] = load(sum + n * channels * wide + i);
-                taps_of_points(u, w);
+                Vector<float> u[Tile::POINTS], w[9];
+                for (int n = 0; n < Tile::POINTS; n++) u[n] = load(sum + n * channels * wide + i);
+                Tile::to_taps(u, w);
                 for (int n = 0; n < 9; n++) store(sum + n * channels * wide + i, w[n]);
             }
         });

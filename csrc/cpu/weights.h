@@ -11,19 +11,19 @@ template <class E>
 struct Sizes {
     int64_t few, hidden, out;     // channels
     int64_t few_units, hidden_units, out_units;
-    bool winograd;
+    Over over;
 
     Sizes(int64_t few, int64_t hidden, int64_t out, int64_t height, int64_t width)
         : few(few), hidden(hidden), out(out), few_units(ceil_div(few, PER_UNIT<E>)),
           hidden_units(ceil_div(hidden, PER_UNIT<E>)), out_units(ceil_div(out, PER_UNIT<E>)),
-          winograd(by_winograd<E>(hidden, height, width)) {}
+          over(flowkern::FLOWKERN_ISA::over<E>(hidden, height, width)) {}
     explicit Sizes(const NetworkVjp& m) : Sizes(m.network.few, m.network.hidden, m.network.out, m.height, m.width) {}
     // Of the first and third layers' factors: how many there are, rows of a right one, and columns.
-    int64_t factors() const { return winograd ? POINTS : 1; }
-    int64_t few_depth() const { return winograd ? few : 9 * few_units; }
-    int64_t out_depth() const { return winograd ? out : 9 * out_units; }
-    int64_t few_columns() const { return winograd ? few : 9 * few; }
-    int64_t out_columns() const { return winograd ? out : 9 * out; }
+    int64_t factors() const { return over == Over::broad ? Broad::POINTS : over == Over::squares ? Square::POINTS : 1; }
+    int64_t few_depth() const { return over == Over::taps ? 9 * few_units : few; }
+    int64_t out_depth() const { return over == Over::taps ? 9 * out_units : out; }
+    int64_t few_columns() const { return over == Over::taps ? 9 * few : few; }
+    int64_t out_columns() const { return over == Over::taps ? 9 * out : out; }
     // Rows of scratch arrays in numbers of E: whole vectors, and an odd number of cache lines so that columns don't collide.
     static int64_t row(int64_t units) { return PER_UNIT<E> * (padded<float>(units + WIDTH) | WIDTH); }
     int64_t hidden_row() const { return row(hidden_units); }
@@ -77,7 +77,8 @@ struct Factor {
     Axis columns;
     int64_t count;  // of columns
     float* packed;
-    const int64_t* taps = nullptr;  // where they lie, of a convolution by Winograd, which is POINTS factors
+    const int64_t* taps = nullptr;  // where they lie, of a convolution by Winograd, which is a factor for each point
+    Over over = Over::taps;
 
     // Threads share slices of panels: one panel of few columns may be half of the work.
     int64_t slices() const { return panel_count<E>(count) * slices_of_panel(); }
@@ -85,7 +86,7 @@ struct Factor {
         const Panel p = panel<E>(count, i / slices_of_panel());
         const int64_t begin = i % slices_of_panel() * SLICE, end = min(begin + SLICE, depth);
         if constexpr (PER_UNIT<E> == 1) {
-            if (taps) return pack_points(p, begin, end);
+            if (over != Over::taps) return with_tile(over, [&](auto tile) { pack_points(tile, p, begin, end); });
         }
         pack_numbers(p, begin, end);
     }
@@ -124,7 +125,8 @@ struct Factor {
         if (end == depth) memset(to, 0, (packed_depth<E>(depth) - depth) * p.vectors * WIDTH * sizeof(float));
     }
 
-    void pack_points(const Panel& p, int64_t begin, int64_t end) const {
+    template <class Tile>
+    void pack_points(Tile, const Panel& p, int64_t begin, int64_t end) const {
         const int64_t first = p.first * WIDTH, size = packed_size<E>(depth, count);
         float* to = packed + depth * first + begin * p.vectors * WIDTH;
         for (int64_t k = begin; k < end; k++) {
@@ -133,7 +135,7 @@ struct Factor {
             for (int64_t j = first; j < first + p.vectors * WIDTH; j += WIDTH, to += WIDTH) {
                 const int32_t* offset = columns.offset.data() + j;
                 const float* scale = columns.scale.data() + j;
-                Vector<float> w[9], u[POINTS];
+                Vector<float> w[9], u[Tile::POINTS];
                 for (int t = 0; t < 9; t++) {
                     float numbers[WIDTH];
 #pragma omp simd
@@ -144,8 +146,8 @@ struct Factor {
                     }
                     w[t] = load(numbers);
                 }
-                points_of_taps(w, u);
-                for (int n = 0; n < POINTS; n++) store(to + n * size, u[n]);
+                Tile::of_taps(w, u);
+                for (int n = 0; n < Tile::POINTS; n++) store(to + n * size, u[n]);
             }
         }
     }
@@ -182,14 +184,13 @@ struct Axes {
 
     // The first layer's inputs and the third one's outputs, for every tap, or once for all.
     Axis few(int64_t padded) const {
-        return {groups(), n.few, padded, [&](int64_t t, int64_t c) { return (s.winograd ? 0 : first_taps[t]) + c * n.weight1.in; }, one};
+        return {groups(), n.few, padded, [&](int64_t t, int64_t c) { return (groups() == 1 ? 0 : first_taps[t]) + c * n.weight1.in; }, one};
     }
     Axis out(int64_t padded) const {
-        return {groups(), n.out, padded, [&](int64_t t, int64_t c) { return (s.winograd ? 0 : third_taps[t]) + c * n.weight3.out; },
+        return {groups(), n.out, padded, [&](int64_t t, int64_t c) { return (groups() == 1 ? 0 : third_taps[t]) + c * n.weight3.out; },
                 [&](int64_t c) { return e.third[c]; }};
     }
-    int64_t groups() const { return s.winograd ? 1 : 9; }
-    const int64_t* taps(const int64_t* of) const { return s.winograd ? of : nullptr; }
+    int64_t groups() const { return s.over == Over::taps ? 9 : 1; }
     Axis hidden(int64_t stride, const Exponentials* scale) const {
         return {1, n.hidden, s.hidden_units * PER_UNIT<E>, [=](int64_t, int64_t c) { return c * stride; },
                 [=](int64_t c) { return scale ? (*scale)[c] : 1; }};
@@ -220,11 +221,11 @@ void fold(const NetworkFold& m, int threads) {
     const Axes<E> axes(n, s, e);
     pack_factors<E>(threads, {
         {n.weight1.data, axes.few(s.few_units * PER_UNIT<E>), s.few_depth(), axes.hidden(n.weight1.out, &e.first), n.hidden,
-         packed + to.w1, axes.taps(axes.first_taps)},
+         packed + to.w1, axes.first_taps, s.over},
         {n.weight2.data, axes.hidden(n.weight2.in, nullptr), s.hidden_units, axes.hidden(n.weight2.out, &e.second), n.hidden,
          packed + to.w2},
         {n.weight3.data, axes.hidden(n.weight3.in, nullptr), s.hidden_units, axes.out(n.out), s.out_columns(), packed + to.w3,
-         axes.taps(axes.third_taps)},
+         axes.third_taps, s.over},
     });
     memset(packed + to.b1, 0, (to.size - to.b1) * sizeof(float));
     for (int64_t i = 0; i < n.hidden; i++) {
@@ -244,11 +245,11 @@ struct Backward {
         const Axes<E> axes(n, s, e);
         pack_factors<E>(threads, {
             {n.weight3.data, axes.out(s.out_units * PER_UNIT<E>), s.out_depth(), axes.hidden(n.weight3.in, nullptr), n.hidden,
-             w3.data(), axes.taps(axes.third_taps)},
+             w3.data(), axes.third_taps, s.over},
             {n.weight2.data, axes.hidden(n.weight2.out, &e.second), s.hidden_units, axes.hidden(n.weight2.in, nullptr),
              n.hidden, w2.data()},
             {n.weight1.data, axes.hidden(n.weight1.out, &e.first), s.hidden_units, axes.few(n.few), s.few_columns(), w1.data(),
-             axes.taps(axes.first_taps)},
+             axes.first_taps, s.over},
         });
     }
 };

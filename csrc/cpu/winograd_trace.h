@@ -1,5 +1,5 @@
 // The coupling network forward on a band, with 3x3 convolutions by Winograd, for which bands have whole tiles. Hidden activations
-// are in the order of tiles, four pixels each.
+// are in the order of tiles.
 #pragma once
 #include "hidden.h"
 #include "quads.h"
@@ -7,12 +7,12 @@
 namespace flowkern::FLOWKERN_ISA {
 
 // One thread's loop over bands, with its scratch memory.
-template <class E>
+template <class E, class Tile>
 class WinogradTrace {
   public:
     WinogradTrace(const Sizes<E>& sizes, const Bands& bands, const Hidden<E>* kept)
         : s_(sizes), bands_(bands), image_(bands.bordered(), s_.few), d_(s_.few),
-          hidden_(kept, 4 * TILES, s_.hidden_row()), sent_(s_.out) {}
+          hidden_(kept, Tile::PIXELS * TILES, s_.hidden_row()), sent_(s_.out) {}
 
     void run(const NetworkTrace& m, int64_t band, float* sums) const {
         const Bands bands = bands_;
@@ -27,18 +27,19 @@ class WinogradTrace {
         load_band(bands, band, pixels_of(m.a), m.few, m.few, image[0]);
         float* to = sums + band * size;
         memset(to, 0, size * sizeof(float));
-        const int64_t tiles = bands.row_count(band) * m.width / 4;
+        const int64_t tiles = bands.row_count(band) * m.width / Tile::PIXELS;
         for (int64_t first = 0; first < tiles; first += TILES) {
-            const int64_t count = min(TILES, tiles - first), rows = ceil_div(4 * count, ROWS<E>) * ROWS<E>;
-            const Hidden<E> hidden = hidden_.at(row + 4 * first);
+            const int64_t count = min(TILES, tiles - first), rows = ceil_div(Tile::PIXELS * count, ROWS<E>) * ROWS<E>;
+            const Hidden<E> hidden = hidden_.at(row + Tile::PIXELS * first);
             const View<E> h1 = hidden.first, h2 = hidden.second;
-            load_points(widened(image)[0], m.width, m.few, first, count, d);
-            to_many(d, count, m.few, packed + folded.w1, m.hidden, packed + folded.b1, products, rectified(h1));
+            load_points<Tile>(widened(image)[0], m.width, m.few, first, count, d);
+            to_many<Tile>(d, count, m.few, packed + folded.w1, m.hidden, packed + folded.b1, products, rectified(h1));
             multiply<E>(h1.units(), rows, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
             send(m, widened(h2), count, packed + folded.w3, x, sent);
-            spread_products(sent, m.width, first, count, m.out, to);
+            spread_products<Tile>(sent, m.width, first, count, m.out, to);
             if (m.h1) {
-                copy_out(hidden, 4 * count, m, [&](int64_t r) { return bands.first_pixel(band) + pixel_of(4 * first + r, m.width); });
+                copy_out(hidden, Tile::PIXELS * count, m,
+                         [&](int64_t r) { return bands.first_pixel(band) + pixel_of<Tile>(Tile::PIXELS * first + r, m.width); });
             }
         }
         if (m.h1) end_copies_past_cache();
@@ -52,29 +53,29 @@ class WinogradTrace {
         if (by_quads(m.hidden, m.out)) {
             for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
                 const int64_t channels = min(EVALUATED, m.hidden - c);
-                evaluate_quads(h2, c, channels, count, x);
-                m.out <= 4 ? add_quads<1>(x, c, channels, m.hidden, packed, quads_) : add_quads<3>(x, c, channels, m.hidden, packed, quads_);
+                evaluate_quads<Tile>(h2, c, channels, count, x);
+                m.out <= 4 ? add_quads<Tile, 1>(x, c, channels, m.hidden, packed, quads_) : add_quads<Tile, 3>(x, c, channels, m.hidden, packed, quads_);
             }
-            return part_quads(quads_, m.out, count, sent);
+            return part_quads<Tile>(quads_, m.out, count, sent);
         }
 #endif
         for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
             const int64_t channels = min(EVALUATED, m.hidden - c);
-            evaluate_points(h2, c, channels, count, x);
-            add_products(x, count, c, channels, m.hidden, packed, m.out, sent);
+            evaluate_points<Tile>(h2, c, channels, count, x);
+            add_products<Tile>(x, count, c, channels, m.hidden, packed, m.out, sent);
         }
     }
 
     const Sizes<E>& s_;
     const Bands& bands_;
     const Rows<E> image_;
-    const Points d_;
-    const Products products_;
+    const Points<Tile> d_;
+    const Products<Tile> products_;
     const HiddenChunks<E> hidden_;
-    const Points sent_;
-    const Evaluated x_;
+    const Points<Tile> sent_;
+    const Evaluated<Tile> x_;
 #ifdef __AVX512F__
-    const QuadSums quads_;
+    const QuadSums<Tile> quads_;
 #endif
 };
 
