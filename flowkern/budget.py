@@ -26,8 +26,8 @@ REPLAYED, BLOCK, LONGER = 512, 32, 192
 # there are two a thread too, and three where each has so many pixels that sums over them are divided; a share of the
 # tensors, and a constant.
 WEIGHTS, DIVIDED, SCRATCH, CONSTANT = 3, 1024, 1 / 16, 512 << 10
-# By Winograd a 3x3 convolution's weights become so many numbers instead of nine.
-POINTS = 24
+# By Winograd a 3x3 convolution's weights become so many numbers instead of nine, or fewer; and their gradients, in threads.
+POINTS, SUMMED = 24, 16
 # Where PyTorch has no oneDNN convolution for a precision it unfolds what 3x3 ones read, into nine copies.
 UNFOLDED = 9
 # Held whatever is kept: images, latents and the splits' parts, in states of each level, and more of them with learned
@@ -78,7 +78,8 @@ class Level(NamedTuple):
         outputs = OUTPUTS * self.outputs * self.pixels * self.network_bytes
         tensors = STATES * self.state + outputs + self._hidden_working(stored, machine)
         of_threads = machine.threads * (3 if self.pixels >= DIVIDED * machine.threads else 2)
-        weights = (WEIGHTS + of_threads) * self._weights(POINTS if machine.tiled else 9) * self.state_bytes
+        points, summed = (POINTS, SUMMED) if machine.tiled else (9, 9)
+        weights = (WEIGHTS * self._weights(points) + of_threads * self._weights(summed)) * self.state_bytes
         mixes = MIXES * self.depth * self.channels**2 * 8
         return max(int((1 + SCRATCH) * tensors) + weights, mixes) + CONSTANT
 

@@ -169,12 +169,14 @@ int main(int count, char** arguments) {
         chains(type, 1, 5, 24, 24, 6, 17, false);  // bands of different size, and an image that is left of two threads' four
         chains(type, 1, 9, 4, 4, 6, 17, true);     // several images at once
         chains(type, 1, 17, 16, 16, 4, 9, false);  // three ranges of sums a thread
-        for (int64_t width : {2, 10, 600}) {  // by Winograd
+        for (int64_t width : {2, 4, 10, 12, 598, 600}) {  // by Winograd, in tiles of either form
             for (int64_t hidden : {32, 50, 150}) networks(isa, type, 2, width > 32 ? 4 : 18, width, 3 + hidden % 4, hidden, 7, true);
             // Four tiles side by side.
             for (int64_t out : {4, 10, 12}) networks(isa, type, 2, width > 32 ? 4 : 18, width, 2, 144 + 4 * out, out, true);
         }
-        for (bool reverse : {false, true}) chains(type, 2, 3, 6, 10, 4, 40, reverse);
+        for (bool reverse : {false, true}) {
+            for (int64_t width : {10, 12}) chains(type, 2, 3, 6, width, 4, 40, reverse);
+        }
         chains(type, 1, 3, 64, 40, 4, 9, false);   // an image that is left, in more ranges than the two before it
     }
     std::printf("%lld couplings on %s\n", static_cast<long long>(calls), isa.name);

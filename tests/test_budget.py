@@ -44,7 +44,7 @@ def partly(glow, reverse):
 def every_plan(glow, reverse):
     """A budget for each way to keep steps that budgets lead to."""
     found = {}
-    for bytes_ in range(0, 2 << 20, 1 << 11):
+    for bytes_ in range(0, 4 << 20, 1 << 11):
         glow.memory_budget = bytes_
         found.setdefault(glow.kept_steps(4, SIZE, inverse=reverse), bytes_)
     return found

@@ -31,19 +31,31 @@ LARGE = {
     "levels": (2, 24, 16, 16, 128, 24),
     "three ranges of sums a thread": (24, 4, 16, 16, 10, 4),
 }
-# Even sizes and enough hidden channels: by Winograd, where numbers are multiplied in fp32. Chunks of tiles that end
-# within a row, a last band that is smaller, bands of two rows, channels that nothing divides, more of them than are
-# evaluated at once. With AVX-512, 12 channels out, and 4, take four tiles side by side.
+# Even sizes and enough hidden channels: by Winograd, where numbers are multiplied in fp32, in tiles of 2x4 pixels where four
+# divide the width, else of 2x2. Chunks of tiles that end within a row, a last band that is smaller, bands of two rows,
+# channels that nothing divides, more of them than are evaluated at once. With AVX-512, 12 channels out, and 4, take four
+# tiles side by side.
 WINOGRAD = {
     "levels": (2, 12, 32, 32, 128, 12),
+    "levels of few pixels": (3, 48, 8, 8, 128, 48),
     "a smaller last band": (2, 12, 44, 24, 40, 12),
     "two rows": (1, 4, 4, 600, 32, 4),
-    "few tiles": (3, 2, 2, 10, 33, 2),
-    "additive": (2, 10, 6, 10, 50, 5),
-    "many channels": (1, 96, 4, 6, 150, 96),
-    "four tiles side by side, and three": (2, 12, 6, 10, 160, 12),
-    "a tile of four": (2, 10, 6, 6, 48, 10),
-    "four channels": (1, 4, 10, 14, 32, 4),
+    "few tiles": (3, 2, 2, 20, 33, 2),
+    "additive": (2, 10, 6, 20, 50, 5),
+    "many channels": (1, 96, 4, 12, 150, 96),
+    "four tiles side by side, and one": (2, 12, 6, 12, 160, 12),
+    "a tile of four": (2, 10, 10, 4, 48, 10),
+    "four channels": (1, 4, 10, 28, 32, 4),
+    "squares": (2, 12, 16, 30, 128, 12),
+    "squares, a smaller last band": (2, 12, 44, 22, 40, 12),
+    "squares, two rows": (1, 4, 4, 598, 32, 4),
+    "few squares": (3, 2, 2, 10, 33, 2),
+    "squares though four divide the width": (1, 12, 4, 8, 40, 12),
+    "squares, additive": (2, 10, 6, 10, 50, 5),
+    "squares, many channels": (1, 96, 4, 6, 150, 96),
+    "four squares side by side, and three": (2, 12, 6, 10, 160, 12),
+    "a square of four": (2, 10, 6, 6, 48, 10),
+    "squares, four channels": (1, 4, 10, 14, 32, 4),
 }
 
 
@@ -80,9 +92,10 @@ def test_winograd_against_pytorch(shape, dtype):
     compare(CPP, [WINOGRAD[shape]], DTYPES[dtype])
 
 
-def test_winograd_is_as_exact_as_the_sums_over_taps():
+@pytest.mark.parametrize("tiles", ["levels", "squares"])
+def test_winograd_is_as_exact_as_the_sums_over_taps(tiles):
     """Beside images with a row more, which have no whole tiles; in units of fp32's last place."""
-    n, c, height, width, hidden, out = WINOGRAD["levels"]
+    n, c, height, width, hidden, out = WINOGRAD[tiles]
     errors = []
     for rows in (height, height + 1):
         shape = n, c, rows, width, hidden, out
@@ -154,7 +167,7 @@ def test_gradients_in_the_memory_layout_of_their_parameters(dtype):
     assert_gradients_laid_out_as_parameters(CPP, dtype)
 
 
-@pytest.mark.parametrize("shape", ["bands", "three ranges of sums a thread", "few tiles"])
+@pytest.mark.parametrize("shape", ["bands", "three ranges of sums a thread", "few tiles", "few squares"])
 def test_same_bits_again_whatever_the_threads_do_and_inputs_left_alone(shape, dtype):
     """The sums over pixels alone depend on how many threads share them, up to rounding."""
     n, c, height, width, hidden, out = (LARGE | WINOGRAD)[shape]

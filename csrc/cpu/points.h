@@ -45,11 +45,10 @@ struct Products : ProductsView {
     const Rows<float> memory_;
 };
 
-// The pixel, counted from a band's first, that is at a place in the order of tiles.
-template <class Tile>
-int64_t pixel_of(int64_t place, int64_t width) {
-    const int64_t tile = place / Tile::PIXELS, i = place % Tile::PIXELS, columns = width / Tile::X;
-    return (tile / columns * Tile::Y + i / Tile::X) * width + tile % columns * Tile::X + i % Tile::X;
+// The pixel, counted from a band's first, that is at a place in the order of squares.
+inline int64_t pixel_of(int64_t place, int64_t width) {
+    const int64_t square = place / 4, i = place % 4;
+    return (square / (width / 2) * 2 + i / 2) * width + square % (width / 2) * 2 + i % 2;
 }
 
 // Where the patch of a tile begins in a bordered band of `channels` numbers a pixel.
@@ -104,7 +103,7 @@ void evaluate_points(const View<float>& rows, int64_t first, int64_t channels, i
         for (int64_t c = 0; c < channels; c += WIDTH) {
             Vec x[Tile::PIXELS], p[Tile::POINTS];
 #pragma GCC unroll 8
-            for (int i = 0; i < Tile::PIXELS; i++) x[i] = load(tile[i] + first + c);
+            for (int i = 0; i < Tile::PIXELS; i++) x[i] = load(tile[Tile::place_of(i)] + first + c);
             Tile::evaluate(x, p);
 #pragma GCC unroll 24
             for (int i = 0; i < Tile::POINTS; i++) store(points[i][t] + c, p[i]);
@@ -131,7 +130,7 @@ inline void combine_panel(const PointsView& points, int64_t count, int64_t depth
                 Tile::combine(m, y);
                 const Vec start = init ? load(init + v * WIDTH) : Vec{};
 #pragma GCC unroll 8
-                for (int i = 0; i < Tile::PIXELS; i++) done(Tile::PIXELS * (first + r) + i, v * WIDTH, y[i] + start);
+                for (int i = 0; i < Tile::PIXELS; i++) done(Tile::PIXELS * (first + r) + Tile::place_of(i), v * WIDTH, y[i] + start);
             }
         }
     }

@@ -41,7 +41,9 @@ void evaluate_quads(const View<float>& rows, int64_t first, int64_t channels, in
 #pragma GCC unroll 8
             for (int i = 0; i < Tile::PIXELS; i++) {
 #pragma GCC unroll 4
-                for (int t = 0; t < QUAD; t++) x[i][t] = load(rows[Tile::PIXELS * min(QUAD * q + t, count - 1) + i] + first + c);
+                for (int t = 0; t < QUAD; t++) {
+                    x[i][t] = load(rows[Tile::PIXELS * min(QUAD * q + t, count - 1) + Tile::place_of(i)] + first + c);
+                }
                 interleave(x[i]);
             }
 #pragma GCC unroll 4

@@ -48,10 +48,8 @@ class WeightGradients {
             }
         });
         if (s.over != Over::taps) {
-            with_tile(s.over, [&](auto tile) {
-                taps_of_sums(tile, sum + where.w1, s.few, threads);
-                taps_of_sums(tile, sum + where.w3, s.out, threads);
-            });
+            taps_of_sums(sum + where.w1, s.few, threads);
+            taps_of_sums(sum + where.w3, s.out, threads);
         }
         unfold(m.network, m.gradient, s, scales, sum, threads);
     }
@@ -63,15 +61,14 @@ class WeightGradients {
     const bool need1, need2, need3;
 
   private:
-    // Gradients of all points of some channels, (points, channels, hidden), become those of taps, (9, channels, hidden).
-    template <class Tile>
-    void taps_of_sums(Tile, float* sum, int64_t channels, int threads) const {
+    // Gradients of all of a square's points of some channels, (points, channels, hidden), become those of taps, (9, channels, hidden).
+    void taps_of_sums(float* sum, int64_t channels, int threads) const {
         const int64_t wide = padded<float>(s.hidden);
         parallel(threads, channels, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin * wide; i < end * wide; i += WIDTH) {
-                Vector<float> u[Tile::POINTS], w[9];
-                for (int n = 0; n < Tile::POINTS; n++) u[n] = load(sum + n * channels * wide + i);
-                Tile::to_taps(u, w);
+                Vector<float> u[Square::POINTS], w[9];
+                for (int n = 0; n < Square::POINTS; n++) u[n] = load(sum + n * channels * wide + i);
+                Square::to_taps(u, w);
                 for (int n = 0; n < 9; n++) store(sum + n * channels * wide + i, w[n]);
             }
         });

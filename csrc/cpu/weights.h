@@ -16,10 +16,12 @@ struct Sizes {
     Sizes(int64_t few, int64_t hidden, int64_t out, int64_t height, int64_t width)
         : few(few), hidden(hidden), out(out), few_units(ceil_div(few, PER_UNIT<E>)),
           hidden_units(ceil_div(hidden, PER_UNIT<E>)), out_units(ceil_div(out, PER_UNIT<E>)),
-          over(flowkern::FLOWKERN_ISA::over<E>(hidden, height, width)) {}
+          over(sums_over<E>(hidden, height, width)) {}
     explicit Sizes(const NetworkVjp& m) : Sizes(m.network.few, m.network.hidden, m.network.out, m.height, m.width) {}
     // Of the first and third layers' factors: how many there are, rows of a right one, and columns.
     int64_t factors() const { return over == Over::broad ? Broad::POINTS : over == Over::squares ? Square::POINTS : 1; }
+    // Of their gradients, sums over squares whatever the tiles.
+    int64_t summed() const { return over == Over::taps ? 1 : Square::POINTS; }
     int64_t few_depth() const { return over == Over::taps ? 9 * few_units : few; }
     int64_t out_depth() const { return over == Over::taps ? 9 * out_units : out; }
     int64_t few_columns() const { return over == Over::taps ? 9 * few : few; }
@@ -261,9 +263,9 @@ struct Sums {
     int64_t w1 = 0, w2, w3, b1, b2, b3, size;
     explicit Sums(const Sizes<E>& s) {
         const int64_t hidden = padded<float>(s.hidden);
-        w2 = w1 + padded<float>(s.factors() * s.few_depth() * PER_UNIT<E>) * hidden;
+        w2 = w1 + padded<float>(s.summed() * s.few_depth() * PER_UNIT<E>) * hidden;
         w3 = w2 + padded<float>(s.hidden) * hidden;
-        b1 = w3 + padded<float>(s.factors() * s.out_depth() * PER_UNIT<E>) * hidden;
+        b1 = w3 + padded<float>(s.summed() * s.out_depth() * PER_UNIT<E>) * hidden;
         b2 = b1 + hidden;
         b3 = b2 + hidden;
         size = b3 + padded<float>(s.out);

@@ -91,12 +91,6 @@ struct Filter<4> {
         to[step] = even_a + odd_a, to[2 * step] = even_a - odd_a;
         to[3 * step] = even_b + odd_b, to[4 * step] = even_b - odd_b;
     }
-    static void to_taps(const Vec* u, int64_t stride, Vec* to, int64_t step) {  // of_taps'
-        const Vec a = u[stride], b = u[2 * stride], c = u[3 * stride], e = u[4 * stride];
-        const Vec even_a = AT_A * (a + b), odd_a = AT_A * A * (a - b), even_b = AT_B * (c + e), odd_b = AT_B * B * (c - e);
-        to[0] = AT_0 * u[0] + even_a + even_b, to[step] = odd_a + odd_b;
-        to[2 * step] = AA * even_a + BB * even_b + u[5 * stride];
-    }
 };
 
 // Both dimensions, from FROM_Y x FROM_X numbers to TO_Y x TO_X: columns first, then rows.
@@ -109,11 +103,13 @@ inline void in_both(const Vec* from, Vec* to) {
     for (int y = 0; y < TO_Y; y++) OF_ROWS(half + y * FROM_X, 1, to + y * TO_X, 1);
 }
 
-// Tiles of Y x X pixels.
+// Tiles of Y x X pixels, which hidden activations have in the order of squares of 2x2, so that it is one for all tiles.
 template <int ROW_COUNT, int COLUMN_COUNT>
 struct Tile {
     static constexpr int Y = ROW_COUNT, X = COLUMN_COUNT, PIXELS = Y * X;
     static constexpr int PATCH_Y = Y + 2, PATCH_X = X + 2, POINTS = PATCH_Y * PATCH_X;
+
+    static constexpr int place_of(int pixel) { return pixel % X / 2 * (2 * Y) + pixel / X * 2 + pixel % 2; }
 
     using Columns = Filter<Y>;
     using Rows = Filter<X>;
@@ -124,8 +120,8 @@ struct Tile {
     static void of_taps(const Vec* w, Vec* u) { in_both<3, 3, PATCH_Y, PATCH_X, Columns::of_taps, Rows::of_taps>(w, u); }
     static void to_taps(const Vec* u, Vec* w) { in_both<PATCH_Y, PATCH_X, 3, 3, Columns::to_taps, Rows::to_taps>(u, w); }
 
-    // Whether an image is made of them.
-    static bool divides(int64_t height, int64_t width) { return height % Y == 0 && width % X == 0; }
+    // Whether an image is made of them, and of more than half a block of rows.
+    static bool suits(int64_t height, int64_t width) { return height % Y == 0 && width % X == 0 && height * width > 4 * PIXELS; }
 };
 using Square = Tile<2, 2>;  // 16 products for 4 pixels instead of 36
 using Broad = Tile<2, 4>;   // 24 for 8 instead of 72
@@ -133,13 +129,12 @@ using Broad = Tile<2, 4>;   // 24 for 8 instead of 72
 // What the 3x3 convolutions are sums over.
 enum class Over { taps, squares, broad };
 
-// Tiles where networks multiply fp32 numbers and have enough channels for the transforms to be worth it, for images that are
-// made of tiles, more of them than half a block of rows.
+// Tiles where networks multiply fp32 numbers and have enough channels for the transforms to be worth it.
 template <class E>
-Over over(int64_t hidden, int64_t height, int64_t width) {
-    if (PER_UNIT<E> != 1 || hidden < 32 || height * width <= 16) return Over::taps;
-    if (Broad::divides(height, width)) return Over::broad;
-    return Square::divides(height, width) ? Over::squares : Over::taps;
+Over sums_over(int64_t hidden, int64_t height, int64_t width) {
+    if (PER_UNIT<E> != 1 || hidden < 32) return Over::taps;
+    if (Broad::suits(height, width)) return Over::broad;
+    return Square::suits(height, width) ? Over::squares : Over::taps;
 }
 
 // f(a tile).

@@ -1,5 +1,5 @@
 // The coupling network forward on a band, with 3x3 convolutions by Winograd, for which bands have whole tiles. Hidden activations
-// are in the order of tiles.
+// are in the order of squares.
 #pragma once
 #include "hidden.h"
 #include "quads.h"
@@ -38,8 +38,9 @@ class WinogradTrace {
             send(m, widened(h2), count, packed + folded.w3, x, sent);
             spread_products<Tile>(sent, m.width, first, count, m.out, to);
             if (m.h1) {
+                const int64_t place = Tile::PIXELS * first;
                 copy_out(hidden, Tile::PIXELS * count, m,
-                         [&](int64_t r) { return bands.first_pixel(band) + pixel_of<Tile>(Tile::PIXELS * first + r, m.width); });
+                         [&](int64_t r) { return bands.first_pixel(band) + pixel_of(place + r, m.width); });
             }
         }
         if (m.h1) end_copies_past_cache();

@@ -5,15 +5,15 @@
 
 namespace flowkern::FLOWKERN_ISA {
 
-// One thread's loop over bands, with its scratch memory.
+// One thread's loop over bands, with its scratch memory. The weights' gradients are sums over squares whatever the tiles:
+// filters of four numbers would make them less exact.
 template <class E, class Tile>
 class WinogradVjp {
   public:
     WinogradVjp(const WeightGradients<E>& weights, const Bands& bands, const Hidden<E>* kept)
         : w_(weights), s_(w_.s), bands_(bands), image_(bands.bordered(), s_.few), gradient_(bands.bordered(), s_.out),
-          hidden_(kept, Tile::PIXELS * TILES, s_.hidden_row()),
-          g1_(Tile::PIXELS * TILES, s_.hidden_row()), g2_(Tile::PIXELS * TILES, s_.hidden_row()), d_(s_.out),
-          a_(s_.few), sent_(s_.few) {}
+          hidden_(kept, CHUNK, s_.hidden_row()), g1_(CHUNK, s_.hidden_row()), g2_(CHUNK, s_.hidden_row()), d_(s_.out),
+          few_(max(s_.few, s_.out)), sent_(s_.few) {}
 
     void run(const NetworkVjp& m, int64_t band, float* sums, float* total) const {
         const Bands bands = bands_;
@@ -21,8 +21,7 @@ class WinogradVjp {
         const Sums<E> where = w_.where;
         const View<E> image = image_, gradient = gradient_, g1 = g1_, g2 = g2_;
         const ProductsView products = products_;
-        const PointsView d = d_, a = a_, sent = sent_;
-        const EvaluatedView x = x_;
+        const PointsView d = d_, sent = sent_;
         const int64_t size = bands.bordered() * s.few, row = Hidden<E>::first_row(bands, band), wide = padded<float>(s.hidden);
         load_band(bands, band, pixels_of(m.a), s.few, s.few, image[0]);
         load_band(bands, band, dense_pixels<Stored<E>>(m.dh, bands, s.out), s.out, s.out, gradient[0]);
@@ -35,44 +34,63 @@ class WinogradVjp {
         }
         const int64_t tiles = bands.row_count(band) * m.width / Tile::PIXELS;
         for (int64_t first = 0; first < tiles; first += TILES) {
-            const int64_t count = min(TILES, tiles - first), rows = ceil_div(Tile::PIXELS * count, ROWS<E>) * ROWS<E>;
-            const Hidden<E> hidden = hidden_.at(row + Tile::PIXELS * first);
+            const int64_t count = min(TILES, tiles - first), place = Tile::PIXELS * first, pixels = Tile::PIXELS * count;
+            const Hidden<E> hidden = hidden_.at(row + place);
             const View<E> h1 = hidden.first, h2 = hidden.second;
             if (!hidden_.kept()) {
-                copy_in(m, [&](int64_t r) { return bands.first_pixel(band) + pixel_of<Tile>(Tile::PIXELS * first + r, m.width); },
-                        Tile::PIXELS * count, hidden);
+                copy_in(m, [&](int64_t r) { return bands.first_pixel(band) + pixel_of(place + r, m.width); }, pixels, hidden);
             }
             load_points<Tile>(widened(gradient)[0], m.width, s.out, first, count, d);
             to_many<Tile>(d, count, s.out, w_.back.w3.data(), s.hidden, nullptr, products, masked(g2, h2));
-            multiply<E>(g2.units(), rows, s.hidden, w_.back.w2.data(), s.hidden, nullptr, masked(g1, h1));
+            multiply<E>(g2.units(), ceil_div(pixels, ROWS<E>) * ROWS<E>, s.hidden, w_.back.w2.data(), s.hidden, nullptr, masked(g1, h1));
+            if (w_.need3) add_squares(gradient, s.out, m.width, place, h2, pixels, total + where.w3);
             if (w_.need2) {
-                add_outer<E>(g2.units(), s.hidden, h1.units(), s.hidden, Tile::PIXELS * count, total + where.w2, wide);
-                add_rows(g2, 0, Tile::PIXELS * count, s.hidden, total + where.b2);
+                add_outer<E>(g2.units(), s.hidden, h1.units(), s.hidden, pixels, total + where.w2, wide);
+                add_rows(g2, 0, pixels, s.hidden, total + where.b2);
             }
             if (w_.need1) {
-                load_points<Tile>(widened(image)[0], m.width, s.few, first, count, a);
-                add_rows(g1, 0, Tile::PIXELS * count, s.hidden, total + where.b1);
+                add_squares(image, s.few, m.width, place, g1, pixels, total + where.w1);
+                add_rows(g1, 0, pixels, s.hidden, total + where.b1);
             }
-            for (int64_t c = 0; c < s.hidden; c += EVALUATED) {
-                const int64_t channels = min(EVALUATED, s.hidden - c);
-                const auto add_outers = [&](const PointsView& few, int64_t rows, float* to) {
-                    for (int64_t i = 0; i < Tile::POINTS; i++, to += rows * wide) {
-                        add_outer<E>(few[i].units(), rows, x[i].units(), channels, count, to, wide);
-                    }
-                };
-                if (w_.need3) {
-                    evaluate_points<Tile>(widened(h2), c, channels, count, x);
-                    add_outers(d, s.out, total + where.w3 + c);
-                }
-                evaluate_points<Tile>(widened(g1), c, channels, count, x);
-                if (w_.need1) add_outers(a, s.few, total + where.w1 + c);
+            each_evaluated<Tile>(g1, 0, count, [&](const EvaluatedView& x, int64_t c, int64_t channels) {
                 add_products<Tile>(x, count, c, channels, s.hidden, w_.back.w1.data(), s.few, sent);
-            }
+            });
             spread_products<Tile>(sent, m.width, first, count, s.few, to);
         }
     }
 
   private:
+    static constexpr int64_t CHUNK = Tile::PIXELS * TILES;
+
+    // f(points, first channel, how many) for all of some hidden channels' points, of tiles from a row on.
+    template <class T, class F>
+    void each_evaluated(const View<E>& rows, int64_t row, int64_t count, const F& f) const {
+        const EvaluatedView x = x_;
+        for (int64_t c = 0; c < s_.hidden; c += EVALUATED) {
+            const int64_t channels = min(EVALUATED, s_.hidden - c);
+            evaluate_points<T>(widened(rows.from(row)), c, channels, count, x);
+            f(x, c, channels);
+        }
+    }
+
+    // total += products of a bordered array's points and those of hidden activations, at squares from a place in the band on.
+    void add_squares(const View<E>& bordered, int64_t channels, int64_t width, int64_t place, const View<E>& hidden, int64_t pixels,
+                     float* total) const {
+        constexpr int64_t MOST = Square::PIXELS * TILES;
+        const PointsView few = few_;
+        const int64_t wide = padded<float>(s_.hidden);
+        for (int64_t p = 0; p < pixels; p += MOST) {
+            const int64_t count = min(MOST, pixels - p) / Square::PIXELS;
+            load_points<Square>(widened(bordered)[0], width, channels, (place + p) / Square::PIXELS, count, few);
+            each_evaluated<Square>(hidden, p, count, [&](const EvaluatedView& x, int64_t c, int64_t columns) {
+                float* to = total + c;
+                for (int64_t i = 0; i < Square::POINTS; i++, to += channels * wide) {
+                    add_outer<E>(few[i].units(), channels, x[i].units(), columns, count, to, wide);
+                }
+            });
+        }
+    }
+
     const WeightGradients<E>& w_;
     const Sizes<E>& s_;
     const Bands& bands_;
@@ -80,7 +98,9 @@ class WinogradVjp {
     const Products<Tile> products_;
     const HiddenChunks<E> hidden_;
     const Rows<E> g1_, g2_;
-    const Points<Tile> d_, a_, sent_;
+    const Points<Tile> d_;
+    const Points<Square> few_;
+    const Points<Tile> sent_;
     const Evaluated<Tile> x_;
 };
 
