@@ -26,7 +26,7 @@ REPLAYED, BLOCK, LONGER = 512, 32, 192
 # there are two a thread too, and three where each has so many pixels that sums over them are divided; a share of the
 # tensors, and a constant.
 WEIGHTS, DIVIDED, SCRATCH, CONSTANT = 3, 1024, 1 / 16, 512 << 10
-# By Winograd a 3x3 convolution's weights become so many numbers instead of nine, or fewer; and their gradients, in threads.
+# By Winograd a 3x3 convolution's weights become so many numbers instead of nine, or fewer, and their gradients so many.
 POINTS, SUMMED = 24, 16
 # Where PyTorch has no oneDNN convolution for a precision it unfolds what 3x3 ones read, into nine copies.
 UNFOLDED = 9

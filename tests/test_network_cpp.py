@@ -31,10 +31,10 @@ LARGE = {
     "levels": (2, 24, 16, 16, 128, 24),
     "three ranges of sums a thread": (24, 4, 16, 16, 10, 4),
 }
-# Even sizes and enough hidden channels: by Winograd, where numbers are multiplied in fp32, in tiles of 2x4 pixels where four
-# divide the width, else of 2x2. Chunks of tiles that end within a row, a last band that is smaller, bands of two rows,
-# channels that nothing divides, more of them than are evaluated at once. With AVX-512, 12 channels out, and 4, take four
-# tiles side by side.
+# Even sizes and enough hidden channels: by Winograd, where numbers are multiplied in fp32, in tiles of 2x4 pixels where
+# four divide the width, else of 2x2. Chunks of tiles that end within a row, a last band that is smaller, bands of two
+# rows, channels that nothing divides, more of them than are evaluated at once. With AVX-512, 12 channels out, and 4,
+# take four tiles side by side.
 WINOGRAD = {
     "levels": (2, 12, 32, 32, 128, 12),
     "levels of few pixels": (3, 48, 8, 8, 128, 48),
