@@ -139,16 +139,18 @@ struct Factor {
                 const float* scale = columns.scale.data() + j;
                 Vector<float> w[9], u[Tile::POINTS];
                 for (int t = 0; t < 9; t++) {
+                    const float* tap = row + taps[t];
                     float numbers[WIDTH];
 #pragma omp simd
                     for (int l = 0; l < WIDTH; l++) {
                         E number;
-                        convert(row[taps[t] + offset[l]] * factor * scale[l], number);
+                        convert(tap[offset[l]] * factor * scale[l], number);
                         numbers[l] = unit_of(number);
                     }
                     w[t] = load(numbers);
                 }
                 Tile::of_taps(w, u);
+#pragma GCC unroll 24
                 for (int n = 0; n < Tile::POINTS; n++) store(to + n * size, u[n]);
             }
         }
