@@ -21,9 +21,7 @@ void vjp_bands(const NetworkVjp& m, const Bands& bands, const Hidden<E>* kept, c
             }
         };
         if constexpr (PER_UNIT<E> == 1) {
-            if (weights.s.over != Over::taps) {
-                return with_tile(weights.s.over, [&](auto tile) { run(WinogradVjp<E, decltype(tile)>(weights, bands, kept)); });
-            }
+            if (by_tiles(weights.s.over, [&](auto tile) { run(WinogradVjp<E, decltype(tile)>(weights, bands, kept)); })) return;
         }
         run(TapsVjp<E>(weights, bands, kept));
     });

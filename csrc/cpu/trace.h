@@ -16,9 +16,7 @@ void trace_bands(const NetworkTrace& m, const Bands& bands, const Hidden<E>* kep
             for (int64_t band; (band = left.take()) >= 0;) loop.run(m, band, sums.data());
         };
         if constexpr (PER_UNIT<E> == 1) {
-            if (sizes.over != Over::taps) {
-                return with_tile(sizes.over, [&](auto tile) { run(WinogradTrace<E, decltype(tile)>(sizes, bands, kept)); });
-            }
+            if (by_tiles(sizes.over, [&](auto tile) { run(WinogradTrace<E, decltype(tile)>(sizes, bands, kept)); })) return;
         }
         run(TapsTrace<E>(sizes, bands, kept));
     });

@@ -19,7 +19,11 @@ struct Sizes {
           over(sums_over<E>(hidden, height, width)) {}
     explicit Sizes(const NetworkVjp& m) : Sizes(m.network.few, m.network.hidden, m.network.out, m.height, m.width) {}
     // Of the first and third layers' factors: how many there are, rows of a right one, and columns.
-    int64_t factors() const { return over == Over::broad ? Broad::POINTS : over == Over::squares ? Square::POINTS : 1; }
+    int64_t factors() const {
+        int64_t points = 1;
+        by_tiles(over, [&](auto tile) { points = decltype(tile)::POINTS; });
+        return points;
+    }
     // Of their gradients, sums over squares whatever the tiles.
     int64_t summed() const { return over == Over::taps ? 1 : Square::POINTS; }
     int64_t few_depth() const { return over == Over::taps ? 9 * few_units : few; }
@@ -79,7 +83,7 @@ struct Factor {
     Axis columns;
     int64_t count;  // of columns
     float* packed;
-    const int64_t* taps = nullptr;  // where they lie, of a convolution by Winograd, which is a factor for each point
+    const int64_t* taps = nullptr;  // where they lie, of a convolution by tiles, which is a factor for each point
     Over over = Over::taps;
 
     // Threads share slices of panels: one panel of few columns may be half of the work.
@@ -88,7 +92,7 @@ struct Factor {
         const Panel p = panel<E>(count, i / slices_of_panel());
         const int64_t begin = i % slices_of_panel() * SLICE, end = min(begin + SLICE, depth);
         if constexpr (PER_UNIT<E> == 1) {
-            if (over != Over::taps) return with_tile(over, [&](auto tile) { pack_points(tile, p, begin, end); });
+            if (by_tiles(over, [&](auto tile) { pack_points(tile, p, begin, end); })) return;
         }
         pack_numbers(p, begin, end);
     }

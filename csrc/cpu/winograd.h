@@ -137,10 +137,12 @@ Over sums_over(int64_t hidden, int64_t height, int64_t width) {
     return Square::suits(height, width) ? Over::squares : Over::taps;
 }
 
-// f(a tile).
+// f(a tile), if sums are over tiles; whether they are.
 template <class F>
-inline void with_tile(Over over, const F& f) {
-    over == Over::broad ? f(Broad()) : f(Square());
+inline bool by_tiles(Over over, const F& f) {
+    if (over == Over::broad) f(Broad());
+    if (over == Over::squares) f(Square());
+    return over != Over::taps;
 }
 
 }  // namespace flowkern::FLOWKERN_ISA

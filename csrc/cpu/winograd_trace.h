@@ -29,18 +29,17 @@ class WinogradTrace {
         memset(to, 0, size * sizeof(float));
         const int64_t tiles = bands.row_count(band) * m.width / Tile::PIXELS;
         for (int64_t first = 0; first < tiles; first += TILES) {
-            const int64_t count = min(TILES, tiles - first), rows = ceil_div(Tile::PIXELS * count, ROWS<E>) * ROWS<E>;
-            const Hidden<E> hidden = hidden_.at(row + Tile::PIXELS * first);
+            const int64_t count = min(TILES, tiles - first), place = Tile::PIXELS * first, pixels = Tile::PIXELS * count;
+            const Hidden<E> hidden = hidden_.at(row + place);
             const View<E> h1 = hidden.first, h2 = hidden.second;
             load_points<Tile>(widened(image)[0], m.width, m.few, first, count, d);
             to_many<Tile>(d, count, m.few, packed + folded.w1, m.hidden, packed + folded.b1, products, rectified(h1));
-            multiply<E>(h1.units(), rows, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2, rectified(h2));
+            multiply<E>(h1.units(), ceil_div(pixels, ROWS<E>) * ROWS<E>, m.hidden, packed + folded.w2, m.hidden, packed + folded.b2,
+                        rectified(h2));
             send(m, widened(h2), count, packed + folded.w3, x, sent);
             spread_products<Tile>(sent, m.width, first, count, m.out, to);
             if (m.h1) {
-                const int64_t place = Tile::PIXELS * first;
-                copy_out(hidden, Tile::PIXELS * count, m,
-                         [&](int64_t r) { return bands.first_pixel(band) + pixel_of(place + r, m.width); });
+                copy_out(hidden, pixels, m, [&](int64_t r) { return bands.first_pixel(band) + pixel_of(place + r, m.width); });
             }
         }
         if (m.h1) end_copies_past_cache();
@@ -55,7 +54,8 @@ class WinogradTrace {
             for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
                 const int64_t channels = min(EVALUATED, m.hidden - c);
                 evaluate_quads<Tile>(h2, c, channels, count, x);
-                m.out <= 4 ? add_quads<Tile, 1>(x, c, channels, m.hidden, packed, quads_) : add_quads<Tile, 3>(x, c, channels, m.hidden, packed, quads_);
+                const auto add = m.out <= 4 ? add_quads<Tile, 1> : add_quads<Tile, 3>;
+                add(x, c, channels, m.hidden, packed, quads_);
             }
             return part_quads<Tile>(quads_, m.out, count, sent);
         }
