@@ -111,14 +111,14 @@ struct Tile {
 
     static constexpr int place_of(int pixel) { return pixel % X / 2 * (2 * Y) + pixel / X * 2 + pixel % 2; }
 
-    using Columns = Filter<Y>;
-    using Rows = Filter<X>;
-    static void to_points(const Vec* d, Vec* p) { in_both<PATCH_Y, PATCH_X, PATCH_Y, PATCH_X, Columns::to_points, Rows::to_points>(d, p); }
-    static void spread(const Vec* m, Vec* to) { in_both<PATCH_Y, PATCH_X, PATCH_Y, PATCH_X, Columns::spread, Rows::spread>(m, to); }
-    static void evaluate(const Vec* x, Vec* p) { in_both<Y, X, PATCH_Y, PATCH_X, Columns::evaluate, Rows::evaluate>(x, p); }
-    static void combine(const Vec* m, Vec* y) { in_both<PATCH_Y, PATCH_X, Y, X, Columns::combine, Rows::combine>(m, y); }
-    static void of_taps(const Vec* w, Vec* u) { in_both<3, 3, PATCH_Y, PATCH_X, Columns::of_taps, Rows::of_taps>(w, u); }
-    static void to_taps(const Vec* u, Vec* w) { in_both<PATCH_Y, PATCH_X, 3, 3, Columns::to_taps, Rows::to_taps>(u, w); }
+    using Down = Filter<Y>;
+    using Along = Filter<X>;
+    static void to_points(const Vec* d, Vec* p) { in_both<PATCH_Y, PATCH_X, PATCH_Y, PATCH_X, Down::to_points, Along::to_points>(d, p); }
+    static void spread(const Vec* m, Vec* to) { in_both<PATCH_Y, PATCH_X, PATCH_Y, PATCH_X, Down::spread, Along::spread>(m, to); }
+    static void evaluate(const Vec* x, Vec* p) { in_both<Y, X, PATCH_Y, PATCH_X, Down::evaluate, Along::evaluate>(x, p); }
+    static void combine(const Vec* m, Vec* y) { in_both<PATCH_Y, PATCH_X, Y, X, Down::combine, Along::combine>(m, y); }
+    static void of_taps(const Vec* w, Vec* u) { in_both<3, 3, PATCH_Y, PATCH_X, Down::of_taps, Along::of_taps>(w, u); }
+    static void to_taps(const Vec* u, Vec* w) { in_both<PATCH_Y, PATCH_X, 3, 3, Down::to_taps, Along::to_taps>(u, w); }
 
     // Whether an image is made of them, and of more than half a block of rows.
     static bool suits(int64_t height, int64_t width) { return height % Y == 0 && width % X == 0 && height * width > 4 * PIXELS; }
