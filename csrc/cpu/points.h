@@ -111,6 +111,16 @@ void evaluate_points(const View<float>& rows, int64_t first, int64_t channels, i
     }
 }
 
+// f(points, first channel, how many) for all of the hidden channels, some at once, of `count` tiles' pixels.
+template <class Tile, class F>
+void each_evaluated(const View<float>& rows, int64_t hidden, int64_t count, const EvaluatedView& points, const F& f) {
+    for (int64_t c = 0; c < hidden; c += EVALUATED) {
+        const int64_t channels = min(EVALUATED, hidden - c);
+        evaluate_points<Tile>(rows, c, channels, count, points);
+        f(points, c, channels);
+    }
+}
+
 // A convolution to many channels: done(row, column, vector) for every vector of a tile's rows. packed: a factor for each point.
 template <class Tile, int P, class F>
 inline void combine_panel(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t size, const float* init,
@@ -138,7 +148,7 @@ inline void combine_panel(const PointsView& points, int64_t count, int64_t depth
 
 template <class Tile, class F>
 void to_many(const PointsView& points, int64_t count, int64_t depth, const float* packed, int64_t columns, const float* init,
-                    const ProductsView& products, const F& done) {
+             const ProductsView& products, const F& done) {
     const int64_t size = packed_size<float>(depth, columns);
     each_panel<float>(columns, [&](auto vectors, int64_t column) {
         combine_panel<Tile, decltype(vectors)::value>(points, count, depth, packed + depth * column, size, init ? init + column : nullptr, products,
@@ -188,7 +198,7 @@ void spread_tiles(const PointsView& products, int64_t width, int64_t first, int6
 // which the first ones begin the sums that `spread` is for.
 template <class Tile>
 void add_products(const EvaluatedView& points, int64_t tiles, int64_t first, int64_t count, int64_t depth, const float* packed,
-                         int64_t channels, const PointsView& products) {
+                  int64_t channels, const PointsView& products) {
     const int64_t size = packed_size<float>(depth, channels), rows = ceil_div(tiles, ROWS<float>) * ROWS<float>;
     for (int i = 0; i < Tile::POINTS; i++) {
         const View<float> to = products[i];

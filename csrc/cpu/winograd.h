@@ -118,6 +118,7 @@ struct Tile {
     static void evaluate(const Vec* x, Vec* p) { in_both<Y, X, PATCH_Y, PATCH_X, Down::evaluate, Along::evaluate>(x, p); }
     static void combine(const Vec* m, Vec* y) { in_both<PATCH_Y, PATCH_X, Y, X, Down::combine, Along::combine>(m, y); }
     static void of_taps(const Vec* w, Vec* u) { in_both<3, 3, PATCH_Y, PATCH_X, Down::of_taps, Along::of_taps>(w, u); }
+    // Of squares alone, which weights' gradients are sums over.
     static void to_taps(const Vec* u, Vec* w) { in_both<PATCH_Y, PATCH_X, 3, 3, Down::to_taps, Along::to_taps>(u, w); }
 
     // Whether an image is made of them, and of more than half a block of rows.

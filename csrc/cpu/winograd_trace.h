@@ -60,11 +60,9 @@ class WinogradTrace {
             return part_quads<Tile>(quads_, m.out, count, sent);
         }
 #endif
-        for (int64_t c = 0; c < m.hidden; c += EVALUATED) {
-            const int64_t channels = min(EVALUATED, m.hidden - c);
-            evaluate_points<Tile>(h2, c, channels, count, x);
-            add_products<Tile>(x, count, c, channels, m.hidden, packed, m.out, sent);
-        }
+        each_evaluated<Tile>(h2, m.hidden, count, x, [&](const EvaluatedView& points, int64_t c, int64_t channels) {
+            add_products<Tile>(points, count, c, channels, m.hidden, packed, m.out, sent);
+        });
     }
 
     const Sizes<E>& s_;

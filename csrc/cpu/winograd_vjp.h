@@ -22,6 +22,7 @@ class WinogradVjp {
         const View<E> image = image_, gradient = gradient_, g1 = g1_, g2 = g2_;
         const ProductsView products = products_;
         const PointsView d = d_, sent = sent_;
+        const EvaluatedView x = x_;
         const int64_t size = bands.bordered() * s.few, row = Hidden<E>::first_row(bands, band), wide = padded<float>(s.hidden);
         load_band(bands, band, pixels_of(m.a), s.few, s.few, image[0]);
         load_band(bands, band, dense_pixels<Stored<E>>(m.dh, bands, s.out), s.out, s.out, gradient[0]);
@@ -52,8 +53,8 @@ class WinogradVjp {
                 add_squares(image, s.few, m.width, place, g1, pixels, total + where.w1);
                 add_rows(g1, 0, pixels, s.hidden, total + where.b1);
             }
-            each_evaluated<Tile>(g1, 0, count, [&](const EvaluatedView& x, int64_t c, int64_t channels) {
-                add_products<Tile>(x, count, c, channels, s.hidden, w_.back.w1.data(), s.few, sent);
+            each_evaluated<Tile>(widened(g1), s.hidden, count, x, [&](const EvaluatedView& points, int64_t c, int64_t channels) {
+                add_products<Tile>(points, count, c, channels, s.hidden, w_.back.w1.data(), s.few, sent);
             });
             spread_products<Tile>(sent, m.width, first, count, s.few, to);
         }
@@ -61,17 +62,6 @@ class WinogradVjp {
 
   private:
     static constexpr int64_t CHUNK = Tile::PIXELS * TILES;
-
-    // f(points, first channel, how many) for all of some hidden channels' points, of tiles from a row on.
-    template <class T, class F>
-    void each_evaluated(const View<E>& rows, int64_t row, int64_t count, const F& f) const {
-        const EvaluatedView x = x_;
-        for (int64_t c = 0; c < s_.hidden; c += EVALUATED) {
-            const int64_t channels = min(EVALUATED, s_.hidden - c);
-            evaluate_points<T>(widened(rows.from(row)), c, channels, count, x);
-            f(x, c, channels);
-        }
-    }
 
     // total += products of a bordered array's points and those of hidden activations, at squares from a place in the band on.
     void add_squares(const View<E>& bordered, int64_t channels, int64_t width, int64_t place, const View<E>& hidden, int64_t pixels,
@@ -82,7 +72,7 @@ class WinogradVjp {
         for (int64_t p = 0; p < pixels; p += MOST) {
             const int64_t count = min(MOST, pixels - p) / Square::PIXELS;
             load_points<Square>(widened(bordered)[0], width, channels, (place + p) / Square::PIXELS, count, few);
-            each_evaluated<Square>(hidden, p, count, [&](const EvaluatedView& x, int64_t c, int64_t columns) {
+            each_evaluated<Square>(widened(hidden.from(p)), s_.hidden, count, x_, [&](const EvaluatedView& x, int64_t c, int64_t columns) {
                 float* to = total + c;
                 for (int64_t i = 0; i < Square::POINTS; i++, to += channels * wide) {
                     add_outer<E>(few[i].units(), channels, x[i].units(), columns, count, to, wide);
