@@ -119,17 +119,39 @@ struct ScaleTerms {
     T slope;      // d log s / d raw
 };
 
+// The same halfway, after the first exponential, for loops that go on from there in another loop: (log s, its slope) of the
+// softclamp, (u, e^-|u|) of the sigmoid, whose argument u is.
+template <class T>
+struct ScaleBegun {
+    T first, second;
+};
+
 template <Scale S, class T>
-FLOWKERN_HD inline ScaleTerms<T> scale_terms(T raw, T alpha, T inverse_alpha) {
+FLOWKERN_HD inline ScaleBegun<T> begin_scale(T raw, T alpha, T inverse_alpha) {
     if constexpr (S == Scale::softclamp) {
         const Tangent<T> th = hyperbolic_tangent_of_half(raw * (2 * inverse_alpha));
-        const T log_s = alpha * th.value;
-        return {log_s, bounded_exponential(log_s), bounded_exponential(-log_s), th.slope};
+        return {alpha * th.value, th.slope};
     } else {
-        const T u = raw + T(2), e = exponential(-std::fabs(u)), r = T(1) / (T(1) + e);
+        const T u = raw + T(2);
+        return {u, exponential(-std::fabs(u))};
+    }
+}
+
+template <Scale S, class T>
+FLOWKERN_HD inline ScaleTerms<T> finish_scale(const ScaleBegun<T>& begun) {
+    if constexpr (S == Scale::softclamp) {
+        const T log_s = begun.first;
+        return {log_s, bounded_exponential(log_s), bounded_exponential(-log_s), begun.second};
+    } else {
+        const T u = begun.first, e = begun.second, r = T(1) / (T(1) + e);
         return {(u < 0 ? u : T(0)) - log1p_unit(e), u < 0 ? e * r : r, T(1) + (u < 0 ? T(1) / e : e),
                 u < 0 ? r : e * r};
     }
+}
+
+template <Scale S, class T>
+FLOWKERN_HD inline ScaleTerms<T> scale_terms(T raw, T alpha, T inverse_alpha) {
+    return finish_scale<S>(begin_scale<S>(raw, alpha, inverse_alpha));
 }
 
 }  // namespace

@@ -117,8 +117,14 @@ void couple_vjp_blocks(const CoupleVjp& m, int64_t blocks, int64_t begin, int64_
             join_into<K>(g, gb, valid, channels, network, dv + at);
             with_network_type<T>(m.h_type, [&](auto number) {
                 auto* dh = static_cast<decltype(number)*>(m.dh) + pixel * row;
-                if (!additive) join<K, false>(raw, t, channels, network);
-                const T* rows = additive ? t : network;
+                const T* rows = t;
+                if (!additive) {
+                    if constexpr (sizeof number == sizeof(T)) {
+                        if (valid == TILE) return join<K, false>(raw, t, channels, dh);
+                    }
+                    join<K, false>(raw, t, channels, network);
+                    rows = network;
+                }
                 for (int64_t j = 0; j < valid * row; j++) convert(rows[j], dh[j]);
             });
         }
