@@ -173,6 +173,10 @@ Network network(const Pointers& p, const Integers& strides, int64_t few, int64_t
     require(few >= 1 && hidden >= 1 && out >= 1, "the coupling network needs at least one channel in every layer");
     const auto weight = [&](int parameter, int i) {
         const int64_t* s = strides.data() + 4 * i;
+        // As the loops that pack number it.
+        const int64_t kernel = i == 1 ? 1 : 3, rows = i == 2 ? out : hidden, columns = i == 0 ? few : hidden;
+        require((rows - 1) * s[0] + (columns - 1) * s[1] + (kernel - 1) * (s[2] + s[3]) <= INT32_MAX,
+                "a weight of a coupling network must span fewer than 2^31 numbers");
         return Weight{address(p[parameter]), s[0], s[1], s[2], s[3]};
     };
     return {weight(0, 0), weight(3, 1), weight(6, 2), address(p[1]), address(p[2]), address(p[4]), address(p[5]),

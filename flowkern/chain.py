@@ -24,6 +24,8 @@ from torch.autograd import Function
 
 from flowkern import backend as backends
 from flowkern import network, ops, reference
+from flowkern.layout import empty_channels_last
+from flowkern.stored import hooked
 
 MEMORY_MODES = ("recompute", "store", "checkpoint")
 
@@ -97,7 +99,7 @@ def as_state(x: Tensor) -> Tensor:
 
 def _total(logdets: list[Tensor]) -> Tensor:
     """The sum over steps, and over the parts that a backend may leave of each: (N,). Added up once, not once a step."""
-    return torch.cat([d.reshape(len(d), -1) if len(d) else d[:, None] for d in logdets], dim=1).sum(dim=1)
+    return torch.cat([d if d.dim() == 2 else d[:, None] for d in logdets], dim=1).sum(dim=1)
 
 
 def _vjp(x, v, g, glogdet, kept, matrix, offset, inverse, nets, need, reverse, scale, alpha, table, memory):
@@ -219,8 +221,8 @@ def _chain_vjp_op(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, n
 
 def _chain_vjp_fake(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, need, *settings):
     wanted = [torch.empty_like(p) for p, needed in zip(parameters, need, strict=True) if needed]
-    rebuilt = torch.empty_like(g) if settings[-2] == "recompute" else g.new_empty(0)
-    return torch.empty_like(g), torch.empty_like(matrix), torch.empty_like(offset), wanted, rebuilt
+    rebuilt = empty_channels_last(g) if settings[-2] == "recompute" else g.new_empty(0)
+    return empty_channels_last(g), torch.empty_like(matrix), torch.empty_like(offset), wanted, rebuilt
 
 
 _SETTINGS = "bool reverse, str scale, float alpha, str backend, ScalarType dtype, str memory, int anchor_every"
@@ -378,10 +380,14 @@ def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, sc
     if memory != "store":
         raise no_second_derivative(memory)
     inputs = [x, matrix, offset, *parameters]
-    wanted = [i for i in inputs if i.requires_grad]
+    # Each once: where steps share a parameter, the first of them gets the whole of its gradient.
+    wanted = {id(i): i for i in inputs if i.requires_grad}
     out, logdet = reference_chain(x, matrix, offset, nets, reverse, scale, alpha)
-    found = iter(torch.autograd.grad([out, logdet], wanted, [g, glogdet], create_graph=True, allow_unused=True))
-    dx, dmatrix, doffset, *dparameters = (next(found) if i.requires_grad else None for i in inputs)
+    found = torch.autograd.grad(
+        [out, logdet], [*wanted.values()], [g, glogdet], create_graph=True, allow_unused=True
+    )
+    found = dict(zip(wanted, found, strict=True))
+    dx, dmatrix, doffset, *dparameters = (found.pop(id(i), None) for i in inputs)
     return dx, dmatrix, doffset, None, None, *dparameters
 
 
@@ -424,8 +430,8 @@ def has_squeeze_mix(device: torch.device, dtype: torch.dtype, backend: str) -> b
 
 
 def is_standard(nets: Iterable[nn.Module]) -> bool:
-    """Whether these are Glow's own networks, whose gradient is written out."""
-    return all(getattr(net, "written_out", False) for net in nets)
+    """Whether these are Glow's own networks, whose gradient is written out. What hooks into one wants it called."""
+    return all(getattr(net, "written_out", False) and not hooked(net) for net in nets)
 
 
 def network_dtype(state: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype | None:
@@ -475,7 +481,7 @@ def chain(
         memory, anchors = "recompute", 0
     elif memory != "recompute":
         x = as_state(x)  # which backward wants, too; kept as blocks, it would keep what a split emits from it alive
-    elif memory == "recompute" and kept_steps:
+    elif kept_steps:
         at = kept_steps if reverse else len(nets) - kept_steps
         parts = [t.split([at, len(nets) - at]) for t in (matrix, offset, inverse)] + [(nets[:at], nets[at:])]
         first, last = zip(*(reversed(part) if reverse else part for part in parts), strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowkern import backend, network
 from flowkern.backend import OPS, Backend, register
-from flowkern.layout import channels_last, check_alike, empty_channels_last, in_order_of
+from flowkern.layout import channels_last, check_alike, check_permutation, empty_channels_last, in_order_of
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
@@ -197,6 +197,7 @@ def compose(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, bias
             permutation: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `flowkern.mix.mixes`, in one call."""
     check_alike("compose", lower, upper, log_s, log_scale, bias, sign)
+    check_permutation("compose", permutation, lower)
     operands = [p.contiguous() for p in (lower, upper, log_s, log_scale, bias, sign, permutation)]
     results = [lower.new_empty(shape) for shape in (lower.shape, log_s.shape, lower.shape, ())]
     _native().compose(torch.get_num_threads(), _TYPES[lower.dtype], *log_s.shape,
@@ -209,6 +210,7 @@ def compose_vjp(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, 
     """As `flowkern.mix.mixes_vjp`, in one call."""
     parameters = [lower, upper, log_s, log_scale, bias]
     check_alike("compose_vjp", *parameters, sign, dmatrix, doffset, dlogdet)
+    check_permutation("compose_vjp", permutation, lower)
     operands = [t.contiguous() for t in (*parameters, sign, permutation, dmatrix, doffset, dlogdet)]
     results = tuple(p.new_empty(p.shape) for p in parameters)
     _native().compose_vjp(torch.get_num_threads(), _TYPES[lower.dtype], *log_s.shape,
@@ -232,7 +234,8 @@ class Folded:
         """For images of this size."""
         if (packed := self._packed.get((height, width))) is None:
             sizes = _TYPES[self.dtype], self.few, self.hidden, self.out, height, width
-            packed = self._packed[height, width] = torch.empty(_native().network_packed_size(*sizes))
+            packed = self._parameters[0].new_empty(_native().network_packed_size(*sizes))
+            self._packed[height, width] = packed
             addresses, strides, _owners = _addresses(self._parameters)
             _native().network_fold(torch.get_num_threads(), *sizes, addresses, strides, packed.data_ptr())
         return packed
@@ -241,6 +244,8 @@ class Folded:
 def network_fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded | tuple[Tensor, ...]:
     """As `flowkern.network.fold`. Where this processor has no fast loops for `dtype`, that function's own result, on
     which the others leave the work to PyTorch's convolutions.
+
+    `chain` folds in its own loop: this and the next three are for networks that Python runs one by one.
     """
     native = all(network_tiled(p.dtype, dtype) for p in parameters)
     return Folded(parameters, dtype) if native else network.fold(parameters, dtype)

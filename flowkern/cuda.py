@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowkern import backend, cpp, triton  # noqa: F401  registers first: "auto" prefers a later one
-from flowkern.layout import channels_last, check_alike, empty_channels_last, in_order_of
+from flowkern.layout import channels_last, check_alike, check_permutation, empty_channels_last, in_order_of
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
@@ -194,7 +194,7 @@ def compose(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, bias
     if channels > _native().COMPOSE_CHANNELS:
         return backend.default("compose")(*parameters, permutation)
     check_alike("compose", *parameters)
-    _check_permutation("compose", permutation, lower)
+    check_permutation("compose", permutation, lower)
     parameters, permutation = [p.contiguous() for p in parameters], permutation.contiguous()
     results = (torch.empty_like(parameters[0]), torch.empty_like(parameters[2]), torch.empty_like(parameters[0]),
                lower.new_empty(()))
@@ -208,7 +208,7 @@ def compose_vjp(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, 
                 permutation: Tensor, dmatrix: Tensor, doffset: Tensor, dlogdet: Tensor) -> tuple[Tensor, ...]:
     """`flowkern.mix.mixes_vjp` in one launch."""
     check_alike("compose_vjp", lower, upper, log_s, log_scale, bias, sign, dmatrix, doffset, dlogdet)
-    _check_permutation("compose_vjp", permutation, lower)
+    check_permutation("compose_vjp", permutation, lower)
     parameters = [p.contiguous() for p in (lower, upper, log_s, log_scale, bias)]
     steps, channels = log_s.shape
     operands = [*parameters, *(t.contiguous() for t in (sign, permutation, dmatrix, doffset, dlogdet))]
@@ -216,12 +216,6 @@ def compose_vjp(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, 
     with _launching("compose_vjp", lower) as (native, where):
         native.compose_vjp(*where, _TYPES[lower.dtype], steps, channels, *(t.data_ptr() for t in (*operands, *results)))
     return results
-
-
-def _check_permutation(op: str, permutation: Tensor, lower: Tensor) -> None:
-    if permutation.dtype != torch.int64 or permutation.device != lower.device:
-        raise ValueError(f"{op}: the permutation must be int64 on {lower.device}, got {permutation.dtype} on "
-                         f"{permutation.device}")
 
 
 # Measured on an H200 (docs/gpu.md): faster than Triton's wherever channels are mixed, and not slower by much elsewhere.

@@ -52,18 +52,19 @@ class Glow(nn.Module):
     steps of flow per level, an int or one int per level. hidden: width of the coupling networks. coupling: "affine"
     or "additive". scale: "softclamp", s = exp(alpha tanh(raw/alpha)), bounded both ways, or "sigmoid", Glow's
     sigmoid(raw + 2). split_prior: "standard" splits plainly, "learned" is Glow's conditional Gaussian, reparametrised
-    so that z stays N(0, I); top_prior: the same for what the last level emits, with constants per channel. network: own
-    coupling network, (in_channels, out_channels) -> nn.Module; dropout and batch norm may be in it, because backward
-    replays what ran. context_channels: how many numbers the model is conditioned on, which are given as `context` to
-    every method. shift: subtracted from images first, added last. variant: what models of other libraries do
-    differently, by the names of `flowkern.variants.Variant`; `from_checkpoint` sets it. memory: "recompute" rebuilds
-    activations in backward, "store" keeps them, "checkpoint" keeps each step's input. anchor_every: keep an exact state
-    every n steps, which bounds the drift of "recompute". memory_budget: bytes that "recompute" may take at the peak of
-    a training step through one call of `forward` or `inverse`, beside parameters, their gradients and the composed
-    mixes: it keeps the activations of as many steps as fit and recomputes the others (`kept_steps` tells). Below what
-    "recompute" takes anyway nothing is kept, and the budget is not met. backend: see `flowkern.backends()`.
-    compute_dtype: precision of the coupling networks (default: autocast's, else the parameters'). check_finite: reject
-    NaN and inf in inputs (default: on the CPU only, because on a GPU the check waits for the device).
+    so that z stays N(0, I); top_prior: the same for what the last level emits, with constants per channel. network:
+    own coupling network, (in_channels, out_channels) -> nn.Module, which leaves its input as it is; dropout and batch
+    norm may be in it, because backward replays what ran. context_channels: how many numbers the model is conditioned
+    on, which are given as `context` to every method. shift: subtracted from images first, added last. variant: what
+    models of other libraries do differently, by the names of `flowkern.variants.Variant`; `from_checkpoint` sets it.
+    memory: "recompute" rebuilds activations in backward, "store" keeps them, "checkpoint" keeps each step's input.
+    anchor_every: keep an exact state every n steps, which bounds the drift of "recompute". memory_budget: bytes that
+    "recompute" may take at the peak of a training step through one call of `forward` or `inverse`, beside parameters,
+    their gradients and the composed mixes: it keeps the activations of as many steps as fit and recomputes the others
+    (`kept_steps` tells). Below what "recompute" takes anyway nothing is kept, and the budget is not met. backend: see
+    `flowkern.backends()`. compute_dtype: precision of the coupling networks (default: autocast's, else the
+    parameters'). check_finite: reject NaN and inf in inputs (default: on the CPU only, because on a GPU the check
+    waits for the device).
 
     Raises ValueError or TypeError, in one sentence, for arguments and inputs that don't fit, and RuntimeError for a
     backend that can't run here.

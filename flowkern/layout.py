@@ -38,3 +38,10 @@ def check_alike(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None
     if h is not None and (h.dtype not in NETWORK_DTYPES[dtype] or h.device != device):
         wanted = " or ".join(map(str, NETWORK_DTYPES[dtype]))
         raise ValueError(f"{op}: h must be {wanted} on {device}, got {h.dtype} on {h.device}")
+
+
+def check_permutation(op: str, permutation: Tensor, state: Tensor) -> None:
+    """Raises ValueError unless a permutation of channels is int64 and where the state is."""
+    if permutation.dtype != torch.int64 or permutation.device != state.device:
+        raise ValueError(f"{op}: the permutation must be int64 on {state.device}, got {permutation.dtype} on "
+                         f"{permutation.device}")

@@ -121,6 +121,11 @@ def _relu_vjp_(g: Tensor, activation: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(g, activation, 0, grad_input=g)
 
 
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to. Tensors of inference mode don't count that."""
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
 def _rows(scale: Tensor) -> Tensor:
     return scale[:, None, None, None]
 
@@ -202,9 +207,18 @@ class LocalNets:
         """The network k of a (and context), recorded the first time and replayed afterwards."""
         given = (a,) if context is None else (a, context)
         # Without autocast's cache: what it keeps of a weight that was cast without a graph would have none in backward.
-        autocast = torch.autocast(a.device.type, self.dtype, self.dtype is not None, cache_enabled=False)
+        # Full precision is what the network has without autocast, which on the CPU warns of it.
+        lowered = self.dtype in (torch.bfloat16, torch.float16)
+        autocast = torch.autocast(a.device.type, self.dtype if lowered else None, lowered, cache_enabled=False)
+        versions = _versions(given)
         with self.replays[k].again_or_first(), autocast:
-            return ops.channels_last(self.modules[k](*given))
+            h = ops.channels_last(self.modules[k](*given))
+        if _versions(given) != versions:
+            raise RuntimeError(
+                "a coupling network must not work in place on its input, which the coupling passes on unchanged: the "
+                "network's first layer may be an activation with inplace=True"
+            )
+        return h
 
     def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool], da: Tensor):
         """The parameters' gradients; that of a is added to `da`."""

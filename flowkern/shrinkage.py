@@ -19,6 +19,7 @@ from flowkern.chain import has_squeeze_mix, is_standard, network_dtype, no_secon
 from flowkern.glow import Glow, refuse_non_finite
 from flowkern.layers import blocks, squeeze, unsqueeze
 from flowkern.mix import compose
+from flowkern.stored import hooked
 
 _MIXES = 3  # matrix, offset and inverse, before a level's other tensors
 
@@ -38,7 +39,7 @@ def is_reversible(glow: Glow) -> bool:
         and not glow.variant.changed()
         and all(prior.is_standard for prior in priors)
         and is_standard(step.coupling.net for level in glow.levels for step in level.steps)
-        and not (glow._forward_hooks or glow._forward_pre_hooks or glow._backward_hooks or glow._backward_pre_hooks)
+        and not hooked(glow)
         and not transforms.batched_or_forward()
     )
 

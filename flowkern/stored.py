@@ -1,4 +1,6 @@
-"""A module's parameters by name, past nn.Module's own lookup, of which a level needs more than a hundred."""
+"""What a module stores: its parameters by name, past nn.Module's own lookup, of which a level needs more than a
+hundred, and whether anything hooks into its calls.
+"""
 
 from torch import Tensor, nn
 
@@ -9,3 +11,9 @@ def parameters(module: nn.Module, *names: str) -> list[Tensor]:
     """
     own = module._parameters
     return [own[name] if name in own else getattr(module, name) for name in names]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a hook waits for calls of the module: one that reads activations, or prunes or normalises weights."""
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks
+                or module._backward_hooks)

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.utils.prune as prune
 from helpers import MODES, VARIANTS, gradients, relative, small_glow
 
 from flowkern import ops, reference
@@ -104,6 +105,20 @@ def test_second_derivative_in_store_mode(network, reverse):
 
 
 @pytest.mark.parametrize("network", [None, ConvNet], ids=["standard", "own network"])
+def test_steps_that_share_a_network_have_the_same_gradient_under_create_graph(network):
+    steps = torch.nn.ModuleList(StepOfFlow(4, hidden=3, network=network).double() for _ in range(3))
+    steps[2].coupling.net = steps[0].coupling.net
+    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.3)
+    out, logdet = run_steps(steps, torch.randn(2, 4, 4, 4, dtype=torch.float64), memory="store")
+    loss = out.square().sum() + logdet.sum()
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    again = torch.autograd.grad(loss, parameters, create_graph=True)
+    assert all(relative(a, b) < 1e-12 for a, b in zip(again, first, strict=True))
+
+
+@pytest.mark.parametrize("network", [None, ConvNet], ids=["standard", "own network"])
 @pytest.mark.parametrize("memory", ["recompute", "checkpoint"])
 def test_second_derivative_elsewhere_is_a_clear_error(network, memory):
     glow = small_glow(memory=memory, network=network)
@@ -188,6 +203,45 @@ def test_own_network_is_evaluated_once_per_step_in_backward():
     assert len(evaluations) == 6
     loss.backward()
     assert len(evaluations) == 12
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_own_network_that_overwrites_its_input_is_refused(memory, grad):
+    def network(in_channels, out_channels):
+        return torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.Conv2d(in_channels, out_channels, 1))
+
+    steps = torch.nn.ModuleList([StepOfFlow(4, network=network)])
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="in.place"):
+        run_steps(steps, torch.randn(2, 4, 4, 4), memory=memory)
+
+
+def test_full_precision_of_own_networks_brings_no_warning(recwarn):
+    glow = small_glow(network=ConvNet, dtype=torch.float32, compute_dtype=torch.float32)
+    glow.log_prob(torch.rand(2, 2, 8, 8)).sum().backward()
+    assert not [str(w.message) for w in recwarn if "autocast" in str(w.message)]
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
+def test_glows_own_network_is_called_where_something_hooks_into_it(memory):
+    """A hook that watches, and pruning, which makes the weight anew before each call."""
+    x, plain, pruned = torch.rand(2, 2, 8, 8, dtype=torch.float64), small_glow(memory=memory), small_glow(memory=memory)
+    net, watched = (pruned.levels[0].steps[k].coupling.net for k in (0, 1))
+    weight = plain.levels[0].steps[0].coupling.net.weight1
+    prune.l1_unstructured(net, "weight1", 0.5)
+    seen = []
+    watched.register_forward_hook(lambda *_: seen.append(1))
+    for factor in (1.0, 1.5):       # the second time with another weight
+        with torch.no_grad():
+            net.weight1_orig.mul_(factor)
+            weight.copy_(net.weight1_orig * net.weight1_mask)
+        for glow in (plain, pruned):
+            glow.zero_grad()
+            glow.log_prob(x).sum().backward()
+        weight.grad.mul_(net.weight1_mask)
+        for name, p in pruned.named_parameters():
+            assert relative(p.grad, plain.get_parameter(name.removesuffix("_orig")).grad) < 1e-9, name
+    assert seen
 
 
 def _flat(tensors):

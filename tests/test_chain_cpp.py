@@ -141,17 +141,19 @@ def test_what_it_leaves_to_the_default(monkeypatch, dtype, images):
         ({"kept": [0, 0, 8, 0] * 2}, "either both hidden activations"),
         ({"kept": [0, 8, 0, 0, 0, 0, 0, 0]}, "every step's h"),
         ({"parameters": [8] * 17}, "nine parameters"),
+        ({"strides": [1 << 30] * 24}, "fewer than 2\\^31 numbers"),
         ({"x": 0}, "null"),
         ({"settings": (0, 2, 6, 5, 7, 0, 1.0, False, False)}, "even number"),
         ({"settings": (0, 0, 6, 5, 6, 0, 1.0, False, False)}, "at least one step and one pixel"),
     ],
 )
 def test_the_binding_checks_what_it_is_given(change, message):
-    given = {"settings": (0, 2, 6, 5, 6, 0, 1.0, False, False), "parameters": [8] * 18, "x": 8, "kept": [0] * 8}
+    given = {"settings": (0, 2, 6, 5, 6, 0, 1.0, False, False), "parameters": [8] * 18, "strides": [1] * 24, "x": 8,
+             "kept": [0] * 8}
     given |= change
     with pytest.raises(ValueError, match=message):
-        cpp._native().chain(1, given["settings"], [4, 4], given["parameters"], [1] * 24, 8, 8, 8, given["x"],
-                            given["kept"], 8, 8)
+        cpp._native().chain(1, given["settings"], [4, 4], given["parameters"], given["strides"], 8, 8, 8,
+                            given["x"], given["kept"], 8, 8)
 
 
 @pytest.mark.parametrize("where", ["mixes", "parameters"])

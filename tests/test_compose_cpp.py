@@ -32,3 +32,5 @@ def test_permutation_out_of_range_is_refused():
     *given, permutation = parameters(2, 3, torch.float32)
     with pytest.raises(ValueError, match="channel numbers"):
         cpp.compose(*given, permutation + 1)
+    with pytest.raises(ValueError, match="the permutation must be int64"):
+        cpp.compose(*given, permutation.int())

@@ -134,6 +134,17 @@ def test_empty(dtype):
     assert h.shape == (2, 6, 0, 4) and not last.any()
 
 
+def test_the_process_may_have_another_default_dtype(dtype):
+    """The loops pack fp32 numbers, for which bf16 ones would leave too little memory."""
+    weights = parameters(3, 8, 6)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert cpp.network_fold(weights, dtype).packed(4, 4).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 @pytest.mark.parametrize("shape", ["additive", "many hidden"])
 def test_keeping_hidden_activations_or_not_gives_the_same(shape, dtype):
     assert_keeping_changes_nothing(CPP, SHAPES[shape], dtype)

@@ -66,22 +66,10 @@ def test_opcheck_of_the_chain(memory, reverse):
     out, _, kept = torch.ops.flowkern.chain(x, matrix, offset, inverse, parameters, *settings)
     need = [i % 9 != 4 for i in range(len(parameters))]
     stored = memory != "recompute"
-    torch.library.opcheck(
-        torch.ops.flowkern.chain_vjp.default,
-        (
-            x if stored else None,
-            None if stored else out,
-            g,
-            logdet,
-            kept,
-            matrix,
-            offset,
-            inverse,
-            parameters,
-            need,
-            *settings,
-        ),
-    )
+    ends = (x, None) if stored else (None, out)
+    for cotangent in (g, g.contiguous()):
+        given = *ends, cotangent, logdet, kept, matrix, offset, inverse, parameters, need
+        torch.library.opcheck(torch.ops.flowkern.chain_vjp.default, (*given, *settings))
 
 
 def test_gradients_of_the_public_forms(backend):

@@ -104,7 +104,8 @@ constexpr int pixels_at_once(int vectors) {
 constexpr int rows_at_once(int vectors) { return ACCUMULATORS / vectors < 12 ? ACCUMULATORS / vectors : 12; }
 
 // Whether rows of a usual number of channels end in half a vector, and are one group. Half of a whole one would be padding
-// then, for which processors that take vectors of 64 bytes apart need as long as for numbers. Halves of 32 are no faster.
+// then, for which processors that execute a vector of 64 bytes as two halves (Zen 4) need as long as for numbers. Halves of 32
+// are no faster.
 template <class K>
 constexpr bool ends_in_half() {
     constexpr int64_t channels = K::channels(0), W = LANES<typename K::Element>;

@@ -157,8 +157,8 @@ void to_many(const PointsView& points, int64_t count, int64_t depth, const float
 }
 
 // bordered += what tiles send to the pixels around them, from products of all points. The last two columns are the next tile's
-// too: they wait in registers, so that no number is read back right after it was written, nor one beside it, which processors
-// that look at a vector's whole place take for the same.
+// too: they wait in registers, so that no number is read back right after it was written, for which a processor has to wait; nor
+// one beside it, since of a masked vector's lanes some processors can't tell which were written (Zen 4).
 template <class Tile, int C>
 void spread_tiles(const PointsView& products, int64_t width, int64_t first, int64_t count, int64_t channels, float* bordered) {
     const int64_t n = C ? C : channels, row = (width + 2) * n, columns = width / Tile::X;

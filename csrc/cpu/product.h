@@ -15,8 +15,8 @@ inline void multiply_add(Vector<float>& sum, float a, Vector<float> b, BFloat16)
 }
 #endif
 
-// HALF: of the last vector of every row only half has columns. Processors that take vectors of 64 bytes apart need half the time
-// for it.
+// HALF: of the last vector of every row only half has columns. Processors that execute a vector of 64 bytes as two halves (Zen 4)
+// need half the time for it.
 template <class E, int V, bool HALF, class F>
 inline void multiply_on_vectors(Units a, int64_t rows, int64_t depth, const float* packed, const float* init, const F& done) {
     constexpr int WHOLE = V - HALF;

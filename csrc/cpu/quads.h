@@ -10,8 +10,8 @@ constexpr int64_t QUADS = TILES / QUAD;  // of a chunk
 
 #ifdef __AVX512F__
 
-// Whether they take fewer operations of processors that take vectors of 64 bytes apart, on their halves; hidden channels are
-// taken by whole vectors.
+// Whether they take fewer operations of processors that execute a vector of 64 bytes as two halves (Zen 4); hidden channels
+// are taken by whole vectors.
 constexpr bool by_quads(int64_t hidden, int64_t channels) {
     return hidden % WIDTH == 0 && 2 * ceil_div(channels, 4) < QUAD * ceil_div(channels, WIDTH / 2) && channels <= 3 * 4;
 }

@@ -121,7 +121,7 @@ struct Tile {
     // Of squares alone, which weights' gradients are sums over.
     static void to_taps(const Vec* u, Vec* w) { in_both<PATCH_Y, PATCH_X, 3, 3, Down::to_taps, Along::to_taps>(u, w); }
 
-    // Whether an image is made of them, and of more than half a block of rows.
+    // Whether an image is made of them, and of more than four.
     static bool suits(int64_t height, int64_t width) { return height % Y == 0 && width % X == 0 && height * width > 4 * PIXELS; }
 };
 using Square = Tile<2, 2>;  // 16 products for 4 pixels instead of 36

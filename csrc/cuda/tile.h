@@ -54,8 +54,8 @@ struct Products {
     }
 };
 
-// Row i of `to` gets column i of a channels x channels matrix, in the order of its memory. WIDTH is a constant number of
-// threads that load together.
+// Row i of `to` gets column i of a channels x channels matrix, in the order of its memory. THREADS: those of the
+// block, all of which load.
 template <int CHANNELS, int STRIDE, int THREADS, class T>
 __device__ __forceinline__ void load_transposed(const Matrix& matrix, T* to) {
     const T* from = static_cast<const T*>(matrix.data);

@@ -40,6 +40,13 @@ def test_log_prob_and_reconstruction():
     torch.testing.assert_close(mine.inverse(mine(x)[0], size=(8, 4)), x, rtol=0, atol=1e-5)
 
 
+def test_empty_batch():
+    """The log-determinants' partial sums have no sample to belong to."""
+    glow, _ = glows()
+    z, logdet = glow(torch.rand(0, *SIZE))
+    assert z.shape == (0, 32) and logdet.shape == (0,)
+
+
 def test_unfolded_network_trains_on_it():
     def loss(backend):
         torch.manual_seed(0)
