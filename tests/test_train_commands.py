@@ -166,6 +166,7 @@ def test_missing_packages_are_one_sentence_that_names_the_extra(command, monkeyp
         (["--ema", "1"], "ema must be between 0 and 1, got 1.0"),
         (["--prior-noise", "-1"], "prior_noise must be 0 or more, got -1.0"),
         (["--alpha", "0"], "alpha must be positive, got 0.0"),
+        (["--levels", "1", "--size", "4"], "size must be at least 6, as SSIM wants it, got 4"),
         (["--prior-seconds", "null", "--prior-steps", "null"], "schedule='cosine' needs prior_steps or prior_seconds"),
         (["--resume", "--out", "nowhere"], "nothing to resume: nowhere holds no run"),
     ],
@@ -184,10 +185,13 @@ def test_mistakes_end_in_one_sentence(command, arguments, message, capsys, tmp_p
         ("unfolded", ["--sigma", "-1"], "sigma must be positive, got -1.0"),
         ("unfolded", ["--sigma-max", "0.1"], "sigma_max must be at least sigma = 0.15, got 0.1"),
         ("unfolded", ["--eval-sigmas", "[]"], "eval_sigmas must be one or more positive numbers, got []"),
+        ("unfolded", ["--eval-sigmas", "[0.1,.nan]"], "eval_sigmas must be one or more positive numbers, got [0.1, n"),
+        ("unfolded", ["--seed", "99999999999999999999"], "seed must be less than 2^63, got 99999999999999999999"),
         ("unfolded", ["--backend", "abacus"], "unknown backend 'abacus'"),
         ("unfolded", ["--depth", "[1,2]"], "depth wants one int, or one per level (3), got 2"),
         ("unfolded", ["--seconds", "null", "--steps", "null"], "schedule='cosine' needs steps or seconds"),
         ("unfolded", ["--prior-checkpoint", "nowhere"], "nowhere is not a saved Glow"),
+        ("unfolded", ["--prox", "unet", "--prior-checkpoint", "x"], "is a Glow to start from; --prox is unet"),
         ("unfolded", ["--accumulate", "5"], "a batch of 16 can't be divided among 1 processes in 5 parts each"),
         ("unfolded", ["--prox", "resnet", "--noise-aware"], "noise_aware scales the lambda of a Glow; prox is"),
         (
@@ -256,6 +260,33 @@ def test_unknown_options_exit_as_argparse_does(command, arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(command)(arguments)
     assert caught.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_options_are_whole_words_and_a_preset_is_chosen_on_the_command_line(tmp_path, capsys):
+    for command, words in (("unfolded", ["--pres", "cpu"]), ("pretrain", ["--fold", "7"])):
+        with pytest.raises(SystemExit):
+            main(command)(words)
+        assert words[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate.main(["run", "--fig", "2"])
+    assert "--fig" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("preset: paper\n")
+    assert main("unfolded")(["--config", str(tmp_path / "mine.yaml")]) == 2
+    assert "a preset is chosen on the command line, --preset paper, not in --config" in told(capsys)
+
+
+def test_noise_levels_are_told_apart():
+    assert [config.noise(sigma) for sigma in (0.1, 0.012, 0.014, 25 / 255)] == ["0.10", "0.012", "0.014", "0.0980392"]
+    assert tiny("photos", None, sigma=0.004, sigma_max=0.15).trained_at() == "0.004 to 0.15"
+
+
+def test_an_interruption_is_one_sentence(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for prepare in (interrupted, lambda: interrupted):
+        assert command_module.run(prepare) == 130
+        assert capsys.readouterr().err == "interrupted; training that has begun is continued by the same command\n"
 
 
 def test_a_stage_without_a_schedule_s_limit_is_none_of_a_network_without_a_flow():
@@ -397,6 +428,12 @@ def test_evaluate_puts_runs_and_references_into_one_table(finished, resnet, tmp_
         assert results["methods"][key]["parameters"] == sum(p.numel() for p in network(path).parameters())
     (found,) = shown
     assert found.images == 5 and len(found.clean) == 2
+
+
+def test_runs_in_folders_of_one_name_are_told_apart():
+    folders = [Path("a/net"), Path("b/net"), Path("c/other"), Path("a/net")]
+    titles = [title for _, title in evaluate._names(["glow"] * 4, folders)]
+    assert titles == [f"Unfolded Glow ({name})" for name in ("a/net", "b/net", "other", "a/net")]
 
 
 def test_runs_on_other_test_images_are_refused_by_name_unless_it_is_said_which(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
-from train import data, images
+from train import data, images, picture_files
 from train.config import Config
 from train.images import Pictures
 
@@ -211,6 +212,12 @@ def all_broken(tmp_path):
     return tmp_path
 
 
+def only_results(tmp_path):
+    for name in ("a-denoised", "a-denoised-2"):
+        picture(0).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -224,7 +231,8 @@ def all_broken(tmp_path):
         (no_test_split, "has train and val but no images for test; give all of train, val and test"),
         (empty_split, "test holds no images"),
         (too_few, "holds 2 image files; training, validation and test need at least one each"),
-        (all_broken, "none of the 36 train files in .* is an image that Pillow can read"),
+        (all_broken, r"none of the 36 train files in .* can be read as an image: \d+.jpg, \d+.jpg, \d+.jpg, ..."),
+        (only_results, r"holds no images but results of denoising \(a-denoised"),
     ],
 )
 def test_unusable_data_is_one_sentence(make, message, tmp_path):
@@ -319,6 +327,46 @@ def test_kinds_of_images():
     assert images.to_rgb(Image.open(buffer)).size == (16, 20)
     with pytest.raises(ValueError, match="NaN or infinite"):
         images.to_rgb(Image.fromarray(np.full((4, 4), np.nan, np.float32)))
+    for number, kind in ((1.01, np.float32), (300, np.float32), (70000, np.int32)):
+        image = np.full((4, 4), number, kind)
+        with pytest.raises(ValueError, match="on no scale that is known"):
+            images.to_rgb(Image.fromarray(image))
+
+
+def test_tiffs_of_16_bits_are_read_as_they_are_denoised(tmp_path):
+    rgb = np.asarray(picture(0)).astype(np.uint16) * 257
+    grey, alpha = rgb[..., 0], np.full((*rgb.shape[:2], 1), 65535, np.uint16)
+    kinds = {
+        "planes": (rgb.transpose(2, 0, 1), {"photometric": "rgb", "planarconfig": "separate"}),
+        "inverted": (65535 - grey, {"photometric": "miniswhite"}),
+        "grey": (grey, {"photometric": "minisblack"}),
+        "alpha": (np.concatenate([rgb, alpha], 2), {"photometric": "rgb", "extrasamples": ["unassalpha"]}),
+        "compressed": (rgb, {"photometric": "rgb", "compression": "zlib", "predictor": True}),
+    }
+    for name, (samples, options) in kinds.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", samples, **options)
+        entry = images.Entry(name, (tmp_path / f"{name}.tif").read_bytes)
+        found = images._decode(entry, "train", lambda image, split: image)
+        denoised = picture_files.read(tmp_path / f"{name}.tif").pixels / 257
+        assert np.array_equal(found, np.broadcast_to(denoised, found.shape)), name
+        assert np.array_equal(found[..., 0], grey / 257), name
+
+
+def test_linked_folders_are_followed_and_each_is_read_once(tmp_path):
+    folder_of(tmp_path / "elsewhere", 3)
+    folder_of(tmp_path / "data", 3, first=3)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "round").symlink_to(tmp_path / "data")
+    assert sum(map(len, images.find(tmp_path / "data").values())) == 6
+    assert len(picture_files.find([str(tmp_path / "data")])) == 6
+
+
+def test_pictures_beside_splits_are_told_of(tmp_path):
+    for split in images.SPLITS:
+        folder_of(tmp_path / split, 2)
+    folder_of(tmp_path, 1)
+    with pytest.warns(UserWarning, match="has splits, and what lies beside them is not read: 0.png"):
+        images.find(tmp_path)
 
 
 def test_resized_and_cropped_to_size(tmp_path):

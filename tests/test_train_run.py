@@ -184,6 +184,15 @@ def test_a_finished_run_is_refused_or_reports_again(finished, tmp_path, monkeypa
     run.prepare(replace(settings, resume=True))  # what is done lets go of the folder
 
 
+@pytest.mark.parametrize("stage", ["prior", "unfolded"])
+def test_damaged_weights_of_a_finished_stage_are_named_before_any_work(stage, finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    weights = copy / "checkpoints" / stage / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ValueError, match=str(weights.parent)):
+        run.prepare(replace(config.load(copy / "config.yaml"), out=str(copy), resume=True))
+
+
 def test_other_settings_are_named_and_nothing_is_touched(pictures, finished, tmp_path):
     before = (finished / "config.yaml").read_text()
     with pytest.raises(ValueError, match=r"was started with other settings: folds was 2 and is now 3$"):
@@ -335,6 +344,24 @@ def test_prior_from_a_checkpoint_skips_pre_training(pictures, finished, tmp_path
         assert all(torch.equal(kept[name], given[name]) for name in given)
         # The same command goes on although its flow settings are not those that were saved.
         run.prepare(tiny(pictures, out, prior_checkpoint=str(source), depth=7, hidden=5, steps=3)).folder.unlock()
+
+
+@pytest.mark.parametrize("start", ["prior_checkpoint", "network_checkpoint"])
+def test_a_start_that_held_out_other_pictures_is_told_of(start, pictures, finished, tmp_path, recwarn):
+    def prepare(name):
+        settings = {start: str(tmp_path / "source")}
+        run.prepare(tiny(tmp_path / "data", tmp_path / name, steps=1, **settings)).folder.unlock()
+        return [str(w.message) for w in recwarn if "was started with other pictures" in str(w.message)]
+
+    shutil.copytree(pictures, tmp_path / "data")
+    shutil.copytree(finished, tmp_path / "source")
+    config.save(tiny(tmp_path / "data", ""), tmp_path / "source" / "config.yaml")
+    assert not prepare("same")
+    (tmp_path / "data" / "train" / "0.png").rename(tmp_path / "data" / "train" / "new.png")
+    assert not prepare("trained on others")
+    (tmp_path / "data" / "test" / "0.png").rename(tmp_path / "data" / "test" / "new.png")
+    (said,) = prepare("tested on others")
+    assert "test 5 files" in said and "what it was trained on may be among what is tested on now" in said
 
 
 @pytest.mark.parametrize("prox", ["glow", "unet"])

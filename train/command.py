@@ -13,8 +13,8 @@ def run(prepare: Callable[[], Callable[[], object]]) -> int:
     """Run a command and return its exit status.
 
     prepare: checks everything that can be checked and returns what then does the work. A mistake of the user's ends in
-    one sentence on stderr and status 2, a loss that is no longer finite in one sentence and status 3. Under torchrun
-    only the first process speaks, but for options that can't be parsed, which each refuses.
+    one sentence on stderr and status 2, a loss that is no longer finite in one and status 3, an interruption in one and
+    status 130. Under torchrun only the first process speaks, but for options that can't be parsed, which each refuses.
     """
     try:
         try:
@@ -28,6 +28,10 @@ def run(prepare: Callable[[], Callable[[], object]]) -> int:
         except FloatingPointError as error:
             return _told(error, 3)
         return 0
+    except KeyboardInterrupt:
+        if ranks.is_first():
+            print("interrupted; training that has begun is continued by the same command", file=sys.stderr)
+        return 130
     finally:
         ranks.stop()
 

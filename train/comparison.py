@@ -1,5 +1,6 @@
 """Table 1 from trained runs: scores averaged over seeds, differences between proxes, the paper's figures beside."""
 
+import math
 from dataclasses import replace
 from statistics import stdev
 
@@ -94,7 +95,8 @@ def comparisons(single: Evaluation, pooled: Evaluation, repeats: dict[str, int])
             cells.append(f"{report.gain_in_words(gain)}{spread}")
         rows.append([f"{TITLES[a]} − {TITLES[b]}", *cells, *blank])
     for prox, known in PAPER.items():
-        cells = [f"{known[round(s, 2)]:.2f}" if round(s, 2) in known else "" for s in single.sigmas]
+        values = [[value for level, value in known.items() if math.isclose(s, level)] for s in single.sigmas]
+        cells = [f"{found[0]:.2f}" if found else "" for found in values]
         rows.append([f"Paper: {TITLES[prox]} prox", *cells, *blank])
     return rows
 

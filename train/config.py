@@ -15,6 +15,7 @@ from train.measurement import Measurement, MeasurementSettings
 from train.options import add_settings, setting
 
 PRESETS = Path(__file__).parent / "presets"
+SMALLEST = 6    # side of an image
 FLOW = ("levels", "depth", "hidden", "coupling", "scale", "alpha", "split_prior")
 # What the weights of an unfolded network's proxes fit.
 STRUCTURE = ("prox", "folds", "tied", "resnet_width", "resnet_blocks", "unet_width", *FLOW)
@@ -35,8 +36,9 @@ class Config(MeasurementSettings):
     fit: Literal["resize", "crop"] = setting(
         "data",
         "resize",
-        "How an image becomes size x size: its centre square "
-        "resized, or random crops at its own resolution ('photos' is always cropped).",
+        "How an image becomes size x size: its centre square resized, or random crops ('photos' is always cropped) at "
+        "its own resolution. Before cropping, pictures of more than 1024 pixels a side are reduced to that, and those "
+        "smaller than a crop enlarged.",
     )
     augment: Literal["none", "mirror", "all"] = setting(
         "data",
@@ -236,17 +238,20 @@ class Config(MeasurementSettings):
     resume: bool = setting("run", False, "Continue the latest run of this command in runs/, or the one in --out.")
 
     def __post_init__(self):
+        self.data = str(Path(self.data))  # the same folder with a slash at its end
         for name in ("eval_sigmas", "figure_sigmas", "trial_lrs"):
             if getattr(self, name) is None:
                 continue
             values = [float(value) for value in getattr(self, name)]
-            _require(name, values, values and min(values) > 0, "one or more positive numbers")
+            fine = values and all(0 < value < math.inf for value in values)
+            _require(name, values, fine, "one or more positive numbers")
             setattr(self, name, values)
         self.references, self.seeds = list(self.references), list(self.seeds)
         unit = 2**self.levels if self.prox == "glow" else 1
         for name, value in (("size", self.size), ("eval_size", self.eval_size or self.size)):
             if value < 1 or value % unit:
                 raise ValueError(f"{name} must be a positive multiple of 2^levels = {unit}, got {value}")
+            _require(name, value, value >= SMALLEST, f"at least {SMALLEST}, as SSIM wants it")
         widths = ("resnet_width", "resnet_blocks", "unet_width")
         for name in ("batch", "folds", "levels", "hidden", "patience", "figure_images", "accumulate", *widths):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
@@ -273,6 +278,7 @@ class Config(MeasurementSettings):
             raise ValueError(f"the reference 'denoiser' only denoises; the operator is {measurement.kind!r}")
         for name in ("prior_noise", "likelihood", "warmup", "workers", "seed"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _require("seed", self.seed, self.seed < 2**63, "less than 2^63")
         _require("ema", self.ema, self.ema is None or 0 < self.ema < 1, "between 0 and 1")
         differ = self.seeds and len(set(self.seeds)) == len(self.seeds)
         _require("seeds", self.seeds, differ and min(self.seeds) >= 0, "different numbers, 0 or more")
@@ -303,7 +309,7 @@ class Config(MeasurementSettings):
 
     def trained_at(self) -> str:
         """The noise levels of training, for people."""
-        return f"{self.sigma:.2f}" if self.sigma_max is None else f"{self.sigma:.2f} to {self.sigma_max:.2f}"
+        return " to ".join(noise(sigma) for sigma in (self.sigma, self.sigma_max) if sigma is not None)
 
     def of_run(self) -> dict:
         """The settings that define a run: all but those that say where it is."""
@@ -319,6 +325,11 @@ class Config(MeasurementSettings):
         options = {name: getattr(self, name) for name in ("memory", "anchor_every", "backend")}
         # What diverges has to reach the loss, where it is recognised as that.
         return options | {"compute_dtype": dtype, "check_finite": False}
+
+
+def noise(sigma: float) -> str:
+    """A noise level for people: two decimals, or as many as it has."""
+    return f"{sigma:.2f}" if math.isclose(sigma, round(sigma, 2)) else f"{sigma:.6g}"
 
 
 def _require(name: str, value, holds, wanted: str) -> None:
@@ -343,6 +354,7 @@ class Command:
         result = jsonargparse.ArgumentParser(
             prog=f"python -m train.{self.name}",
             default_config_files=[str(PRESETS / f"{preset}.yaml")],
+            allow_abbrev=False,  # what is unused is told by whole words
             description=self.description,
         )
         result.add_argument(
@@ -360,6 +372,8 @@ class Command:
         if preset not in presets():
             raise ValueError(f"unknown preset {preset!r}; choose one of {', '.join(presets())}")
         values = self.parser(preset).parse_args(arguments)
+        if values["preset"] != preset:
+            raise ValueError(f"a preset is chosen on the command line, --preset {values['preset']}, not in --config")
         words = {word.split("=")[0] for word in (sys.argv[1:] if arguments is None else arguments)}
         for f in fields(Config):
             option = f.name.replace("_", "-")

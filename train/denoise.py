@@ -1,6 +1,7 @@
 """`python -m train.denoise CHECKPOINT IMAGE ...`: a trained network denoises pictures."""
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -67,6 +68,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status, as --help lists them; mistakes end in one sentence on stderr."""
     options = parse(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text at all
     try:
         extras.require()
         from train import denoising, noise_level, picture_files, tiling  # take seconds to import, so --help comes first

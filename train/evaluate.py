@@ -63,11 +63,11 @@ def prepare(runs: list[str], settings: Settings):
         for _, where in found:
             folder.check_pictures(where, held_out, "say with --data which to evaluate on")
     networks = [run.load_network(config, where) for config, where in found]
+    methods = run.references(base, glow[1] if glow else target)
     folder.claim(target)
 
     def work() -> Path:
-        methods = run.references(base, glow[1] if glow else target)
-        names = _names([config.prox for config, _ in found], [where.path.name for _, where in found])
+        names = _names([config.prox for config, _ in found], [where.path for _, where in found])
         names = [(key, title + _trained(config, base)) for (key, title), (config, _) in zip(names, found, strict=True)]
         for (config, where), net, (key, title) in zip(found, networks, names, strict=True):
             methods.append(replace(run.method_of(config, where, net), key=key, title=title))
@@ -131,12 +131,15 @@ def _trained(config, tested) -> str:
     return f", trained on {', '.join(differ)}" if differ else ""
 
 
-def _names(proxes: list[str], folders: list[str]) -> list[tuple[str, str]]:
-    """A key and a title for each run; runs with the same prox have their folder's name in it."""
+def _names(proxes: list[str], folders: list[Path]) -> list[tuple[str, str]]:
+    """A key and a title for each run; runs with the same prox have their folder's name in it, or its path where names
+    are the same.
+    """
     from train.run import TITLES
 
+    own = [path.name if all(p == path for p in folders if p.name == path.name) else str(path) for path in folders]
     return [
-        (f"{prox}-{i}", TITLES[prox] + (f" ({folders[i]})" if proxes.count(prox) > 1 else ""))
+        (f"{prox}-{i}", TITLES[prox] + (f" ({own[i]})" if proxes.count(prox) > 1 else ""))
         for i, prox in enumerate(proxes)
     ]
 
@@ -149,6 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         parser = jsonargparse.ArgumentParser(
             prog="python -m train.evaluate",
+            allow_abbrev=False,
             description="Evaluate trained runs on the same test images, as they were trained or out of distribution "
             "(other measurements, noise levels, images): PSNR and SSIM at several noise levels beside reference "
             "methods, parameters, time per image, memory of a training step; table.md, results.json and a figure, "

@@ -12,6 +12,7 @@ from matplotlib.colors import Normalize
 from torch import Tensor
 
 from train.callbacks import read_metrics
+from train.config import noise
 from train.evaluation import Evaluation
 
 SIDE = 1.35  # inches of an image
@@ -32,7 +33,7 @@ def denoised(path: Path, found: Evaluation, sigmas: list[float] | None = None) -
             first = block == image == 0
             _show(row[0], found.clean[image], "Clean" if first else None, "")
             if image == 0:
-                row[0].set_ylabel(f"σ = {sigma:.2f}", fontsize=9)
+                row[0].set_ylabel(f"σ = {noise(sigma)}", fontsize=9)
             best = max(scores.psnr[sigma][image] for scores in found.scores.values())
             for axis, scores in zip(row[1:], found.scores.values(), strict=True):
                 reached = scores.psnr[sigma][image]
@@ -49,7 +50,8 @@ def reconstructed(path: Path, found: Evaluation, sigma: float | None = None) -> 
     share; larger ones than it shows are at its end.
     """
     sigma = max(found.sigmas) if sigma is None else sigma
-    panels(path, [(f"σ = {sigma:.2f}" if image == 0 else "", found, sigma, image) for image in range(len(found.clean))])
+    labels = [f"σ = {noise(sigma)}", *[""] * (len(found.clean) - 1)]
+    panels(path, [(label, found, sigma, image) for image, label in enumerate(labels)])
 
 
 def panels(path: Path, rows: list[tuple[str, Evaluation, float, int]]) -> None:

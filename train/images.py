@@ -5,16 +5,19 @@ Every file is decoded here, before training starts; a broken one among good ones
 
 import hashlib
 import io
+import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from train import tiff16
 
 # Pillow's guard against files made to fill the memory; these are the user's own, and may be large.
 Image.MAX_IMAGE_PIXELS = None
@@ -105,14 +108,19 @@ def load(
     for split in splits:
         if not pictures[split]:
             raise ValueError(
-                f"none of the {len(found[split])} {split} files in {data} is an image that Pillow can read"
+                f"none of the {len(found[split])} {split} files in {data} can be read as an image: "
+                f"{_some([entry.name for entry in found[split]])}"
             )
     if skipped:
-        named = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        named = _some(skipped)
         warnings.warn(
             f"left out {len(skipped)} of {total} files that could not be read as images: {named}", stacklevel=2
         )
     return Pictures(**pictures, skipped=skipped, listing=listing(found))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def listing(found: dict[str, list[Entry]]) -> dict[str, str]:
@@ -147,14 +155,17 @@ def find(path: Path) -> dict[str, list[Entry]]:
     inside = [child for child in sorted(path.iterdir()) if not _hidden(child.name)]
     if len(inside) == 1 and inside[0].is_dir() and inside[0].name.lower() not in _SPLIT_NAMES:
         return find(inside[0])  # as unpacking an archive leaves it
-    parts = {}
+    parts, others = {}, []
     for child in inside:
         split = _SPLIT_NAMES.get(child.stem.lower() if child.is_file() else child.name.lower())
         if not split or not (child.is_dir() or child.suffix.lower() == ".zip"):
+            others.append(child.name)
             continue
         if split in parts:
             raise ValueError(f"{path} has the {split} images twice, {child.name} is one of them: leave one")
         parts[split] = _folder_entries(child) if child.is_dir() else _zip_entries(child)
+    if parts and others:
+        warnings.warn(f"{path} has splits, and what lies beside them is not read: {_some(others)}", stacklevel=2)
     return _complete(parts, path) if parts else divide(_folder_entries(path), path)
 
 
@@ -199,8 +210,19 @@ def _complete(parts: dict[str, list[Entry]], path: Path) -> dict[str, list[Entry
 
 
 def _folder_entries(folder: Path) -> list[Entry]:
-    files = [f for f in folder.rglob("*") if f.is_file()]
-    return _images([_file(f, f.relative_to(folder).as_posix()) for f in files], folder)
+    return _images([_file(f, f.relative_to(folder).as_posix()) for f in files_under(folder)], folder)
+
+
+def files_under(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in its folders, linked ones included, each folder once."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (file for name in names if (file := Path(where, name)).is_file())
 
 
 def _file(path: Path, name: str) -> Entry:
@@ -220,7 +242,9 @@ def _images(entries: list[Entry], path: Path) -> list[Entry]:
     """The entries whose suffix is one of Pillow's, in natural order (2 before 10), but for results of denoising."""
     suffixes = Image.registered_extensions()
     found = [e for e in entries if not _hidden(e.name) and Path(e.name).suffix.lower() in suffixes]
-    found = [e for e in found if not RESULT.fullmatch(Path(e.name).stem)]
+    taken, found = found, [e for e in found if not RESULT.fullmatch(Path(e.name).stem)]
+    if taken and not found:
+        raise ValueError(f"{path} holds no images but results of denoising ({_some([e.name for e in taken])})")
     if not found:
         raise ValueError(f"{path} holds no images ({len(entries)} files of other kinds)")
     return sorted(found, key=lambda e: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", e.name)])
@@ -233,15 +257,27 @@ def _hidden(name: str) -> bool:
 def _decode(entry: Entry, split: str, prepare) -> np.ndarray | None:
     # Pillow raises many kinds of exceptions for broken files, struct.error and SyntaxError among them.
     try:
-        with Image.open(io.BytesIO(entry.read())) as image:
+        content = entry.read()
+        if content.startswith(tiff16.HEADERS) and (found := tiff16.read(io.BytesIO(content))):
+            return np.asarray(prepare(to_rgb(_of_8_bits(found)), split))
+        with Image.open(io.BytesIO(content)) as image:
             image.load()
             return np.asarray(prepare(to_rgb(image), split))
     except Exception:
         return None
 
 
+def _of_8_bits(found: tiff16.Samples) -> Image.Image:
+    parts = [found.pixels] if found.alpha is None else [found.pixels, found.alpha]
+    samples = (np.concatenate(parts, axis=2) / 257).round().astype(np.uint8)
+    return Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright: transparent pixels on white, grey in all three channels, 16-bit and float values scaled."""
+    """8-bit RGB, upright: transparent pixels on white, grey in all three channels, 16-bit and float values scaled.
+
+    Raises ValueError for numbers whose scale can't be told.
+    """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
@@ -249,6 +285,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("pixels are NaN or infinite")
         # 16-bit files arrive as "I;16", or as "I"; floats are taken to be in [0, 1], else in [0, 255].
         full = 65535 if image.mode.startswith("I") else (1 if values.max() <= 1 else 255)
+        if not (-full <= values.min() and values.max() <= full) or full == 255 and values.max() < 2:
+            raise ValueError(f"pixels from {values.min():g} to {values.max():g} are on no scale that is known")
         image = Image.fromarray(np.clip(values / full * 255, 0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -5,7 +5,6 @@ Pillow reads and writes 8 bits of colour; 16 bits of PNG and TIFF are imagecodec
 
 import io
 import itertools
-import logging
 import os
 import secrets
 import zlib
@@ -17,23 +16,10 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, PngImagePlugin
 
-from train.images import RESULT
+from train import tiff16
+from train.images import RESULT, files_under
 
-PNG_HEADER, TIFF_HEADERS = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-
-# What makes an array upright, by EXIF's orientation.
-UPRIGHT = {
-    2: lambda a: a[:, ::-1],
-    3: lambda a: a[::-1, ::-1],
-    4: lambda a: a[::-1],
-    5: lambda a: a.swapaxes(0, 1),
-    6: lambda a: np.rot90(a, -1),
-    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    8: lambda a: np.rot90(a),
-}
-
-# What it says of a broken file is in the exception, too.
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+PNG_HEADER = b"\x89PNG\r\n\x1a\n"
 
 
 class PictureError(Exception):
@@ -88,10 +74,8 @@ def read(path: Path) -> Picture:
     try:
         with path.open("rb") as file:
             header = file.read(25)
-        if header.startswith(TIFF_HEADERS):
-            with tifffile.TiffFile(path) as file:
-                if file.pages[0].dtype == np.uint16:
-                    return _read_tiff16(file)
+        if header.startswith(tiff16.HEADERS) and (found := tiff16.read(path)):
+            return Picture(found.pixels, found.alpha, "TIFF", found.frames, found.profile)
         with Image.open(path) as image:
             if header.startswith(PNG_HEADER) and header[24] == 16:  # bits per sample
                 return _picture(image, imagecodecs.png_decode(path.read_bytes()))
@@ -110,7 +94,7 @@ def write(picture: Picture, source: Path, folder: Path) -> Path:
     kept = picture.format if _holds(picture) else "PNG"
     own = Image.registered_extensions().get(source.suffix.lower()) == kept
     suffix = source.suffix if own else f".{kept.lower()}"
-    partial = folder / f".{source.stem}-{secrets.token_hex(4)}.partial"
+    partial = folder / f".{secrets.token_hex(8)}.partial"  # whatever the length of its name
     try:
         with partial.open("xb") as file:
             file.write(_encoded(picture, kept))
@@ -128,9 +112,8 @@ def _in_folder(folder: Path) -> list[Path]:
     readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     files = sorted(
         file
-        for file in folder.rglob("*")
-        if file.is_file()
-        and file.suffix.lower() in readable
+        for file in files_under(folder)
+        if file.suffix.lower() in readable
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and not RESULT.fullmatch(file.stem)
     )
@@ -143,7 +126,7 @@ def _picture(image: Image.Image, samples: np.ndarray, profile: bool = True) -> P
     """The samples (H, W) or (H, W, 1 to 4) of an image file, with what else the file holds."""
     exif = image.getexif()
     orientation = exif.pop(ExifTags.Base.Orientation, 1)
-    samples = _upright(samples if samples.ndim == 3 else samples[..., None], orientation)
+    samples = tiff16.upright(samples if samples.ndim == 3 else samples[..., None], orientation)
     colours = samples.shape[2] - (samples.shape[2] % 2 == 0)
     return Picture(
         samples[..., :colours],
@@ -169,32 +152,6 @@ def _pixels(image: Image.Image) -> tuple[np.ndarray, bool]:
     if image.mode == "La":
         image = image.convert("LA")
     return np.asarray(image.convert(mode)), image.mode not in ("CMYK", "LAB")
-
-
-def _read_tiff16(file: tifffile.TiffFile) -> Picture:
-    page = file.pages[0]
-    kind, axes, extra = page.photometric.name, page.axes, page.extrasamples
-    channels = {"MINISWHITE": 1, "MINISBLACK": 1, "RGB": 3}.get(kind, 0)
-    spare = page.samplesperpixel - channels  # taken for alpha, declared or not
-    if not channels or axes not in ("YX", "YXS", "SYX") or spare > 1 or page.bitspersample != 16:
-        raise ValueError(
-            "TIFFs of more than 8 bits are read if they are 16-bit grey or RGB, with or without one alpha channel; "
-            f"this one is {page.bitspersample}-bit {kind} {page.shape}"
-        )
-    samples = page.asarray()
-    samples = samples[..., None] if axes == "YX" else np.moveaxis(samples, 0, -1) if axes == "SYX" else samples
-    tag = page.tags.get("Orientation")
-    samples = _upright(samples, tag.value if tag else 1)
-    pixels, alpha = samples[..., :channels], samples[..., channels:] if spare else None
-    if kind == "MINISWHITE":
-        pixels = 65535 - pixels
-    if extra and extra[0].name == "ASSOCALPHA":  # the colours are multiplied by alpha
-        pixels = (pixels / np.maximum(alpha, 1) * 65535).clip(0, 65535).round().astype(np.uint16)
-    return Picture(pixels, alpha, "TIFF", len(file.pages), page.iccprofile)
-
-
-def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
-    return np.ascontiguousarray(UPRIGHT.get(orientation, np.asarray)(samples))
 
 
 def _holds(picture: Picture) -> bool:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from train.callbacks import read_metrics
+from train.config import noise
 from train.evaluation import MEASURED, PROTOCOL, Evaluation
 from train.folder import Folder
 
@@ -29,7 +30,7 @@ FACTS = (
 def table(found: Evaluation, against: str | None = "tv") -> tuple[list[str], list[list[str]]]:
     """Header and rows: per method PSNR (SSIM) at each sigma and its facts; below, its gain over `against`."""
     facts = [f for f in FACTS if any(f[0] in s.method.facts for s in found.scores.values())]
-    header = ["", *(f"σ = {sigma:.2f}" for sigma in found.sigmas), "ms per image", *(title for _, title, _ in facts)]
+    header = ["", *(f"σ = {noise(sigma)}" for sigma in found.sigmas), "ms per image", *(title for _, title, _ in facts)]
     rows = []
     for key, scores in found.scores.items():
         cells = [f"{scores.psnr[s].mean():.2f} ({scores.ssim[s].mean():.3f})" for s in found.sigmas]

@@ -2,6 +2,7 @@
 
 import copy
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -47,10 +48,33 @@ def prepare(config: Config, kind: str = "unfolded", pictures: Pictures | None = 
     folder = folders.choose_for_all(config, kind)
     for stage in ("prior", "unfolded"):
         ranks.from_first(lambda stage=stage: checkpoints.newest(folder.last(stage)))  # raises what can't be continued
+    _load_complete(config, folder)
     samples = data.arrange(pictures, config) if pictures else data.prepare(config)
     data.training_loader(samples, config)  # raises what is wrong with the batch
+    for begun in {config.prior_checkpoint, config.network_checkpoint} - {None}:
+        _warn_of_others(Folder(Path(begun)), config, samples.pictures.listing)
     ranks.from_first(lambda: folders.create(folder, config, samples.pictures.listing))
     return Run(config, folder, samples, prior, start, report.commit())
+
+
+def _load_complete(config: Config, folder: Folder) -> None:
+    """Raise what is wrong with the models of stages that are complete, before anything is done."""
+    if folder.is_complete("prior"):
+        Glow.from_pretrained(folder.model("prior"), **_execution_here(config))
+    if folder.is_complete("unfolded"):
+        load_network(config, folder)
+
+
+def _warn_of_others(source: Folder, config: Config, pictures: dict[str, str]) -> None:
+    """Warn where the run that this one starts from held other pictures of the same folder out of its training."""
+    before = _settings_in(source)
+    if before is None or before.data != config.data:
+        return
+    try:
+        held_out = {split: pictures[split] for split in ("val", "test")}
+        folders.check_pictures(source, held_out, "what it was trained on may be among what is tested on now")
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
 
 
 @dataclass

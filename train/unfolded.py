@@ -19,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
             "share each batch.",
         ).parse(arguments)
         settings.check_schedule(*(["prior"] if settings.has_prior_stage else []), "unfolded")
+        if settings.prior_checkpoint and settings.prox != "glow":
+            raise ValueError(f"--prior-checkpoint is a Glow to start from; --prox is {settings.prox}")
         from train import run  # takes seconds to import, so --help and mistakes in options come first
 
         return run.prepare(settings).train
