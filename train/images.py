@@ -222,6 +222,7 @@ def files_under(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
+        folders.sort()  # where a folder is found twice, everywhere under the same name
         yield from (file for name in names if (file := Path(where, name)).is_file())
 
 
@@ -285,7 +286,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError("pixels are NaN or infinite")
         # 16-bit files arrive as "I;16", or as "I"; floats are taken to be in [0, 1], else in [0, 255].
         full = 65535 if image.mode.startswith("I") else (1 if values.max() <= 1 else 255)
-        if not (-full <= values.min() and values.max() <= full) or full == 255 and values.max() < 2:
+        least = 0 if image.mode.startswith("I") else -full
+        if not (least <= values.min() and values.max() <= full) or full == 255 and values.max() < 2:
             raise ValueError(f"pixels from {values.min():g} to {values.max():g} are on no scale that is known")
         image = Image.fromarray(np.clip(values / full * 255, 0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
