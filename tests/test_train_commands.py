@@ -280,7 +280,7 @@ def test_noise_levels_are_told_apart():
     assert tiny("photos", None, sigma=0.004, sigma_max=0.15).trained_at() == "0.004 to 0.15"
 
 
-def test_an_interruption_is_one_sentence(monkeypatch, capsys):
+def test_an_interruption_is_one_sentence(capsys):
     def interrupted():
         raise KeyboardInterrupt
 

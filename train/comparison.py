@@ -95,8 +95,7 @@ def comparisons(single: Evaluation, pooled: Evaluation, repeats: dict[str, int])
             cells.append(f"{report.gain_in_words(gain)}{spread}")
         rows.append([f"{TITLES[a]} − {TITLES[b]}", *cells, *blank])
     for prox, known in PAPER.items():
-        values = [[value for level, value in known.items() if math.isclose(s, level)] for s in single.sigmas]
-        cells = [f"{found[0]:.2f}" if found else "" for found in values]
+        cells = ["".join(f"{db:.2f}" for level, db in known.items() if math.isclose(s, level)) for s in single.sigmas]
         rows.append([f"Paper: {TITLES[prox]} prox", *cells, *blank])
     return rows
 

@@ -258,14 +258,17 @@ def _hidden(name: str) -> bool:
 def _decode(entry: Entry, split: str, prepare) -> np.ndarray | None:
     # Pillow raises many kinds of exceptions for broken files, struct.error and SyntaxError among them.
     try:
-        content = entry.read()
-        if content.startswith(tiff16.HEADERS) and (found := tiff16.read(io.BytesIO(content))):
-            return np.asarray(prepare(to_rgb(_of_8_bits(found)), split))
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return np.asarray(prepare(to_rgb(image), split))
+        return np.asarray(prepare(_rgb_in(entry.read()), split))
     except Exception:
         return None
+
+
+def _rgb_in(content: bytes) -> Image.Image:
+    if content.startswith(tiff16.HEADERS) and (found := tiff16.read(io.BytesIO(content))):
+        return to_rgb(_of_8_bits(found))
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        return to_rgb(image)
 
 
 def _of_8_bits(found: tiff16.Samples) -> Image.Image:
@@ -285,10 +288,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if not np.isfinite(values).all():
             raise ValueError("pixels are NaN or infinite")
         # 16-bit files arrive as "I;16", or as "I"; floats are taken to be in [0, 1], else in [0, 255].
-        full = 65535 if image.mode.startswith("I") else (1 if values.max() <= 1 else 255)
-        least = 0 if image.mode.startswith("I") else -full
-        if not (least <= values.min() and values.max() <= full) or full == 255 and values.max() < 2:
-            raise ValueError(f"pixels from {values.min():g} to {values.max():g} are on no scale that is known")
+        whole, low, high = image.mode.startswith("I"), values.min(), values.max()
+        full = 65535 if whole else (1 if high <= 1 else 255)
+        if not (0 if whole else -full) <= low <= high <= full or full == 255 and high < 2:
+            raise ValueError(f"pixels from {low:g} to {high:g} are on no scale that is known")
         image = Image.fromarray(np.clip(values / full * 255, 0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
