@@ -24,12 +24,16 @@ from flowkern.mix import compose
 DRIFT_LIMIT = 1e-2
 GRADIENT_LIMIT = 1e-2
 
+# A grey level: what is nothing but zeros, as a black image is, has no size that an error could be compared with.
+LEAST_SIZE = 1 / 256
+
 
 @dataclass(frozen=True)
 class LevelAudit:
     """One level, counted from 1 at the image's side. Errors are inf where something was not finite.
 
-    reconstruction: largest deviation of inverse(forward(x)) from the level's input x, over the root mean square of x.
+    reconstruction: largest deviation of inverse(forward(x)) from the level's input x, over the root mean square of x,
+        or over LEAST_SIZE if that is larger.
     smallest_scale: the smallest coupling scale s that occurred (1 for additive couplings).
     condition: largest cond(M) of the level's channel mixes, in the 2-norm.
     gradient, stored_gradient: |g - g64| / |g64| over the level's parameters, g recomputed by inversion or not.
@@ -148,7 +152,7 @@ def _states(glow: Glow, x: Tensor) -> Iterator[tuple]:
 def _drift(glow: Glow, level, x: Tensor) -> float:
     y, _ = run_steps(level.steps, x, **glow._options())
     back, _ = run_steps(level.steps, y, reverse=True, **glow._options())
-    return _finite((back - x).abs().amax() / x.square().mean().sqrt().clamp_min(torch.finfo(x.dtype).tiny))
+    return _finite((back - x).abs().amax() / x.square().mean().sqrt().clamp_min(LEAST_SIZE))
 
 
 @torch.no_grad()

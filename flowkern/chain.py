@@ -24,6 +24,7 @@ from torch.autograd import Function
 
 from flowkern import backend as backends
 from flowkern import network, ops, reference
+from flowkern.checks import choice, positive_int
 from flowkern.layout import empty_channels_last
 from flowkern.stored import hooked
 
@@ -266,12 +267,9 @@ class _StandardChain(Function):
         kept, parameters = rest[: ctx.kept], rest[ctx.kept :]
         g, glogdet = _materialize(g, glogdet, boundary)
         reverse, scale, alpha, _, _, memory, _ = ctx.settings
-        if ops.wants_graph():
-            nets = [
-                _Differentiable(parameters[i : i + network.PARAMETERS])
-                for i in range(0, len(parameters), network.PARAMETERS)
-            ]
-            return _double(memory, boundary, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha)
+        if ops.wants_formulas():
+            inputs = boundary, matrix, offset, *parameters
+            return _by_formulas(memory, inputs, _differentiable_nets, g, glogdet, reverse, scale, alpha)
         stored = memory != "recompute"
         need = list(ctx.needs_input_grad[5:])
         dx, dmatrix, doffset, found, _ = ops.raw.chain_vjp(
@@ -327,14 +325,15 @@ class _LocalChain(Function):
         g, glogdet = _materialize(g, glogdet, boundary)
         reverse, scale, alpha, backend, memory, _ = ctx.settings
         nets = ctx.nets
-        if ops.wants_graph():
+        if ops.wants_formulas():
             nets.check_parameters()
-            inputs = [*([] if context is None else [context]), *parameters]
-            again = [functools.partial(nets.evaluate, k, context=context) for k in range(len(nets.modules))]
-            dx, dmatrix, doffset, _, _, *found = _double(
-                memory, boundary, matrix, offset, inputs, again, g, glogdet, reverse, scale, alpha
+            given = [] if context is None else [context]
+            inputs = boundary, matrix, offset, *given, *parameters
+            networks = functools.partial(nets.functions, len(given))
+            dx, dmatrix, doffset, _, _, *found = _by_formulas(
+                memory, inputs, networks, g, glogdet, reverse, scale, alpha
             )
-            dcontext = None if context is None else found.pop(0)
+            dcontext = found.pop(0) if given else None
             return dx, dmatrix, doffset, None, dcontext, None, None, *found
         stored = memory != "recompute"
         nets.dcontext = None
@@ -375,28 +374,34 @@ class _Differentiable:
         return reference.coupling_network(a, self)
 
 
-def _double(memory, x, matrix, offset, parameters, nets, g, glogdet, reverse, scale, alpha):
-    """The first derivative as a differentiable function of everything, by the reference's formulas."""
+def _differentiable_nets(parameters: Sequence[Tensor]) -> list[_Differentiable]:
+    count = network.PARAMETERS
+    return [_Differentiable(parameters[i : i + count]) for i in range(0, len(parameters), count)]
+
+
+def _by_formulas(memory, inputs, networks, g, glogdet, reverse, scale, alpha):
+    """The first derivative by the reference's formulas: a differentiable function of everything under
+    create_graph=True, and one that takes a batch of gradients (vmap).
+
+    inputs: x, matrix, offset and what `networks` makes the chain's networks of.
+    """
     if memory != "store":
-        raise no_second_derivative(memory)
-    inputs = [x, matrix, offset, *parameters]
-    # Each once: where steps share a parameter, the first of them gets the whole of its gradient.
-    wanted = {id(i): i for i in inputs if i.requires_grad}
-    out, logdet = reference_chain(x, matrix, offset, nets, reverse, scale, alpha)
-    found = torch.autograd.grad(
-        [out, logdet], [*wanted.values()], [g, glogdet], create_graph=True, allow_unused=True
-    )
+        raise ops.no_graph(f"in memory={memory!r}", "memory='store'")
+    graph = ops.wants_graph()
+    with torch.enable_grad():
+        # By other names, as x may have come from the same parameters on a way that is not this chain's; the same for
+        # the same: where steps share a parameter, the first of them gets the whole of its gradient.
+        aliases = {id(t): t.view_as(t) for t in inputs}
+        x, matrix, offset, *rest = (aliases[id(t)] for t in inputs)
+        outputs = reference_chain(x, matrix, offset, networks(rest), reverse, scale, alpha)
+        # A log-determinant of constants has no graph.
+        pairs = [(out, d) for out, d in zip(outputs, (g, glogdet), strict=True) if out.requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
+        wanted = {i: alias for i, alias in aliases.items() if alias.requires_grad}
+        found = torch.autograd.grad(outputs, [*wanted.values()], gradients, create_graph=graph, allow_unused=True)
     found = dict(zip(wanted, found, strict=True))
-    dx, dmatrix, doffset, *dparameters = (found.pop(id(i), None) for i in inputs)
-    return dx, dmatrix, doffset, None, None, *dparameters
-
-
-def no_second_derivative(memory: str) -> RuntimeError:
-    """What is raised when backward under create_graph=True meets a mode without a graph."""
-    return RuntimeError(
-        f"a second derivative was asked for (create_graph=True) in memory={memory!r}, which keeps no "
-        "graph to differentiate; use memory='store'"
-    )
+    dx, dmatrix, doffset, *others = (found.pop(id(t), None) for t in inputs)
+    return dx, dmatrix, doffset, None, None, *others
 
 
 def reference_chain(
@@ -467,12 +472,15 @@ def chain(
     gradient of their own; nets: K coupling networks, of a state and, if given, a context (N, ...). Returns the
     state and the couplings' log-determinant (N,) in nats; the mixes' own log-determinants are constants of x that the
     caller adds. kept_steps: how many steps "recompute" stores, the last ones to run. compute_dtype is the networks'
-    precision (default: autocast's, else the state's).
+    precision (default: autocast's, else the state's). Raises ValueError or TypeError for options that are none.
     """
+    choice(memory, "memory", MEMORY_MODES)
+    anchors = 0 if anchor_every is None else positive_int(anchor_every, "anchor_every")
+    if not 0 <= kept_steps <= len(nets):
+        raise ValueError(f"kept_steps wants an int from 0 to {len(nets)}, got {kept_steps!r}")
     name = backends.resolve(x.device, backend)
     x = x if x.dim() == 6 else ops.channels_last(x)
     dtype = network_dtype(x, compute_dtype)
-    anchors = anchor_every or 0
     standard = is_standard(nets)
     parameters = [p for net in nets for p in (net.flat_parameters() if standard else net.parameters())]
     inputs = (x, matrix, offset, *parameters, *(() if context is None else (context,)))

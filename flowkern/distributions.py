@@ -74,8 +74,9 @@ class GlowDistribution(Distribution):
 class GlowTransform(Transform):
     """From latents (..., C*H*W) to images (..., C, H, W); `.inv` is the direction that scores images.
 
-    context: one row for each row of what is transformed. A log-determinant that is asked for right after its transform
-    is not computed again.
+    context: (..., context_channels) for latents of the same leading dimensions, which it broadcasts to; or
+    (N, context_channels) with a row for each of theirs, whatever their shape. A log-determinant that is asked for right
+    after its transform is not computed again. Raises ValueError for contexts that fit neither way.
     """
 
     bijective = True
@@ -141,7 +142,12 @@ class GlowTransform(Transform):
         """One context a row, for rows that are `leading` flattened."""
         if self.context is None:
             return None
-        width = self.context.shape[-1]
-        if self.context.dim() > 1 and self.context[..., 0].numel() == math.prod(leading):
-            return self.context.reshape(-1, width)
-        return self.context.expand(*leading, width).reshape(-1, width)
+        *given, width = self.context.shape
+        if given == [math.prod(leading)]:
+            return self.context
+        try:
+            return self.context.expand(*leading, width).reshape(-1, width)
+        except RuntimeError:
+            raise ValueError(
+                f"contexts of shape {tuple(self.context.shape)} don't go with {tuple(leading)} latents or images"
+            ) from None

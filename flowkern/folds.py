@@ -111,13 +111,11 @@ class _Folds(Function):
 
     @staticmethod
     def backward(ctx, g, *dlog_probs):
-        if ops.wants_graph():
-            raise RuntimeError(
-                "a second derivative was asked for (create_graph=True) with kept_images, which keep no graph to "
-                "differentiate; use kept_images=None"
-            )
+        if ops.wants_formulas():
+            raise ops.no_graph("with kept_images", "kept_images=None")
         check_parameters((fold.replay for fold in ctx.folds), "folds'", "that needs kept_images=None")
-        images, tensors = ctx.saved_tensors[: len(ctx.starts)], ctx.saved_tensors[len(ctx.starts) :]
+        saved = ctx.saved_tensors  # once: checkpointing around this has them ready for one reading
+        images, tensors = saved[: len(ctx.starts)], saved[len(ctx.starts) :]
         backward = _Backward(ctx, tensors, dlog_probs)
         last = len(ctx.folds)
         for used, (start, x) in reversed(list(enumerate(zip(ctx.starts, images, strict=True)))):

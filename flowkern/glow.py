@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flowkern import backend as backends
 from flowkern import budget, dialects, saving, transforms
 from flowkern.chain import MEMORY_MODES, is_standard, network_dtype
+from flowkern.checks import choice, positive_int, refuse_non_finite
 from flowkern.layers import Split, StepOfFlow, blocks, check_alone, run_steps, squeeze, unsqueeze
 from flowkern.prior import Prior
 from flowkern.replay import refuse_replica
@@ -102,18 +103,18 @@ class Glow(nn.Module):
     ):
         super().__init__()
         size = _check_size_argument(size)
-        levels = _positive_int(levels, "levels")
+        levels = positive_int(levels, "levels")
         depth = list(depth) if isinstance(depth, Sequence) and not isinstance(depth, str) else [depth] * levels
         if len(depth) != levels:
             raise ValueError(f"depth wants one int, or one per level ({levels}), got {len(depth)}")
-        depth = [_positive_int(d, "depth") for d in depth]
-        hidden = _positive_int(hidden, "hidden")
-        _choice(coupling, "coupling", ("affine", "additive"))
-        _choice(scale, "scale", ("softclamp", "sigmoid"))
-        _choice(split_prior, "split_prior", ("standard", "learned"))
-        _choice(top_prior, "top_prior", ("standard", "learned"))
+        depth = [positive_int(d, "depth") for d in depth]
+        hidden = positive_int(hidden, "hidden")
+        choice(coupling, "coupling", ("affine", "additive"))
+        choice(scale, "scale", ("softclamp", "sigmoid"))
+        choice(split_prior, "split_prior", ("standard", "learned"))
+        choice(top_prior, "top_prior", ("standard", "learned"))
         if context_channels != 0:
-            _positive_int(context_channels, "context_channels")
+            positive_int(context_channels, "context_channels")
         options = Variant.of(variant, levels)
         if isinstance(network, str):
             network = _named_network(network)
@@ -169,7 +170,7 @@ class Glow(nn.Module):
 
     @memory.setter
     def memory(self, mode: str) -> None:
-        _choice(mode, "memory", MEMORY_MODES)
+        choice(mode, "memory", MEMORY_MODES)
         if mode != "recompute" and self._memory_budget is not None:
             raise ValueError(f"memory={mode!r} has no use for a memory_budget; set memory_budget to None first")
         self._memory = mode
@@ -181,7 +182,7 @@ class Glow(nn.Module):
 
     @anchor_every.setter
     def anchor_every(self, every: int | None) -> None:
-        self._anchor_every = None if every is None else _positive_int(every, "anchor_every")
+        self._anchor_every = None if every is None else positive_int(every, "anchor_every")
 
     @property
     def memory_budget(self) -> int | None:
@@ -281,7 +282,7 @@ class Glow(nn.Module):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Data-dependent initialisation of every ActNorm: zero mean, unit variance (std floored) on this batch.
 
-        x (N, C, H, W), N >= 1. Non-finite values are refused on every device.
+        x (N, C, H, W), N >= 1. Non-finite values are refused on every device, in a context too.
         """
         self._initialize(x, context, every=True)
 
@@ -291,7 +292,7 @@ class Glow(nn.Module):
         x = self._check_image(x, finite=True)
         if x.shape[0] == 0:
             raise ValueError(f"initialize wants at least one image, got a batch of shape {tuple(x.shape)}")
-        contexts = self._contexts(context, x.shape[0], x.shape[2:])
+        contexts = self._contexts(context, x.shape[0], x.shape[2:], finite=True)
         x = x - self.shift
         with torch.autocast(x.device.type, enabled=False):
             for level, local in zip(self.levels, contexts.levels, strict=True):
@@ -396,7 +397,10 @@ class Glow(nn.Module):
         return standard_log_prob(*self(x, context))
 
     def bits_per_dim(self, x: Tensor, bits: int = 8, context: Tensor | None = None) -> Tensor:
-        """-log_prob(x) / (D ln 2) + bits (N,): bits per dimension of images in [0, 1] that are already dequantised."""
+        """-log_prob(x) / (D ln 2) + bits (N,): bits per dimension of images in [0, 1] that are already dequantised.
+
+        bits: of a grey level; 0 gives the density's own, in the units of x.
+        """
         return -self.log_prob(x, context) / (math.prod(x.shape[1:]) * math.log(2)) + bits
 
     @torch.no_grad()
@@ -420,7 +424,10 @@ class Glow(nn.Module):
         return self.inverse(temperature * z, size=(h, w), context=context)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the weights (safetensors) and the configuration (JSON) into the folder `path`, made if missing."""
+        """Write the weights (safetensors) and the configuration (JSON) into the folder `path`, made if missing.
+
+        Raises ValueError where something is parametrized or pruned, which a configuration can't say.
+        """
         saving.write(path, self, self.config)
 
     @classmethod
@@ -490,6 +497,8 @@ class Glow(nn.Module):
         return ", ".join([str(tuple(self.size)), *(f"{k}={v!r}" for k, v in shown.items()), f"memory={self.memory!r}"])
 
     def _check_divisible(self, size: Sequence[int]) -> tuple[int, int]:
+        if not hasattr(size, "__len__") or len(size) != 2:
+            raise ValueError(f"size wants (H, W), got {size!r}")
         h, w = size
         unit = 2**self.levels_count
         if h < 1 or w < 1 or h % unit or w % unit:
@@ -502,22 +511,31 @@ class Glow(nn.Module):
             raise TypeError(f"expected {what}s as a torch.Tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"expected floating-point {what}s, got {x.dtype}")
-        like = next(self.parameters())
-        if x.device != like.device:
-            raise ValueError(f"the {what}s are on {x.device} and the Glow is on {like.device}; move one of them")
+        like = self._check_values(x, what, finite)
         if x.dtype == torch.float64 and like.dtype != torch.float64:
             raise TypeError(
                 f"the {what}s are torch.float64 and the Glow is {like.dtype}; call glow.double() or x.float()"
             )
+
+    def _check_values(self, x: Tensor, what: str, finite: bool) -> Tensor:
+        """Check that numbers are where the Glow is, and are numbers (finite: looked at on every device). Returns one of
+        its parameters.
+        """
+        like = next(self.parameters())
+        if x.layout != torch.strided:
+            raise TypeError(f"expected {what}s as a dense tensor, got {x.layout}")
+        if x.device != like.device:
+            raise ValueError(f"the {what}s are on {x.device} and the Glow is on {like.device}; move one of them")
         if self.checks_values(x.device, finite):
-            refuse_non_finite(x, what)
+            refuse_non_finite(x, f"{what}s")
+        return like
 
     def checks_values(self, device: torch.device, always: bool = False) -> bool:
         """Whether NaN and infinities are looked for in what is on a device; never in what is traced."""
         wanted = always or (device.type == "cpu" if self.check_finite is None else self.check_finite)
         return wanted and not (torch.compiler.is_compiling() or transforms.batched_or_forward())
 
-    def _contexts(self, context: Tensor | None, n: int, size: Sequence[int]) -> "_Contexts":
+    def _contexts(self, context: Tensor | None, n: int, size: Sequence[int], finite: bool = False) -> "_Contexts":
         """What the priors and each level's networks read of the context."""
         levels = self.levels_count
         if self.context_channels == 0:
@@ -530,7 +548,7 @@ class Glow(nn.Module):
             raise TypeError(f"this Glow wants a floating-point context of shape {wanted}, got {given}")
         if context.dim() not in (2, 4) or context.shape[:2] != (n, self.context_channels):
             raise ValueError(f"expected a context of shape {wanted}, got {tuple(context.shape)}")
-        context = context.to(next(self.parameters()).dtype)
+        context = context.to(self._check_values(context, "context", finite).dtype)
         if self.variant.prior_context and context.dim() == 4:
             raise ValueError(f"this Glow's priors read the context, which must be ({n}, {self.context_channels}) then")
         vector = context if context.dim() == 2 else None
@@ -550,13 +568,6 @@ class Glow(nn.Module):
         return x.to(next(self.parameters()).dtype)
 
 
-def refuse_non_finite(x: Tensor, what: str) -> None:
-    """Raises ValueError for NaN and infinities."""
-    # Where the sum is finite every number is; only where it isn't do they have to be looked at one by one.
-    if not math.isfinite(x.detach().sum()) and not bool(torch.isfinite(x).all()):
-        raise ValueError(f"the {what}s contain NaN or infinite values")
-
-
 class _Contexts(NamedTuple):
     """The context as priors read it (N, channels), and as each level's networks do (N, channels, h or 1, w or 1)."""
 
@@ -573,7 +584,7 @@ def _named_network(name: str) -> None:
     """What a saved configuration says of the network: the standard one, or one that only its owner has."""
     if name == "custom":
         raise ValueError("this Glow was made with its own coupling network; pass the same network=")
-    return _choice(name, "network", ("standard",)) and None
+    return choice(name, "network", ("standard",)) and None
 
 
 def _check_size_argument(size: Sequence[int]) -> tuple[int, int, int]:
@@ -583,18 +594,4 @@ def _check_size_argument(size: Sequence[int]) -> tuple[int, int, int]:
         raise TypeError(f"size wants (C, H, W), got {size!r}") from None
     if len(size) != 3:
         raise ValueError(f"size wants (C, H, W), got {size!r}")
-    return tuple(_positive_int(s, "size") for s in size)
-
-
-def _positive_int(value, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} wants an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} wants an int >= 1, got {value}")
-    return value
-
-
-def _choice(value, name: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
-    return value
+    return tuple(positive_int(s, "size") for s in size)

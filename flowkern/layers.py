@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from flowkern import backend as backends
 from flowkern import ops, reference, stored, transforms
-from flowkern.chain import as_state, chain, is_standard, reads_blocks
+from flowkern.chain import as_state, chain, reads_blocks
+from flowkern.checks import refuse_non_finite
 from flowkern.mix import compose, mixes, stacked
 from flowkern.prior import Prior
 
@@ -59,15 +60,17 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> Tensor:
-        """Set scale and bias from a batch (std floored) and return the normalised batch. Raises ValueError if it
-        is empty.
+        """Set scale and bias from a batch (std floored) and return the normalised batch. Raises ValueError if it is
+        empty, or holds NaN or infinities.
         """
         _check_channels(x, len(self.bias), "ActNorm")
         if x.numel() == 0:
             raise ValueError(f"ActNorm: data-dependent initialisation wants a non-empty batch, got {tuple(x.shape)}")
         values = x.to(torch.float64).transpose(0, 1).flatten(1)
-        self.bias.copy_(-values.mean(dim=1))
-        self.log_scale.copy_(-values.std(dim=1, correction=0).clamp_min(MIN_STD).log())
+        mean, std = values.mean(dim=1), values.std(dim=1, correction=0)
+        refuse_non_finite(mean + std, "values that ActNorm is initialised from")
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(-std.clamp_min(MIN_STD).log())
         self.initialized.fill_(True)
         self._known = True
         return reference.actnorm(x, self)
@@ -113,12 +116,13 @@ class InvertibleConv1x1(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         _check_channels(x, len(self.log_s), "InvertibleConv1x1")
+        x = _full_precision(x)
         return ops.channel_mix(x, self.weight(), torch.zeros_like(self.log_s)), self._logdet(x)
 
     def inverse(self, y: Tensor, return_logdet: bool = False):
         _check_channels(y, len(self.log_s), "InvertibleConv1x1")
         inverse = torch.linalg.inv(self.weight())
-        x = ops.channel_mix(y, inverse, torch.zeros_like(self.log_s))
+        x = ops.channel_mix(_full_precision(y), inverse, torch.zeros_like(self.log_s))
         return (x, -self._logdet(y)) if return_logdet else x
 
     def _logdet(self, x: Tensor) -> Tensor:
@@ -191,10 +195,11 @@ class AffineCoupling(nn.Module):
             return self(x, context)[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.couple(x, self._network(x, context), self.scale, self.alpha)
+        return ops.couple(_full_precision(x), self._network(x, context), self.scale, self.alpha)
 
     def inverse(self, y: Tensor, return_logdet: bool = False, context: Tensor | None = None):
-        x, logdet = ops.couple(y, self._network(y, context), self.scale, self.alpha, inverse=True)
+        h = self._network(y, context)
+        x, logdet = ops.couple(_full_precision(y), h, self.scale, self.alpha, inverse=True)
         return (x, logdet) if return_logdet else x
 
     def _network(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -255,13 +260,14 @@ def run_steps(
 
     x (N, C, H, W), or forward also `blocks` of the image that is to be squeezed: then a backend that can does without
     the squeezed image.
-    context: what the coupling networks read beside the state. Under torch.func.vmap and forward-mode differentiation
-    the chain runs as plain PyTorch, for which it wants memory="store" and backend="reference" (RuntimeError otherwise).
+    context: what the coupling networks read beside the state. Under torch.func the chain runs as plain PyTorch, for
+    which it wants memory="store", and under vmap and forward-mode differentiation backend="reference" (RuntimeError
+    otherwise).
     """
-    channels = len(steps[0].actnorm.bias)
+    x, channels = _full_precision(x), len(steps[0].actnorm.bias)
     nets = [step.coupling.net for step in steps]
     plain = transforms.batched_or_forward()
-    if plain or not (is_standard(nets) or torch.compiler.is_compiling()) and transforms.is_transformed():
+    if plain or not torch.compiler.is_compiling() and transforms.is_transformed():
         _check_plain(x.device, plain, **chain_options)
         matrix, offset, inverse, mixes_logdet = _plain_mixes(steps)
         out, logdet = plain_chain(steps, x, matrix, offset, inverse, context, reverse)
@@ -314,9 +320,7 @@ def _check_plain(
 ) -> None:
     if not by_reference:
         if memory != "store":
-            raise RuntimeError(
-                f"torch.func.grad wants memory='store' with networks of one's own, got memory={memory!r}"
-            )
+            raise RuntimeError(f"torch.func.grad wants memory='store', got memory={memory!r}")
         return
     name = backends.resolve(device, backend)
     if memory != "store" or name != "reference":
@@ -365,6 +369,12 @@ def unsqueeze(x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     blocks = x.permute(0, 2, 3, 1).reshape(n, h, w, c // 4, 2, 2).permute(0, 1, 4, 2, 5, 3)
     return blocks.reshape(n, 2 * h, 2 * w, c // 4).permute(0, 3, 1, 2)
+
+
+def _full_precision(x: Tensor) -> Tensor:
+    """A state under autocast, where layers before it may have left it in lower precision: in single precision."""
+    lowered = x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type)
+    return x.float() if lowered else x
 
 
 def _given(context: Tensor | None) -> tuple[Tensor, ...]:

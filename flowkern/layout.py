@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from flowkern import transforms
+
 # What coupling networks may compute h in, beside the dtype of a state.
 NETWORK_DTYPES = {
     torch.float32: (torch.float32, torch.bfloat16, torch.float16),
@@ -11,8 +13,10 @@ NETWORK_DTYPES = {
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x itself if its channels are dense per pixel (NHWC memory), else a copy that is."""
-    return x.contiguous(memory_format=torch.channels_last)
+    """x itself if its channels are dense per pixel (NHWC memory), or under vmap, where there are no layouts, else a
+    copy that is.
+    """
+    return x if transforms.batched_or_forward() else x.contiguous(memory_format=torch.channels_last)
 
 
 def empty_channels_last(x: Tensor) -> Tensor:
@@ -22,7 +26,8 @@ def empty_channels_last(x: Tensor) -> Tensor:
 
 def in_order_of(x: Tensor, dense: Tensor) -> Tensor:
     """x in the memory order of a dense tensor, so that an elementwise op may walk both as flat arrays."""
-    return x if x.stride() == dense.stride() else torch.empty_like(dense).copy_(x)
+    as_it_is = transforms.batched_or_forward() or x.stride() == dense.stride()
+    return x if as_it_is else torch.empty_like(dense).copy_(x)
 
 
 def check_alike(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None) -> None:

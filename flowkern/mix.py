@@ -133,7 +133,6 @@ class _Compose(Function):
     def backward(ctx, dmatrix, doffset, _, dlogdet):
         sign, permutation, *parameters = ctx.saved_tensors
         tensors = (*stacked(parameters), sign, permutation, dmatrix.contiguous(), doffset.contiguous(), dlogdet)
-        # Under create_graph, ordinary tensor operations: a second derivative is autograd's business.
-        found = mixes_vjp(*tensors) if ops.wants_graph() else ops.raw.compose_vjp(*tensors, ctx.backend)
+        found = mixes_vjp(*tensors) if ops.wants_formulas() else ops.raw.compose_vjp(*tensors, ctx.backend)
         per_step = zip(*(d.unbind(0) for d in found), strict=True)
         return None, None, None, *(d for step in per_step for d in step)

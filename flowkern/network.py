@@ -8,11 +8,13 @@ in the precision the network runs in. Parameters are a flat sequence in the orde
 norm2.bias, weight3, bias3, logs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from flowkern import backend, ops
 from flowkern.layout import in_order_of
@@ -203,16 +205,29 @@ class LocalNets:
             "with networks of one's own, or a context, that needs memory='store', and has no second derivative",
         )
 
-    def evaluate(self, k: int, a: Tensor, context: Tensor | None) -> Tensor:
-        """The network k of a (and context), recorded the first time and replayed afterwards."""
-        given = (a,) if context is None else (a, context)
+    def functions(self, contexts: int, tensors: Sequence[Tensor]) -> list[Callable]:
+        """The networks as functions of a, with these tensors as context (if contexts is 1) and parameters."""
+        context, parameters, nets = tensors[0] if contexts else self.context, iter(tensors[contexts:]), []
+        for k, module in enumerate(self.modules):
+            own = {name: next(parameters) for name, _ in module.named_parameters()}
+            nets.append(partial(self.evaluate, k, context=context, parameters=own))
+        return nets
+
+    def evaluate(
+        self, k: int, a: Tensor, context: Tensor | None, parameters: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """The network k of a (and context), recorded the first time and replayed afterwards, with its own parameters or
+        with others.
+        """
+        module, given = self.modules[k], (a,) if context is None else (a, context)
         # Without autocast's cache: what it keeps of a weight that was cast without a graph would have none in backward.
         # Full precision is what the network has without autocast, which on the CPU warns of it.
         lowered = self.dtype in (torch.bfloat16, torch.float16)
         autocast = torch.autocast(a.device.type, self.dtype if lowered else None, lowered, cache_enabled=False)
         versions = _versions(given)
         with self.replays[k].again_or_first(), autocast:
-            h = ops.channels_last(self.modules[k](*given))
+            h = module(*given) if parameters is None else functional_call(module, parameters, given)
+            h = ops.channels_last(h)
         if _versions(given) != versions:
             raise RuntimeError(
                 "a coupling network must not work in place on its input, which the coupling passes on unchanged: the "
@@ -223,6 +238,8 @@ class LocalNets:
     def vjp(self, k: int, a: Tensor, kept: list[Tensor], dh: Tensor, need: Sequence[bool], da: Tensor):
         """The parameters' gradients; that of a is added to `da`."""
         h, *inputs = kept
+        if not h.requires_grad:  # a constant
+            return [None] * len(need)
         wanted = [p for p, needed in zip(self.replays[k].parameters, need, strict=True) if needed]
         # The graph is retained because in store mode the caller may run backward twice; it dies with `kept`.
         found = torch.autograd.grad(h, [*inputs, *wanted], dh, retain_graph=True, allow_unused=True)

@@ -3,7 +3,7 @@
 `flowkern.ops.couple(...)` and its siblings are the public, differentiable functions. Each runs a raw operator
 (`torch.ops.flowkern.couple`), opaque to torch.compile, which looks up the backend's implementation by name. A raw
 operator has no gradient and says so instead of returning none. Semantics: the functions of the same name in
-`flowkern.reference`.
+`flowkern.reference`, which run themselves where a raw operator is opaque to what differentiates or batches it.
 """
 
 import functools
@@ -11,9 +11,9 @@ import functools
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from flowkern import backend as backends
+from flowkern import reference, transforms
 from flowkern.layout import channels_last, empty_channels_last, in_order_of
 
 LIBRARY = torch.library.Library("flowkern", "DEF")
@@ -60,6 +60,22 @@ def without_autocast(backward):
 def wants_graph() -> bool:
     """Whether backward runs under create_graph=True."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def wants_formulas() -> bool:
+    """Whether backward has to be plain PyTorch: under create_graph=True, or for a batch of gradients (vmap)."""
+    return wants_graph() or transforms.batched_or_forward()
+
+
+def no_graph(where: str, instead: str) -> RuntimeError:
+    """What is raised by a backward that would have to be plain PyTorch and has kept no graph for that."""
+    wanted, by = ("second derivative", " (create_graph=True)") if wants_graph() else ("batch of gradients", "")
+    return RuntimeError(f"a {wanted} was asked for{by} {where}, which keeps no graph to differentiate; use {instead}")
+
+
+def _run(name: str, backend: str, *operands):
+    """A pixel op in backward."""
+    return getattr(reference, name)(*operands) if wants_formulas() else getattr(raw, name)(*operands, backend)
 
 
 def _define_pixel_op(name: str, arguments: str, results: int, fake) -> None:
@@ -145,11 +161,11 @@ class _ChannelMix(Function):
         ctx.save_for_backward(x, matrix, offset)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, g):
         x, matrix, offset = ctx.saved_tensors
-        _, dx, dmatrix, doffset = raw.mix_vjp(x, channels_last(g), matrix, matrix, offset, False, True, ctx.backend)
+        g = channels_last(g)
+        _, dx, dmatrix, doffset = _run("mix_vjp", ctx.backend, x, g, matrix, matrix, offset, False, True)
         return dx, dmatrix, doffset, None
 
 
@@ -164,11 +180,10 @@ class _Couple(Function):
         ctx.save_for_backward(x, h)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g, glogdet):
         x, h = ctx.saved_tensors
-        scale, alpha, inverse, backend = ctx.settings
-        _, dx, dh = raw.couple_vjp(x, channels_last(g), h, glogdet.contiguous(), scale, alpha, inverse, True, backend)
+        *settings, backend = ctx.settings
+        _, dx, dh = _run("couple_vjp", backend, x, channels_last(g), h, glogdet.contiguous(), *settings, True)
         return dx, dh, None, None, None, None
 
 
@@ -188,20 +203,19 @@ class _CoupleMix(Function):
         ctx.save_for_backward(x, h, matrix, offset)
 
     @staticmethod
-    @once_differentiable
     @without_autocast
     def backward(ctx, g, glogdet):
         x, h, matrix, offset = ctx.saved_tensors
         scale, alpha, inverse, backend = ctx.settings
-        coupled, _ = raw.couple(x, h, scale, alpha, inverse, backend)
-        _, dcoupled, dmatrix, doffset = raw.mix_vjp(
-            coupled, channels_last(g), matrix, matrix, offset, False, True, backend
-        )
+        coupled, _ = _run("couple", backend, x, h, scale, alpha, inverse)
+        g = channels_last(g)
+        _, dcoupled, dmatrix, doffset = _run("mix_vjp", backend, coupled, g, matrix, matrix, offset, False, True)
         if inverse:
             # The op is matrix @ (coupled - offset), so the offset enters through the matrix.
             dmatrix = dmatrix - torch.outer(doffset, offset)
             doffset = -(matrix.T @ doffset)
-        _, dx, dh = raw.couple_vjp(x, dcoupled, h, glogdet.contiguous(), scale, alpha, inverse, True, backend)
+        glogdet = glogdet.contiguous()
+        _, dx, dh = _run("couple_vjp", backend, x, dcoupled, h, glogdet, scale, alpha, inverse, True)
         return dx, dh, dmatrix, doffset, None, None, None, None
 
 
@@ -216,10 +230,9 @@ class _Shrink(Function):
         ctx.save_for_backward(z, lam)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         z, lam = ctx.saved_tensors
-        return *raw.shrink_vjp(z, in_order_of(g, z), lam, ctx.backend), None
+        return *_run("shrink_vjp", ctx.backend, z, in_order_of(g, z), lam), None
 
 
 class _DataConsistency(Function):
@@ -233,10 +246,9 @@ class _DataConsistency(Function):
         ctx.save_for_backward(x, y, mu)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g):
         x, y, mu = ctx.saved_tensors
-        return *raw.data_consistency_vjp(x, y, in_order_of(g, x), mu, ctx.backend), None
+        return *_run("data_consistency_vjp", ctx.backend, x, y, in_order_of(g, x), mu), None
 
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False, backend: str = "auto") -> Tensor:
@@ -250,6 +262,8 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
     if inverse:
         with torch.autocast(x.device.type, enabled=False):
             offset = -(matrix @ offset)
+    if transforms.batched_or_forward():
+        return reference.channel_mix(x, matrix, offset)
     return _ChannelMix.apply(channels_last(x), matrix.contiguous(), offset.contiguous(), _resolve(x, backend))
 
 
@@ -264,6 +278,8 @@ def couple(
     """
     _check_state(x)
     check_coupling(x, h, scale)
+    if transforms.batched_or_forward():
+        return reference.couple(x, h, scale, alpha, inverse)
     return _Couple.apply(channels_last(x), channels_last(h), scale, float(alpha), inverse, _resolve(x, backend))
 
 
@@ -299,6 +315,9 @@ def _couple_mix(x, h, matrix, offset, scale, alpha, inverse, backend):
     _check_state(x)
     _check_mix(x, matrix, offset)
     check_coupling(x, h, scale)
+    if transforms.batched_or_forward():
+        op = reference.mix_couple if inverse else reference.couple_mix
+        return op(x, h, matrix, offset, scale, alpha)
     return _CoupleMix.apply(
         channels_last(x),
         channels_last(h),
@@ -315,8 +334,10 @@ def shrink(z: Tensor, lam: Tensor, backend: str = "auto") -> Tensor:
     """Latent shrinkage z / (1 + lam), the proximal step of Wei et al., equation 9. lam is a scalar tensor, and is taken
     in z's dtype. Differentiable. Raises ValueError for a lam of more than one number.
     """
-    _check_scalar(lam, "lam")
-    return _Shrink.apply(_dense(z), lam.to(z.dtype), _resolve(z, backend))
+    lam = _scalar(lam, "lam").to(z.dtype)
+    if transforms.batched_or_forward():
+        return reference.shrink(z, lam)
+    return _Shrink.apply(_dense(z), lam, _resolve(z, backend))
 
 
 def data_consistency(x: Tensor, y: Tensor, mu: Tensor, backend: str = "auto") -> Tensor:
@@ -327,15 +348,18 @@ def data_consistency(x: Tensor, y: Tensor, mu: Tensor, backend: str = "auto") ->
     """
     if x.shape != y.shape:
         raise ValueError(f"data_consistency: x {tuple(x.shape)} and y {tuple(y.shape)} must have the same shape")
-    _check_scalar(mu, "mu")
     dtype = torch.promote_types(x.dtype, y.dtype)
-    x = _dense(x.to(dtype))
-    return _DataConsistency.apply(x, in_order_of(y.to(dtype), x), mu.to(dtype), _resolve(x, backend))
+    x, y, mu = x.to(dtype), y.to(dtype), _scalar(mu, "mu").to(dtype)
+    if transforms.batched_or_forward():
+        return reference.data_consistency(x, y, mu)
+    x = _dense(x)
+    return _DataConsistency.apply(x, in_order_of(y, x), mu, _resolve(x, backend))
 
 
-def _check_scalar(weight: Tensor, name: str) -> None:
+def _scalar(weight: Tensor, name: str) -> Tensor:
     if weight.numel() != 1:
         raise ValueError(f"{name} must be a tensor of one number, got {tuple(weight.shape)}")
+    return weight.reshape(())
 
 
 def _dense(x: Tensor) -> Tensor:

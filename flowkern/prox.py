@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import ops, shrinkage
+from flowkern.checks import per_image, positive_int
 from flowkern.glow import Glow, standard_log_prob
 
 
@@ -73,8 +74,13 @@ class GlowProx(nn.Module):
     def forward(self, x: Tensor, scale: float | Tensor | None = None, return_log_prob: bool = False):
         """x (N, C, H, W) -> (N, C, H, W). scale: a factor of lambda, >= 0: a number or a tensor of one, or one an image
         (N,). return_log_prob: return log p(x) (N,) in nats under the flow as well, which f has found on the way.
+
+        Raises ValueError for a scale that is none, and what the Glow raises for images that are none.
         """
-        lam = self.lam if scale is None else self.lam * scale
+        lam = self.lam
+        if scale is not None:
+            scale = per_image(scale, "scale", len(x))
+            lam = lam * (scale.to(lam) if isinstance(scale, Tensor) else scale)
         if shrinkage.is_reversible(self.glow):
             x, log_prob = shrinkage.shrunk(self.glow, self.glow.ready(x), lam)
             return (x, log_prob) if return_log_prob else x
@@ -108,10 +114,7 @@ class _NetworkProx(nn.Module):
         super().__init__()
         self.config = {"channels": channels, **sizes}
         for name, value in self.config.items():
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} wants an int, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} wants an int >= 1, got {value}")
+            positive_int(value, name)
 
     @classmethod
     def from_config(cls, config: dict):

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkern import transforms
+from flowkern.layout import channels_last
 
-CHANNELS_LAST = torch.channels_last
 SCALES = ("softclamp", "sigmoid", "additive")
 
 
@@ -51,7 +50,7 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False
             return channel_mix(x, matrix, offset, inverse)
     pixels = x.permute(0, 2, 3, 1)
     pixels = F.linear(pixels - offset, matrix) if inverse else F.linear(pixels, matrix, offset)
-    return _channels_last(pixels.permute(0, 3, 1, 2))
+    return channels_last(pixels.permute(0, 3, 1, 2))
 
 
 def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -72,7 +71,7 @@ def couple(x: Tensor, h: Tensor, scale: str, alpha: float, inverse: bool = False
         b = b * torch.exp(-log_s) - t if inverse else (b + t) * torch.exp(log_s)
         logdet = log_s.sum(dim=(1, 2, 3))
         logdet = -logdet if inverse else logdet
-    return _channels_last(torch.cat([a, b], dim=1)), logdet
+    return channels_last(torch.cat([a, b], dim=1)), logdet
 
 
 def couple_mix(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float) -> tuple[Tensor, Tensor]:
@@ -113,8 +112,8 @@ def couple_vjp(
     if scale == "additive":
         sign = -1 if inverse else 1
         if not given_input:
-            rebuilt = _channels_last(torch.cat([va, vb - sign * h.to(v.dtype)], dim=1))
-        return rebuilt, g.clone(memory_format=CHANNELS_LAST), _channels_last((sign * gb).to(h.dtype))
+            rebuilt = channels_last(torch.cat([va, vb - sign * h.to(v.dtype)], dim=1))
+        return rebuilt, channels_last(g).clone(), channels_last((sign * gb).to(h.dtype))
     raw, t = h.to(v.dtype).chunk(2, dim=1)
     s = torch.exp(log_scale(raw, scale, alpha))
     gl = glogdet[:, None, None, None]
@@ -132,8 +131,8 @@ def couple_vjp(
         dv, dt, dlog_s = gb * s, gb * s, gb * out + gl
     draw = dlog_s * log_scale_slope(raw, scale, alpha)
     dh = torch.cat([draw, dt], dim=1).to(h.dtype)
-    rebuilt = rebuilt if given_input else _channels_last(rebuilt)
-    return rebuilt, _channels_last(torch.cat([ga, dv], dim=1)), _channels_last(dh)
+    rebuilt = rebuilt if given_input else channels_last(rebuilt)
+    return rebuilt, channels_last(torch.cat([ga, dv], dim=1)), channels_last(dh)
 
 
 def mix_vjp(
@@ -195,11 +194,6 @@ def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
 def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `data_consistency` with respect to x, y and mu (a scalar)."""
     return (1 - mu) * g, mu * g, -(g * (x - y)).sum()
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    # Under vmap there are no memory layouts.
-    return x if transforms.batched_or_forward() else x.contiguous(memory_format=CHANNELS_LAST)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,12 +8,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def write(path: str | Path, module: nn.Module, config: dict) -> None:
-    """Write the folder `path`, made if missing. An interruption leaves previous files whole."""
+    """Write the folder `path`, made if missing. An interruption leaves previous files whole.
+
+    Raises ValueError for weights that stand for others, which the module that the configuration makes would not have.
+    """
+    _check_plain(module, config)
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     # Copies, because safetensors refuses tensors that share memory, as those of tied folds do.
@@ -66,3 +72,18 @@ def fill(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
     if problems:
         raise ValueError(f"{what} don't fit this configuration: {'; '.join(problems)}")
     module.load_state_dict(weights)
+
+
+def _check_plain(module: nn.Module, config: dict) -> None:
+    for name, part in module.named_modules():
+        # Networks of one's own are made by their owner, parametrizations and all.
+        own = config.get("network") == "custom" and ".coupling.net" in name
+        pruned = any(isinstance(hook, BasePruningMethod) for hook in part._forward_pre_hooks.values())
+        if not own and (pruned or is_parametrized(part)):
+            what, undo = "pruned", "prune.remove"
+            if not pruned:
+                what, undo = "parametrized", "parametrize.remove_parametrizations"
+            raise ValueError(
+                f"{name} is {what}, which a saved configuration can't say; make it final first "
+                f"(torch.nn.utils.{undo}), or save the state_dict"
+            )

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from flowkern.chain import MEMORY_MODES, no_second_derivative
+from flowkern import ops, transforms
+from flowkern.chain import MEMORY_MODES
+from flowkern.checks import choice, positive_int
 from flowkern.replay import Autocast, Replay, add_gradient, check_parameters, refuse_replica
 
 
@@ -20,7 +22,7 @@ class ReversibleSequence(nn.Module):
     each step's input; "store" is ordinary autograd. anchor_every: in "recompute", keep every n-th step's input exactly.
 
     After Gomez et al. 2017 (arXiv:1707.04585). Raises ValueError for no steps or unknown modes, TypeError for a step
-    without `inverse`.
+    without `inverse` or an `anchor_every` that is no int.
 
     >>> from flowkern.layers import StepOfFlow
     >>> flow = ReversibleSequence([StepOfFlow(4, hidden=8) for _ in range(3)])
@@ -38,13 +40,26 @@ class ReversibleSequence(nn.Module):
         for i, step in enumerate(steps):
             if not isinstance(step, nn.Module) or not callable(getattr(step, "inverse", None)):
                 raise TypeError(f"step {i} wants to be an nn.Module with inverse(y) -> x, got {type(step).__name__}")
-        if memory not in MEMORY_MODES:
-            choices = ", ".join(map(repr, MEMORY_MODES))
-            raise ValueError(f"unknown memory {memory!r}; choose one of {choices}")
-        if anchor_every is not None and not (isinstance(anchor_every, int) and anchor_every >= 1):
-            raise ValueError(f"anchor_every wants an int >= 1 or None, got {anchor_every!r}")
         self.steps = nn.ModuleList(steps)
         self.memory, self.anchor_every = memory, anchor_every
+
+    @property
+    def memory(self) -> str:
+        """What is kept between forward and backward: "recompute", "store" or "checkpoint"."""
+        return self._memory
+
+    @memory.setter
+    def memory(self, mode: str) -> None:
+        self._memory = choice(mode, "memory", MEMORY_MODES)
+
+    @property
+    def anchor_every(self) -> int | None:
+        """Keep an exact state every so many steps; None keeps none."""
+        return self._anchor_every
+
+    @anchor_every.setter
+    def anchor_every(self, every: int | None) -> None:
+        self._anchor_every = None if every is None else positive_int(every, "anchor_every")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, ...) -> y and log|det dy/dx| (N,), the sum of the steps'."""
@@ -62,6 +77,8 @@ class ReversibleSequence(nn.Module):
         parameters = [p for p in self.parameters() if p.requires_grad]
         needed = torch.is_grad_enabled() and (x.requires_grad or parameters)
         if self.memory != "store" and needed:
+            if transforms.is_transformed():
+                raise RuntimeError(f"torch.func wants memory='store', got memory={self.memory!r}")
             every = 1 if self.memory == "checkpoint" else self.anchor_every
             return _Sequence.apply(x, order, every, self.memory, *parameters)
         logdet = x.new_zeros(x.shape[0])
@@ -126,7 +143,7 @@ class _Sequence(Function):
     @staticmethod
     def backward(ctx, g, glogdet):
         if torch.is_grad_enabled():
-            raise no_second_derivative(ctx.memory)
+            raise ops.no_graph(f"in memory={ctx.memory!r}", "memory='store'")
         check_parameters((step.replay for step in ctx.order), "steps'", "that needs memory='store'")
         boundary, *saved = ctx.saved_tensors
         kept = {position: saved.pop(0) for position, has in enumerate(ctx.positions) if has}

@@ -15,8 +15,9 @@ from torch.autograd import Function
 
 from flowkern import backend as backends
 from flowkern import ops, transforms
-from flowkern.chain import has_squeeze_mix, is_standard, network_dtype, no_second_derivative
-from flowkern.glow import Glow, refuse_non_finite
+from flowkern.chain import has_squeeze_mix, is_standard, network_dtype
+from flowkern.checks import refuse_non_finite
+from flowkern.glow import Glow
 from flowkern.layers import blocks, squeeze, unsqueeze
 from flowkern.mix import compose
 from flowkern.stored import hooked
@@ -91,7 +92,7 @@ class _Shrunk(Function):
             log_probs.append(-0.5 * z.square().sum(dim=(1, 2, 3)))
             z = z / _factor(lam)
             if checks:
-                refuse_non_finite(z, "latent")
+                refuse_non_finite(z, "latents")
             return [z]
 
         latents = _descend([x - shift], partial(run, False), shrink, counts, blocks if reads_blocks else squeeze)
@@ -106,8 +107,8 @@ class _Shrunk(Function):
     @staticmethod
     @ops.without_autocast
     def backward(ctx, g, dlog_prob):
-        if ops.wants_graph():
-            raise no_second_derivative("recompute")
+        if ops.wants_formulas():
+            raise ops.no_graph("in memory='recompute'", "memory='store'")
         out, lam, *tensors = ctx.saved_tensors
         chains, shift, *_ = ctx.settings
         levels, needed = _by_level(tensors, ctx.counts), _by_level(ctx.needs_input_grad[4:], ctx.counts)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowkern import folds, saving, transforms
+from flowkern.checks import per_image
 from flowkern.consistency import exact_step, gradient_step
 from flowkern.layout import in_order_of
 from flowkern.operators import Identity, Operator, least_variation, smoothest
@@ -279,18 +280,10 @@ class Unfolded(nn.Module):
             return None
         if sigma is None:
             raise ValueError("this network was made with noise_aware=True and wants the noise level, net(y, sigma=...)")
-        if not isinstance(sigma, Tensor):
-            if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 <= sigma < math.inf:
-                raise ValueError(f"sigma must be a number >= 0, or a tensor of one or of one an image, got {sigma!r}")
-            return (sigma / self.sigma_ref) ** 2
-        sigma = sigma[0] if sigma.shape == (1,) else sigma
-        if tuple(sigma.shape) not in ((), (len(y),)):
-            raise ValueError(f"sigma must hold one number or one for each of {len(y)} images, got {tuple(sigma.shape)}")
-        # On a GPU looking at the values would wait for it; traced, there are none yet.
-        if sigma.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((sigma >= 0).all()):
-            raise ValueError("sigma must be >= 0, got a tensor with a number that is not")
-        steps = self.mu if self.raw_rho is None else self.raw_rho
-        return (sigma.to(steps) / self.sigma_ref) ** 2
+        sigma = per_image(sigma, "sigma", len(y))
+        if isinstance(sigma, Tensor):
+            sigma = sigma.to(self.mu if self.raw_rho is None else self.raw_rho)
+        return (sigma / self.sigma_ref) ** 2
 
     def _start(self, y: Tensor, operator) -> Tensor:
         if self.init == "adjoint":

@@ -143,6 +143,13 @@ def test_the_glow_is_left_as_it_was(glow, x):
     assert all(torch.equal(before[name], value) for name, value in glow.state_dict().items())
 
 
+def test_images_of_nothing_but_zeros_are_no_reason_for_concern(glow):
+    glow.shift = 0.5
+    grey = torch.full((2, 3, 16, 16), 0.5)
+    assert not audit(glow, grey).concerns and max(drift(glow, grey)) < DRIFT_LIMIT / 10
+    assert audit(stretch(glow, 1e-8, level=0), grey).concerns
+
+
 @pytest.mark.parametrize("measure", [audit, drift])
 def test_what_cannot_be_measured_is_refused(glow, x, measure):
     with pytest.raises(ValueError, match="at least one image"):

@@ -105,6 +105,85 @@ def test_second_derivative_in_store_mode(network, reverse):
 
 
 @pytest.mark.parametrize("network", [None, ConvNet], ids=["standard", "own network"])
+def test_second_derivative_of_chains_one_after_the_other_with_the_same_parameters(network):
+    """The second chain's gradients stop at its own input, which came from the same parameters."""
+    steps = torch.nn.ModuleList(StepOfFlow(2, hidden=2, network=network).double() for _ in range(2))
+    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.5)
+    x = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def there_and_on(x, *_):
+        z, logdet = run_steps(steps, x, memory="store")
+        x, d = run_steps(steps, 0.5 * z, reverse=True, memory="store")
+        return x, logdet + d
+
+    out, logdet = there_and_on(x)
+    loss = out.square().sum() + logdet.sum()
+    first = torch.autograd.grad(loss, [x, *parameters], retain_graph=True)
+    again = torch.autograd.grad(loss, [x, *parameters], create_graph=True)
+    assert all(relative(a, b) < 1e-12 for a, b in zip(again, first, strict=True))
+    assert torch.autograd.gradgradcheck(there_and_on, (x, *parameters), atol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize("network", [None, ConvNet], ids=["standard", "own network"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_batch_of_gradients_in_store_mode_and_elsewhere_a_clear_error(network, reverse):
+    steps = torch.nn.ModuleList(StepOfFlow(4, hidden=3, network=network).double() for _ in range(2))
+    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=0.3)
+    x, directions = torch.randn(1, 4, 2, 2, dtype=torch.float64), torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
+    inputs = [x.requires_grad_(), *parameters]
+
+    def out(memory):
+        return run_steps(steps, x, reverse=reverse, memory=memory)[0]
+
+    found = torch.autograd.grad(out("store"), inputs, directions, is_grads_batched=True)
+    for i, direction in enumerate(directions):
+        wanted = torch.autograd.grad(out("store"), inputs, direction)
+        assert all(relative(a[i], b) < 1e-12 for a, b in zip(found, wanted, strict=True))
+    for memory in ("recompute", "checkpoint"):
+        with pytest.raises(RuntimeError, match=f"batch of gradients was asked for .* memory='{memory}'.*'store'"):
+            torch.autograd.grad(out(memory), inputs, directions, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
+def test_a_network_whose_output_is_a_constant(memory):
+    class Constant(torch.nn.Module):
+        def __init__(self, _, out_channels):
+            super().__init__()
+            self.out_channels = out_channels
+
+        def forward(self, a):
+            return a.new_full((len(a), self.out_channels, *a.shape[2:]), 0.5)
+
+    glow, x = small_glow(memory=memory, network=Constant), torch.rand(2, 2, 8, 8, dtype=torch.float64)
+    x.requires_grad_()
+    found = torch.autograd.grad(glow.log_prob(x).sum(), [x, *glow.parameters()])
+    z, logdet = reference.glow_forward(glow, x)
+    wanted = torch.autograd.grad((logdet - 0.5 * z.square().sum(dim=1)).sum(), [x, *glow.parameters()])
+    assert all(relative(a, b) < 1e-9 for a, b in zip(found, wanted, strict=True))
+    if memory == "store":
+        again = torch.autograd.grad(glow.log_prob(x).sum(), x, create_graph=True)[0]
+        assert relative(again, wanted[0]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "options,error,message",
+    [
+        ({"memory": "low"}, ValueError, "unknown memory 'low'; choose one of 'recompute', 'store', 'checkpoint'"),
+        ({"anchor_every": -1}, ValueError, "anchor_every wants an int >= 1, got -1"),
+        ({"anchor_every": 1.5}, TypeError, "anchor_every wants an int, got 1.5"),
+        ({"kept_steps": 2}, ValueError, "kept_steps wants an int from 0 to 1, got 2"),
+    ],
+)
+def test_options_of_a_step_alone_that_are_none(options, error, message):
+    with pytest.raises(error, match=message):
+        StepOfFlow(4, hidden=3).eval()(torch.zeros(1, 4, 2, 2), **options)
+
+
+@pytest.mark.parametrize("network", [None, ConvNet], ids=["standard", "own network"])
 def test_steps_that_share_a_network_have_the_same_gradient_under_create_graph(network):
     steps = torch.nn.ModuleList(StepOfFlow(4, hidden=3, network=network).double() for _ in range(3))
     steps[2].coupling.net = steps[0].coupling.net
@@ -380,5 +459,5 @@ def test_torch_func_grad_with_own_networks():
     wanted = torch.autograd.grad(glow.log_prob(x.requires_grad_()).sum(), x)[0]
     torch.testing.assert_close(torch.func.grad(lambda x: glow.log_prob(x).sum())(x.detach()), wanted)
     glow.memory = "recompute"
-    with pytest.raises(RuntimeError, match="wants memory='store' with networks of one's own, got memory='recompute'"):
+    with pytest.raises(RuntimeError, match="torch.func.grad wants memory='store', got memory='recompute'"):
         torch.func.grad(lambda x: glow.log_prob(x).sum())(x.detach())

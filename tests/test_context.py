@@ -1,6 +1,7 @@
 """A Glow conditioned on a context, and networks of one's own with dropout and batch norm."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -65,6 +66,24 @@ def test_half_precision_goes_backward_too(memory):
     off = relative(glow.levels[0].steps[2].coupling.net.weight3.grad.double(),
                    exact.levels[0].steps[2].coupling.net.weight3.grad)  # fmt: skip
     assert off < 0.1, off
+
+
+@pytest.mark.parametrize("context", [vectors(3), maps(3)], ids=["vector", "map"])
+def test_contexts_that_are_not_numbers_are_refused(context):
+    """They would initialise the coupling networks' ActNorms with NaN for good."""
+    glow, context = flowkern.Glow((2, 8, 8), LEVELS, 1, 4, context_channels=3), context.float()
+    context[1, 2] = math.nan
+    for run in (glow, glow.initialize):  # the first forward in training mode initialises, too
+        with pytest.raises(ValueError, match="the contexts contain NaN or infinite values"):
+            run(images().float(), context)
+    assert not glow.is_initialized
+    glow.check_finite = False
+    with pytest.raises(ValueError, match="the contexts contain NaN or infinite values"):
+        glow.initialize(images().float(), context)
+    glow.initialize(images().float(), context.nan_to_num())
+    assert glow.eval()(images().float(), context)[1].isnan().any(), "who doesn't want them looked at, gets what comes"
+    with pytest.raises(ValueError, match="the contexts are on meta and the Glow is on cpu; move one of them"):
+        glow(images().float(), context.to("meta"))
 
 
 @pytest.mark.parametrize("context", [vectors(3), maps(3), maps(3, (4, 4))], ids=["vector", "map", "small map"])

@@ -215,6 +215,12 @@ def test_a_conditioned_glow_is_one_distribution_per_context(conditioned):
     torch.testing.assert_close(transform.inv(x), several)
     one = GlowTransform(conditioned, context[0])
     torch.testing.assert_close(one(z)[2], conditioned.inverse(z[2:3], context=context[:1])[0])
+    for rows in (context.view(2, 2, 3), context):  # one for each latent, in their shape or in a row
+        torch.testing.assert_close(GlowTransform(conditioned, rows)(z.view(2, 2, -1)).flatten(0, 1), transform(z))
+    assert transform(several[:0]).shape == (0, 4, *SIZE)
+    for rows, leading in ((context.view(2, 2, 3), (4,)), (torch.rand(2, 3, 3), (3, 2)), (context[:3], (4,))):
+        with pytest.raises(ValueError, match=rf"contexts of shape \({rows.shape[0]}, .* don't go with \({leading[0]},"):
+            GlowTransform(conditioned, rows)(torch.randn(*leading, WIDTH, dtype=torch.float64))
 
 
 def test_contexts_reach_a_glow_inside_other_libraries(conditioned):

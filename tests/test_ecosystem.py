@@ -15,8 +15,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import flowkern
-from flowkern import export
+from flowkern import export, ops
 from flowkern.groups import parameter_groups
+from flowkern.layers import ActNorm, AffineCoupling, InvertibleConv1x1
+from flowkern.operators import Blur
 
 SIZE = (2, 8, 8)
 
@@ -169,13 +171,71 @@ def test_elsewhere_functional_transforms_say_what_they_want(options):
 
 
 def test_gradients_by_torch_func():
-    """It differentiates with create_graph=True, so it wants what a second derivative wants."""
+    """They want what a second derivative wants, and serve every backend."""
     glow, x = glow_of(dtype=torch.float64, memory="store"), images(dtype=torch.float64)
     (wanted,) = torch.autograd.grad(glow.log_prob(x.requires_grad_()).sum(), x)
     torch.testing.assert_close(torch.func.grad(lambda x: glow.log_prob(x).sum())(x.detach()), wanted)
     for glow.memory in ("recompute", "checkpoint"):
-        with pytest.raises(RuntimeError, match="use memory='store'"):
+        with pytest.raises(RuntimeError, match="torch.func.grad wants memory='store', got memory="):
             torch.func.grad(lambda x: glow.log_prob(x).sum())(x.detach())
+
+
+def tanh_network(i, o):
+    return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.Tanh())
+
+
+def own_maps():
+    """Each map of images (N, 2, 8, 8) that the package differentiates."""
+    glow = glow_of(dtype=torch.float64, memory="store", split_prior="learned")
+    own = glow_of(dtype=torch.float64, memory="store", network=tanh_network)
+    generator = torch.Generator().manual_seed(5)
+    rotation, coupling = InvertibleConv1x1(2).double(), AffineCoupling(tanh_network(1, 2)).double()
+    sequence = flowkern.ReversibleSequence([ActNorm(2).double().eval(), rotation, coupling], memory="store")
+    level, y = images(dtype=torch.float64), torch.rand(1, *SIZE, generator=generator, dtype=torch.float64)
+    blurred = {"operator": Blur(torch.full((3, 3), 1 / 9)), "init": "adjoint"}
+    return {
+        "log_prob": glow.log_prob,
+        "own network": own.log_prob,
+        "inverse": lambda x: glow.inverse(x.flatten(1)),
+        "prox": flowkern.GlowProx(glow),
+        "prox of own networks": flowkern.GlowProx(own),
+        "unfolded": flowkern.Unfolded(flowkern.GlowProx(glow), folds=2),
+        "unfolded, tied, exact": flowkern.Unfolded(
+            flowkern.GlowProx(own), folds=2, tied=True, consistency="exact", **blurred
+        ),
+        "rotation": lambda x: rotation(x)[0],
+        "rotation back": rotation.inverse,
+        "coupling": lambda x: coupling(x)[1],
+        "coupling back": coupling.inverse,
+        "sequence": lambda x: sequence(x)[0],
+        "couple_mix": lambda x: ops.couple_mix(x, 0.5 * level[:1], level[0, 0, :2, :2], level[0, 1, 0, :2])[0],
+        "mix_couple": lambda x: ops.mix_couple(x, 0.5 * level[:1], level[0, 0, :2, :2], level[0, 1, 0, :2])[0],
+        "consistency": lambda x: ops.data_consistency(x, x.flip(3) * y, x.mean()),
+    }
+
+
+@pytest.mark.parametrize("name", own_maps())
+def test_second_derivatives_and_batches_of_gradients(name):
+    f, x = own_maps()[name], images(1, dtype=torch.float64).requires_grad_()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+    def slope(of):
+        return (of(x + 1e-6 * direction) - of(x - 1e-6 * direction)).detach() / 2e-6
+
+    out, along = f(x), slope(f).flatten()
+    rows = torch.eye(out.numel(), dtype=out.dtype).reshape(-1, *out.shape)
+    for found in (
+        torch.autograd.grad(out, x, rows, is_grads_batched=True)[0],
+        torch.func.jacrev(f)(x.detach()),
+        torch.autograd.functional.jacobian(f, x, vectorize=True),
+    ):
+        assert relative(found.reshape(len(along), -1) @ direction.flatten(), along) < 1e-6
+
+    def gradient(x):
+        return torch.autograd.grad(f(x).square().sum(), x, create_graph=True)[0]
+
+    (found,) = torch.autograd.grad((gradient(x) * direction).sum(), x)
+    assert relative(found, slope(gradient)) < 1e-5
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -246,6 +306,17 @@ def test_weight_decay_groups():
     )
     assert len(parameter_groups(own, 0.1)[0]["params"]) == 2
     torch.optim.AdamW(parameter_groups(glow, 0.1), lr=1e-3).step()
+
+
+def test_weight_does_not_decay_where_a_constant_has_a_meaning():
+    """A prior's constants per pixel say where latents lie, a kernel that is learnt how images were blurred."""
+    glow = flowkern.Glow(SIZE, levels=2, depth=1, hidden=4, variant={"prior_map": "pixels"})
+    net = flowkern.Unfolded(flowkern.GlowProx(glow), folds=2, operator=Blur(torch.ones(3, 3) / 9), init="adjoint")
+    net.operator.register_parameter("learnt", nn.Parameter(torch.ones(1, 1, 3, 3)))
+    decayed, others = parameter_groups(net, weight_decay=0.1)
+    names = {id(p): n for n, p in net.named_parameters()}
+    assert {names[id(p)].rsplit(".", 1)[1] for p in decayed["params"]} == {"weight1", "weight2", "weight3"}
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
 def test_safetensors(tmp_path):

@@ -8,6 +8,8 @@ import re
 import pytest
 import torch
 from helpers import small_glow
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import flowkern
 from flowkern import reference
@@ -128,6 +130,7 @@ def test_bad_arguments(arguments, message):
         (torch.full((2, 2, 8, 8), math.inf), "NaN or infinite"),
         (torch.zeros(2, 2, 8, 8, device="meta"), "images are on meta and the Glow is on cpu"),
         ([[1.0]], "torch.Tensor, got list"),
+        (torch.rand(2, 2, 8, 8).to_sparse(), "images as a dense tensor, got torch.sparse_coo"),
     ],
 )
 def test_bad_images(glow, x, message):
@@ -149,6 +152,9 @@ def test_bad_latents_and_sample_arguments(glow):
         glow.sample(-1)
     with pytest.raises(ValueError, match="temperature wants a finite number"):
         glow.sample(1, temperature=math.nan)
+    for size in ((2, 8, 8), 8, (8,)):
+        with pytest.raises(ValueError, match=rf"size wants \(H, W\), got {re.escape(repr(size))}"):
+            glow.sample(1, size=size)
 
 
 def test_finiteness_is_checked_on_request_only_when_told_so(glow):
@@ -317,6 +323,34 @@ def test_broken_checkpoints(tmp_path, glow):
         flowkern.Glow.from_pretrained(tmp_path)
 
 
+def test_what_a_configuration_can_t_say_is_not_saved(tmp_path, glow):
+    """A folder that nobody could load."""
+    net = glow.levels[0].steps[0].coupling.net
+    parametrizations.weight_norm(net, "weight1")
+    with pytest.raises(ValueError, match=r"levels.0.steps.0.coupling.net is parametrized, .*remove_parametrizations"):
+        glow.save_pretrained(tmp_path / "glow")
+    parametrize.remove_parametrizations(net, "weight1")
+    net = flowkern.Unfolded(flowkern.GlowProx(glow), folds=2)
+    glow = net.proxes[0].glow
+    prune.l1_unstructured(glow.levels[0].steps[0].coupling.net, "weight2", amount=0.5)
+    with pytest.raises(ValueError, match=r"proxes.0.glow.levels.0.steps.0.coupling.net is pruned, .*prune.remove"):
+        net.save_pretrained(tmp_path / "glow")
+    assert not (tmp_path / "glow").exists()
+    prune.remove(glow.levels[0].steps[0].coupling.net, "weight2")
+    glow.save_pretrained(tmp_path / "glow")
+    x = torch.rand(2, *glow.size)
+    assert torch.equal(flowkern.Glow.from_pretrained(tmp_path / "glow").log_prob(x), glow.log_prob(x))
+
+
+def test_own_networks_are_saved_with_their_parametrizations(tmp_path):
+    def network(i, o):
+        return parametrizations.weight_norm(nn.Conv2d(i, o, 3, padding=1))
+
+    glow, x = small_glow(network=network, dtype=torch.float32), torch.rand(2, 2, 8, 8)
+    glow.save_pretrained(tmp_path)
+    assert torch.equal(flowkern.Glow.from_pretrained(tmp_path, network=network).log_prob(x), glow.log_prob(x))
+
+
 def test_own_network_is_asked_for_again(tmp_path):
     def network(in_channels, out_channels):
         return torch.nn.Conv2d(in_channels, out_channels, 1)
@@ -358,6 +392,33 @@ def test_layers_alone(layer):
         torch.testing.assert_close(logdet[i], torch.linalg.slogdet(jacobian).logabsdet)
     with pytest.raises(ValueError, match=r"got \(2, 5, 2, 2\)"):
         layer(torch.randn(2, 5, 2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "layer", [ActNorm(4), InvertibleConv1x1(4), AffineCoupling(CouplingNet(2, 4, 6)), StepOfFlow(4, hidden=6)],
+    ids=["ActNorm", "InvertibleConv1x1", "AffineCoupling", "StepOfFlow"],
+)
+def test_layers_alone_take_what_autocast_leaves(layer, half):
+    """As plain PyTorch's layers do: a model's other parts hand over lower precision."""
+    layer, x = copy.deepcopy(layer), torch.randn(2, 4, 2, 2).to(half)
+    with torch.autocast("cpu", half):
+        y, logdet = layer(x)
+        back = layer.inverse(y.to(half))
+        assert y.dtype == back.dtype == torch.float32
+        wanted, wanted_logdet = layer(x.float())
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0)
+    torch.testing.assert_close(logdet, wanted_logdet, rtol=0, atol=0)
+    torch.testing.assert_close(back, x.float(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("layer", [ActNorm(4), StepOfFlow(4, hidden=6)], ids=["ActNorm", "StepOfFlow"])
+def test_layers_alone_are_not_initialised_from_what_is_no_number(layer):
+    x = torch.randn(2, 4, 2, 2)
+    x[0, 1, 0, 1] = math.inf
+    with pytest.raises(ValueError, match="ActNorm is initialised from contain NaN or infinite values"):
+        layer(x)
+    assert not layer.is_initialized and all(p.isfinite().all() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("learned", [False, True])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from unfolded_cases import MEASUREMENTS, make_glow, make_net, measured
 
 import flowkern
@@ -189,11 +190,21 @@ def test_a_parameter_changed_before_backward_is_an_error():
         loss.backward()
 
 
+def test_within_checkpointing():
+    net, y = make_net(folds=3, kept_images=1), torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    wanted = torch.autograd.grad(net(y).square().sum(), [y, *net.parameters()])
+    found = torch.autograd.grad(checkpoint(net, y, use_reentrant=False).square().sum(), [y, *net.parameters()])
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_it_can_t_do_is_said():
     net = make_net(folds=2, kept_images=1)
     y = torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"second derivative was asked for .* use kept_images=None"):
         torch.autograd.grad(net(y).sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"batch of gradients was asked for .* use kept_images=None"):
+        torch.autograd.grad(net(y), y, torch.rand(2, 1, 3, 8, 8, dtype=torch.float64), is_grads_batched=True)
     operator = MEASUREMENTS["own"]()
     operator.gain = torch.ones((), requires_grad=True)
     with pytest.raises(ValueError, match="an operator that is trained must be an nn.Module; Bands, which is none, has"):

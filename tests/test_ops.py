@@ -8,7 +8,7 @@ import torch
 
 import flowkern
 from flowkern import backend as backends
-from flowkern import network, ops
+from flowkern import network, ops, reference
 from flowkern.layers import StepOfFlow
 from flowkern.mix import compose
 
@@ -113,12 +113,31 @@ def test_raw_op_refuses_a_tensor_that_needs_gradients():
         torch.ops.flowkern.couple(x, x.detach(), "softclamp", 1.0, False, "reference")
 
 
-def test_second_derivative_of_a_public_form_is_a_clear_error():
-    x, h = state(1, 4, 2, 2, grad=True), state(1, 4, 2, 2)
-    y, _ = ops.couple(x, h)
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("scale", reference.SCALES)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_second_derivatives(scale, inverse):
+    torch.manual_seed(0)
+    double = {"dtype": torch.float64, "grad": True}
+    x, h = state(1, 4, 2, 2, **double), state(1, 2 if scale == "additive" else 4, 2, 2, **double)
+    matrix, offset = (t.requires_grad_() for t in mix(dtype=torch.float64))
+
+    def mixed(x, h, matrix, offset):
+        return (ops.mix_couple if inverse else ops.couple_mix)(x, h, matrix, offset, scale)
+
+    def apart(x, h, matrix, offset):
+        x, logdet = ops.couple(x, h, scale, inverse=inverse)
+        return ops.channel_mix(x, matrix, offset, inverse), logdet
+
+    for op in (mixed, apart):
+        assert torch.autograd.gradgradcheck(op, (x, h, matrix, offset))
+
+
+def test_second_derivatives_of_a_folds_steps():
+    x, y = (state(1, 4, 2, 2, dtype=torch.float64, grad=True) for _ in range(2))
+    for shape in ((), (1,)):
+        weight = torch.full(shape, 0.4, dtype=torch.float64, requires_grad=True)
+        for op, inputs in ((ops.shrink, (x, weight)), (ops.data_consistency, (x, y, weight))):
+            assert torch.autograd.gradcheck(op, inputs) and torch.autograd.gradgradcheck(op, inputs)
 
 
 @pytest.mark.parametrize(

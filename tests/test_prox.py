@@ -11,6 +11,24 @@ from torch import nn
 import flowkern
 
 
+@pytest.mark.parametrize("memory", ["recompute", "store"])
+def test_factors_of_lambda(memory):
+    """A number, a tensor of one in any dtype, or one an image; what is none is refused before any work."""
+    prox, x = flowkern.GlowProx(small_glow(memory=memory)), torch.rand(3, 2, 8, 8, dtype=torch.float64)
+    wanted = torch.cat([prox(x[i : i + 1], scale) for i, scale in enumerate((0.5, 2, 0))])
+    torch.testing.assert_close(prox(x, torch.tensor([0.5, 2, 0])), wanted)
+    for scale in (2, torch.tensor(2), torch.tensor([2.0])):
+        torch.testing.assert_close(prox(x, scale)[1:2], wanted[1:2])
+    for scale, message in (
+        (-1, "scale must be a number >= 0, .* got -1"),
+        ("2", "scale must be a number >= 0, .* got '2'"),
+        (torch.rand(4), r"scale must hold one number or one for each of 3 images, got \(4,\)"),
+        (torch.tensor([1, -1, 1]), "scale must be >= 0, got a tensor with a number that is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prox(x, scale)
+
+
 def randomise(module, seed=0):
     """Parameters and running statistics away from where they start."""
     generator = torch.Generator().manual_seed(seed)

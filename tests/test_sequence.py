@@ -240,8 +240,15 @@ def test_errors():
         ReversibleSequence([TanhShift(4), nn.Linear(2, 2)])
     with pytest.raises(ValueError, match="unknown memory 'low'; choose one of 'recompute'"):
         ReversibleSequence([TanhShift(4)], memory="low")
-    with pytest.raises(ValueError, match="anchor_every wants an int >= 1 or None, got 0"):
+    with pytest.raises(ValueError, match="anchor_every wants an int >= 1, got 0"):
         ReversibleSequence([TanhShift(4)], anchor_every=0)
+    flow = ReversibleSequence(steps())
+    with pytest.raises(ValueError, match="unknown memory 'low'; choose one of 'recompute'"):
+        flow.memory = "low"
+    with pytest.raises(TypeError, match="anchor_every wants an int, got 1.5"):
+        flow.anchor_every = 1.5
+    with pytest.raises(RuntimeError, match="torch.func wants memory='store', got memory='recompute'"):
+        torch.func.grad(lambda x: flow(x)[0].sum())(batch())
     x = batch().requires_grad_()
     with pytest.raises(RuntimeError, match="memory='recompute'.*use memory='store'"):
         torch.autograd.grad(ReversibleSequence(steps())(x)[0].sum(), x, create_graph=True)
