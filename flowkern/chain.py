@@ -275,8 +275,8 @@ class _StandardChain(Function):
         dx, dmatrix, doffset, found, _ = ops.raw.chain_vjp(
             boundary if stored else None,
             None if stored else boundary,
-            g,
-            glogdet,
+            ops.channels_last(g),
+            glogdet.contiguous(),
             kept,
             matrix,
             offset,
@@ -340,8 +340,8 @@ class _LocalChain(Function):
         dx, dmatrix, doffset, dparameters, _ = _vjp(
             boundary if stored else None,
             None if stored else boundary,
-            g,
-            glogdet,
+            ops.channels_last(g),
+            glogdet.contiguous(),
             kept,
             matrix,
             offset,
@@ -358,8 +358,7 @@ class _LocalChain(Function):
 
 
 def _materialize(g, glogdet, like: Tensor) -> tuple[Tensor, Tensor]:
-    g = torch.zeros_like(like, memory_format=torch.channels_last) if g is None else ops.channels_last(g)
-    return g, like.new_zeros(like.shape[0]) if glogdet is None else glogdet.contiguous()
+    return torch.zeros_like(like) if g is None else g, like.new_zeros(like.shape[0]) if glogdet is None else glogdet
 
 
 class _Differentiable:

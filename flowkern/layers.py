@@ -14,6 +14,7 @@ from flowkern import backend as backends
 from flowkern import ops, reference, stored, transforms
 from flowkern.chain import as_state, chain, reads_blocks
 from flowkern.checks import refuse_non_finite
+from flowkern.layout import channels_last_outside_vmap
 from flowkern.mix import compose, mixes, stacked
 from flowkern.prior import Prior
 
@@ -205,7 +206,7 @@ class AffineCoupling(nn.Module):
     def _network(self, x: Tensor, context: Tensor | None) -> Tensor:
         _check_even(x)
         # In one memory layout in both directions: dropout's mask follows its input's.
-        return self.net(ops.channels_last(x)[:, : x.shape[1] // 2], *_given(context))
+        return self.net(channels_last_outside_vmap(x)[:, : x.shape[1] // 2], *_given(context))
 
 
 class StepOfFlow(nn.Module):

@@ -13,10 +13,13 @@ NETWORK_DTYPES = {
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x itself if its channels are dense per pixel (NHWC memory), or under vmap, where there are no layouts, else a
-    copy that is.
-    """
-    return x if transforms.batched_or_forward() else x.contiguous(memory_format=torch.channels_last)
+    """x itself if its channels are dense per pixel (NHWC memory), else a copy that is."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def channels_last_outside_vmap(x: Tensor) -> Tensor:
+    """`channels_last`, or x itself under vmap, where there are no layouts."""
+    return x if transforms.batched_or_forward() else channels_last(x)
 
 
 def empty_channels_last(x: Tensor) -> Tensor:
@@ -25,8 +28,10 @@ def empty_channels_last(x: Tensor) -> Tensor:
 
 
 def in_order_of(x: Tensor, dense: Tensor) -> Tensor:
-    """x in the memory order of a dense tensor, so that an elementwise op may walk both as flat arrays."""
-    as_it_is = transforms.batched_or_forward() or x.stride() == dense.stride()
+    """x in the memory order of a dense tensor, so that an elementwise op may walk both as flat arrays; x itself under
+    vmap, where there are no layouts.
+    """
+    as_it_is = x.stride() == dense.stride() or transforms.batched_or_forward()
     return x if as_it_is else torch.empty_like(dense).copy_(x)
 
 

@@ -164,7 +164,6 @@ class _ChannelMix(Function):
     @without_autocast
     def backward(ctx, g):
         x, matrix, offset = ctx.saved_tensors
-        g = channels_last(g)
         _, dx, dmatrix, doffset = _run("mix_vjp", ctx.backend, x, g, matrix, matrix, offset, False, True)
         return dx, dmatrix, doffset, None
 
@@ -183,7 +182,7 @@ class _Couple(Function):
     def backward(ctx, g, glogdet):
         x, h = ctx.saved_tensors
         *settings, backend = ctx.settings
-        _, dx, dh = _run("couple_vjp", backend, x, channels_last(g), h, glogdet.contiguous(), *settings, True)
+        _, dx, dh = _run("couple_vjp", backend, x, g, h, glogdet, *settings, True)
         return dx, dh, None, None, None, None
 
 
@@ -208,13 +207,11 @@ class _CoupleMix(Function):
         x, h, matrix, offset = ctx.saved_tensors
         scale, alpha, inverse, backend = ctx.settings
         coupled, _ = _run("couple", backend, x, h, scale, alpha, inverse)
-        g = channels_last(g)
         _, dcoupled, dmatrix, doffset = _run("mix_vjp", backend, coupled, g, matrix, matrix, offset, False, True)
         if inverse:
             # The op is matrix @ (coupled - offset), so the offset enters through the matrix.
             dmatrix = dmatrix - torch.outer(doffset, offset)
             doffset = -(matrix.T @ doffset)
-        glogdet = glogdet.contiguous()
         _, dx, dh = _run("couple_vjp", backend, x, dcoupled, h, glogdet, scale, alpha, inverse, True)
         return dx, dh, dmatrix, doffset, None, None, None, None
 
@@ -232,7 +229,7 @@ class _Shrink(Function):
     @staticmethod
     def backward(ctx, g):
         z, lam = ctx.saved_tensors
-        return *_run("shrink_vjp", ctx.backend, z, in_order_of(g, z), lam), None
+        return *_run("shrink_vjp", ctx.backend, z, g, lam), None
 
 
 class _DataConsistency(Function):
@@ -248,7 +245,7 @@ class _DataConsistency(Function):
     @staticmethod
     def backward(ctx, g):
         x, y, mu = ctx.saved_tensors
-        return *_run("data_consistency_vjp", ctx.backend, x, y, in_order_of(g, x), mu), None
+        return *_run("data_consistency_vjp", ctx.backend, x, y, g, mu), None
 
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor, inverse: bool = False, backend: str = "auto") -> Tensor:

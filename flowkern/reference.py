@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkern.layout import channels_last
+from flowkern.layout import channels_last_outside_vmap as channels_last
 
 SCALES = ("softclamp", "sigmoid", "additive")
 

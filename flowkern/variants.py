@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowkern import reference
 from flowkern.layers import ActNorm
-from flowkern.layout import channels_last
+from flowkern.layout import channels_last_outside_vmap
 from flowkern.prior import edge_term
 
 CHOICES = {
@@ -175,7 +175,8 @@ class VariantNet(nn.Module):
     def _first(self, a: Tensor, context: Tensor | None, scale: Tensor | None = None, bias: Tensor | None = None):
         """The first convolution, of a, the border and the context; with scale and bias, scale (. + bias)."""
         rows = 1 if scale is None else _rows(scale)
-        h = F.conv2d(channels_last(a), self.weight1 * rows, None if scale is None else scale * bias, padding=1)
+        a = channels_last_outside_vmap(a)
+        h = F.conv2d(a, self.weight1 * rows, None if scale is None else scale * bias, padding=1)
         if self.edge1 is not None:
             h = h + edge_term(self.edge1 * rows, *h.shape[2:])
         return h if self.context is None else h + F.conv2d(context, self.context * rows)

@@ -233,6 +233,17 @@ def test_parameters_changed_before_backward_are_noticed():
         loss.backward()
 
 
+def test_a_batch_of_gradients():
+    flow = ReversibleSequence([InvertibleConv1x1(4), AffineCoupling(CouplingNet(2, 4, 3))]).double()
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    tensors, directions = [x, *flow.parameters()], torch.randn(3, 2, 4, 3, 3, dtype=torch.float64)
+    found = torch.autograd.grad(flow(x)[0], tensors, directions, is_grads_batched=True)
+    for i, direction in enumerate(directions):
+        wanted = torch.autograd.grad(flow(x)[0], tensors, direction)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="at least one step"):
         ReversibleSequence([])
