@@ -57,8 +57,11 @@ def load_glows(path: str, **options) -> dict[str, flowkern.Glow]:
 
 
 def read_images(files: list[str], size: tuple[int, int, int]) -> Tensor:
-    """The middle (C, H, W) of each picture, stacked: (N, C, H, W) in [0, 1]. Raises ValueError, naming the file."""
+    """The middle (C, H, W) of each picture of 8 or 16 bits, stacked: (N, C, H, W) in [0, 1]. Raises ValueError, naming
+    the file.
+    """
     try:
+        import numpy as np
         from PIL import Image
     except ImportError:
         raise ValueError("reading pictures needs Pillow: pip install pillow") from None
@@ -69,14 +72,18 @@ def read_images(files: list[str], size: tuple[int, int, int]) -> Tensor:
     for file in files:
         try:
             with Image.open(file) as picture:
-                picture = picture.convert("L" if c == 1 else "RGB")
+                deep = picture.mode.startswith("I;16")  # of one channel, which `convert` would clip at 255
+                if not deep and picture.mode in ("I", "F"):
+                    raise ValueError(f"{file} is of mode {picture.mode}, on no known scale; 8 and 16 bits are read")
+                pixels = np.array(picture if deep else picture.convert("L" if c == 1 else "RGB"))
         except OSError as error:
             raise ValueError(f"{file} is not a readable picture: {error}") from error
-        if picture.height < h or picture.width < w:
-            raise ValueError(f"{file} is {picture.height}x{picture.width} and the Glow wants at least {h}x{w}")
-        top, left = (picture.height - h) // 2, (picture.width - w) // 2
-        pixels = picture.crop((left, top, left + w, top + h)).tobytes()
-        batch.append(torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(h, w, c).permute(2, 0, 1) / 255)
+        height, width = pixels.shape[:2]
+        if height < h or width < w:
+            raise ValueError(f"{file} is {height}x{width} and the Glow wants at least {h}x{w}")
+        top, left = (height - h) // 2, (width - w) // 2
+        pixels = torch.from_numpy(pixels[top : top + h, left : left + w].astype(np.float32).reshape(h, w, -1))
+        batch.append((pixels / (65535 if deep else 255)).expand(h, w, c).permute(2, 0, 1))
     return torch.stack(batch)
 
 

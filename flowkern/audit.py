@@ -19,6 +19,7 @@ from flowkern.backend import use_backend
 from flowkern.glow import Glow
 from flowkern.layers import run_steps
 from flowkern.mix import compose
+from flowkern.replay import fixed
 
 # Beyond these a level is worth a word. A gradient off by 1 % is still far below the noise of a minibatch.
 DRIFT_LIMIT = 1e-2
@@ -76,8 +77,9 @@ class Audit:
 def audit(glow: Glow, x: Tensor) -> Audit:
     """Measure a Glow on a batch x (N, C, H, W), in its own precision, backend and anchors; the Glow is left as it is.
 
-    The gradients are those of the mean negative log-likelihood. Takes three backward passes (one in double precision)
-    and the memory of `memory="checkpoint"`. Raises ValueError for an empty batch, wrong images, an uninitialised Glow.
+    What is measured is the Glow in evaluation mode. The gradients are those of the mean negative log-likelihood. Takes
+    three backward passes (one in double precision) and the memory of `memory="checkpoint"`. Raises ValueError for an
+    empty batch, wrong images, an uninitialised Glow.
     """
     with torch.inference_mode(False), torch.enable_grad():
         return _audit(glow, _check(glow, x).clone())
@@ -92,14 +94,16 @@ def _audit(glow: Glow, x: Tensor) -> Audit:
     recomputed = _gradients(own, x)
     own.memory_budget, own.memory = None, "checkpoint"
     stored = _gradients(own, x)
+    with fixed(glow):
+        states = [(level, x, _drift(glow, level, x), _smallest_scale(level.steps, x)) for level, x in _states(glow, x)]
     own.compute_dtype, own.backend = None, "auto"   # not every backend computes in double precision
     with use_backend("auto"):
         exact = _gradients(own.double(), x.double())
     levels = []
-    for i, (level, state) in enumerate(_states(glow, x)):
+    for i, (level, state, off, smallest) in enumerate(states):
         levels.append(LevelAudit(
-            level=i + 1, steps=len(level.steps), channels=state.shape[1], reconstruction=_drift(glow, level, state),
-            smallest_scale=_smallest_scale(level.steps, state), condition=_condition(level.steps),
+            level=i + 1, steps=len(level.steps), channels=state.shape[1], reconstruction=off,
+            smallest_scale=smallest, condition=_condition(level.steps),
             gradient=_error(recomputed[i], exact[i]), stored_gradient=_error(stored[i], exact[i])))
     return Audit(tuple(levels), _finite((back - x).abs().amax()),
                  _error(sum(recomputed, []), sum(exact, [])), _error(sum(stored, []), sum(exact, [])))
@@ -112,7 +116,8 @@ def drift(glow: Glow, x: Tensor) -> list[float]:
     x (N, C, H, W). What a level rebuilds in backward drifts by this much when `anchor_every` is None.
     """
     x = _check(glow, x)
-    return [_drift(glow, level, state) for level, state in _states(glow, x)]
+    with fixed(glow):
+        return [_drift(glow, level, state) for level, state in _states(glow, x)]
 
 
 def smooth_fields(n: int, size: tuple[int, int, int], seed: int = 0) -> Tensor:

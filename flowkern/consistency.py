@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flowkern import ops, transforms
 from flowkern.operators import OPERATORS, Identity, exact_consistency
+from flowkern.operators.base import residual
 from flowkern.replay import Applied
 
 
@@ -22,7 +23,7 @@ def gradient_step(operator, x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
 
     Raises ValueError for a y that does not fit.
     """
-    if isinstance(operator, Identity):
+    if type(operator) is Identity:
         return ops.data_consistency(x, y, mu)
     return _recomputed(_gradient, operator, x, y, mu)
 
@@ -33,10 +34,7 @@ def exact_step(operator, x: Tensor, y: Tensor, rho: Tensor) -> Tensor:
 
 
 def _gradient(operator, x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
-    measured = operator.forward(x)
-    if measured.shape != y.shape:
-        raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
-    return x - mu * operator.adjoint(measured - y)
+    return x + mu * operator.adjoint(residual(operator, x, y))
 
 
 def _recomputed(step: Callable, operator, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:

@@ -5,35 +5,40 @@ checkpointing (Griewank and Walther 2000, "revolve"): of all ways to come back w
 evaluates the fewest folds again.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.func import functional_call
 
 from flowkern import ops
 from flowkern.replay import Applied, Autocast, Replay, add_gradient, check_parameters, refuse_replica
 
 
 def unfold(
-    fold: Callable, modules: Sequence[Sequence[nn.Module]], x: Tensor, *shared: Tensor, kept: int
+    fold: Callable,
+    modules: Sequence[Sequence[nn.Module]],
+    x: Tensor,
+    *shared: Tensor,
+    kept: int,
+    fixed: Sequence[nn.Module] = (),
 ) -> tuple[Tensor, list[Tensor]]:
     """All folds, one after the other: the image (N, C, H, W), and what each told of log p, (N,).
 
     fold: fold(k, x, *shared) -> x after fold k, and log p (N,) or None. modules: for each fold those that it uses.
     shared: tensors that all folds use. kept: how many images are kept at a time, >= 1, beside the one that the fold
-    at hand starts from. Differentiable once, in x, shared and the modules' parameters, and nothing else. Batch norm is
-    updated once and dropout the same when a fold is evaluated again; what modules hold beside parameters and buffers
-    must not change before backward.
+    at hand starts from. fixed: those of the modules whose buffers folds leave alone. Differentiable once, in x, shared,
+    the modules' parameters and fixed buffers, and nothing else. Batch norm is updated once and dropout the same when a
+    fold is evaluated again; what modules hold beside parameters and buffers must not change before backward.
     """
-    folds = [_Fold(fold, k, used, x.device) for k, used in enumerate(modules)]
-    trained = {id(p): p for one in folds for p in one.replay.parameters if p.requires_grad}
-    place = {name: i for i, name in enumerate(trained, start=len(shared))}
+    folds = [_Fold(fold, k, used, fixed, x.device) for k, used in enumerate(modules)]
+    given = {id(t): t for one in folds for t in one.held() if t.requires_grad or not isinstance(t, nn.Parameter)}
+    place = {name: i for i, name in enumerate(given, start=len(shared))}
     for one in folds:
-        one.places = [place.get(id(p)) for p in one.replay.parameters]
-    x, *log_probs = _Folds.apply(folds, kept, len(shared), x, *shared, *trained.values())
+        one.places = [place.get(id(t)) for t in one.held()]
+    x, *log_probs = _Folds.apply(folds, kept, len(shared), x, *shared, *given.values())
     return x, log_probs
 
 
@@ -55,37 +60,59 @@ def _plan(count: int, kept: int) -> tuple[float, int]:
 
 
 class _Fold:
-    """One fold, as it runs for the first time and again. places: of its parameters among the tensors of `_Folds`, None
-    for those that are not trained.
+    """One fold, as it runs for the first time and again. places: of what it holds among the tensors of `_Folds`, None
+    for parameters that are not trained.
     """
 
-    def __init__(self, fold: Callable, k: int, modules: Sequence[nn.Module], device: torch.device):
+    def __init__(
+        self, fold: Callable, k: int, modules: Sequence[nn.Module], fixed: Sequence[nn.Module], device: torch.device
+    ):
         for module in modules:
             refuse_replica(module)
         self.applied = Applied(partial(fold, k), modules)
         self.replay = Replay(self.applied, device)
+        # Where modules keep them: what is put there in a tensor's place is what they use.
+        stores = [m._parameters for m in self.applied.modules()] + [m._buffers for f in fixed for m in f.modules()]
+        self._slots = [(store, name) for store in stores for name, t in store.items() if t is not None]
         self.places: list[int | None] = []
 
-    def __call__(self, x: Tensor, *shared: Tensor):
-        with self.replay.again_or_first():
-            return self.applied(x, *shared)
+    def held(self) -> list[Tensor]:
+        """The parameters, and the buffers that are fixed."""
+        return [store[name] for store, name in self._slots]
+
+    @contextlib.contextmanager
+    def holding(self, tensors: Sequence[Tensor] | Mapping[int, Tensor]) -> Iterator[None]:
+        """A context in which it holds these, by their places. Reversible layers ask for their parameters again in
+        backward, which must then be those of the graph.
+        """
+        before = self.held()
+        try:
+            for (store, name), i in zip(self._slots, self.places, strict=True):
+                if i is not None:
+                    store[name] = tensors[i]
+            yield
+        finally:
+            for (store, name), t in zip(self._slots, before, strict=True):
+                store[name] = t
+
+    def __call__(self, x: Tensor, tensors: Sequence[Tensor], count: int):
+        """tensors: the `count` shared ones and what folds hold, as of forward."""
+        with self.replay.again_or_first(), self.holding(tensors):
+            return self.applied(x, *tensors[:count])
 
     def graph(self, x: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool], count: int):
         """Leaves by their places, that of x at -1, and the outputs made from them. The leaves are the fold's own: the
         hooks of parameters are for the gradients that `_Folds` returns.
         """
         used = [*range(count), *(i for i in self.places if i is not None)]
-        with torch.enable_grad(), self.replay.again_or_first():
-            leaves = {i: tensors[i].detach().requires_grad_(needed[i]) for i in used}
-            leaves[-1] = x.detach().requires_grad_()
-            names = (name for name, _ in self.applied.named_parameters())
-            values = {name: leaves[i] for name, i in zip(names, self.places, strict=True) if i is not None}
-            inputs = (leaves[-1], *(leaves[i] for i in range(count)))
-            return leaves, functional_call(self.applied, values, inputs)
+        leaves = {i: tensors[i].detach().requires_grad_(needed[i]) for i in used}
+        leaves[-1] = x.detach().requires_grad_()
+        with torch.enable_grad(), self.replay.again_or_first(), self.holding(leaves):
+            return leaves, self.applied(leaves[-1], *(leaves[i] for i in range(count)))
 
 
 class _Folds(Function):
-    """All folds: tensors are the `count` shared ones and the parameters."""
+    """All folds: tensors are the `count` shared ones and what folds hold."""
 
     @staticmethod
     def forward(ctx, folds, kept, count, x, *tensors):
@@ -98,7 +125,7 @@ class _Folds(Function):
                     start += _plan(len(folds) - k, kept - len(images))[1]
                     images[k] = x
                 if k < last:
-                    x, log_prob = fold(x, *tensors[:count])
+                    x, log_prob = fold(x, tensors, count)
                 else:  # The graph of the last one is kept, because backward starts with it.
                     ctx.last = fold.graph(x, tensors, ctx.needs_input_grad[4:], count)
                     x, log_prob = (t if t is None else t.detach() for t in ctx.last[1])
@@ -142,7 +169,7 @@ class _Backward:
     def _evaluated(self, first: int, last: int, x: Tensor) -> Tensor:
         with torch.no_grad(), self.ctx.autocast():
             for fold in self.ctx.folds[first:last]:
-                x, _ = fold(x, *self.tensors[: self.ctx.count])
+                x, _ = fold(x, self.tensors, self.ctx.count)
         return x
 
     def _through_one(self, k: int, x: Tensor, g: Tensor | None) -> Tensor | None:
@@ -153,7 +180,8 @@ class _Backward:
             return None
         outputs, gradients = zip(*pairs, strict=True)
         wanted = {i: t for i, t in leaves.items() if t.requires_grad}
-        found = torch.autograd.grad(outputs, [*wanted.values()], gradients, allow_unused=True)
+        with self.ctx.folds[k].holding(leaves):
+            found = torch.autograd.grad(outputs, [*wanted.values()], gradients, allow_unused=True)
         found = dict(zip(wanted, found, strict=True))
         g = found.pop(-1)
         for i, d in found.items():

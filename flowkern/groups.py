@@ -5,6 +5,7 @@ from torch import nn
 from flowkern.layers import InvertibleConv1x1
 from flowkern.operators import Operator
 from flowkern.prior import Prior
+from flowkern.unfolded import Unfolded
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -19,12 +20,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     >>> glow = flowkern.Glow((1, 4, 4), levels=1, depth=1, hidden=4)
     >>> adam = torch.optim.AdamW(parameter_groups(glow, weight_decay=0.01), lr=1e-3)
     """
-    kept = {
-        id(p)
-        for part in module.modules()
-        for name, p in part.named_parameters(recurse=False)
-        if isinstance(part, InvertibleConv1x1 | Operator) or (isinstance(part, Prior) and name == "map")
-    }
+    kept = set()
+    for part in module.modules():
+        if isinstance(part, InvertibleConv1x1 | Operator):
+            kept.update(map(id, part.parameters()))
+        if isinstance(part, Unfolded) and isinstance(part.operator, nn.Module):
+            kept.update(map(id, part.operator.parameters()))
+        if isinstance(part, Prior) and part.map is not None:
+            kept.add(id(part.map))
     decayed, others = [], []
     for p in module.parameters():
         if p.requires_grad:

@@ -5,8 +5,7 @@ representation error and dataset bias, ICML 2020, arXiv:1905.11672.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from flowkern.glow import Glow
 from flowkern.operators import Identity
 from flowkern.operators.base import check_operator
+from flowkern.replay import fixed
 
 
 def map_estimate(
@@ -68,7 +68,7 @@ def map_estimate(
         given = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"y must be a floating-point tensor, got {given}")
     # Lightning evaluates in inference mode, whose tensors autograd refuses: hence the copies.
-    with torch.inference_mode(False), torch.enable_grad(), _as_it_is(glow):
+    with torch.inference_mode(False), torch.enable_grad(), fixed(glow):
         y = y.detach().clone()
         if not bool(y.isfinite().all()):
             raise ValueError("y contains NaN or infinite values")
@@ -189,21 +189,6 @@ def _latent(glow: Glow, like: Tensor, start: Tensor | None) -> Tensor:
         given = tuple(start.shape) if isinstance(start, Tensor) else type(start).__name__
         raise ValueError(f"start must be images of shape {tuple(like.shape)}, got {given}")
     return glow(start.detach().clone())[0]
-
-
-@contextmanager
-def _as_it_is(glow: Glow) -> Iterator[None]:
-    """The flow as a fixed function: no gradients for its parameters, no dropout, no running statistics."""
-    parameters = [(p, p.requires_grad) for p in glow.parameters()]
-    modules = [(m, m.training) for m in glow.modules()]
-    glow.requires_grad_(False).eval()
-    try:
-        yield
-    finally:
-        for parameter, flag in parameters:
-            parameter.requires_grad_(flag)
-        for module, training in modules:
-            module.training = training
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ running statistics must be updated once).
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,21 @@ class Replay:
     def _changes(self) -> bool:
         """Modules in evaluation mode leave their buffers alone."""
         return any(m.training for m in self._module.modules())
+
+
+@contextlib.contextmanager
+def fixed(module: nn.Module) -> Iterator[None]:
+    """The module as a fixed function: no gradients for its parameters, no dropout, no running statistics."""
+    parameters = [(p, p.requires_grad) for p in module.parameters()]
+    modules = [(m, m.training) for m in module.modules()]
+    module.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter, flag in parameters:
+            parameter.requires_grad_(flag)
+        for m, training in modules:
+            m.training = training
 
 
 class Applied(nn.Module):

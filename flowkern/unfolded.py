@@ -185,13 +185,14 @@ class Unfolded(nn.Module):
         fold = partial(self._fold, operator=operator, return_log_prob=return_log_prob)
         weights = self.mu if self.raw_rho is None else self.raw_rho
         if self.kept_images is not None and torch.is_grad_enabled() and not transforms.is_traced():
-            modules = [[prox, *_modules_of(operator)] for prox in self.proxes]
+            fixed = _modules_of(operator)
+            modules = [[prox, *fixed] for prox in self.proxes]
             shared = [y, weights] if scale is None else [y, weights, torch.as_tensor(scale).to(weights)]
-            x, log_probs = folds.unfold(fold, modules, x, *shared, kept=self.kept_images)
+            x, log_probs = folds.unfold(fold, modules, x, *shared, kept=self.kept_images, fixed=fixed)
         else:
             log_probs = []
             for k in range(len(self.proxes)):
-                if k == 1 and isinstance(operator, Identity):
+                if k == 1 and type(operator) is Identity:
                     y = in_order_of(y, x)  # as the proxes lay images out: once for all folds, each of which keeps it
                 x, log_prob = fold(k, x, y, weights, scale)
                 if log_prob is not None:
@@ -266,7 +267,7 @@ class Unfolded(nn.Module):
 
     def _check(self, y: Tensor, operator) -> None:
         """Raises ValueError for what can't be a measurement; the operator knows more."""
-        images = isinstance(operator, Identity)
+        images = type(operator) is Identity
         numbers = isinstance(y, Tensor) and (y.is_floating_point() or (y.is_complex() and not images))
         if not numbers or (images and y.ndim != 4):
             given = f"{tuple(y.shape)} of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
@@ -323,16 +324,18 @@ class Unfolded(nn.Module):
 
 
 def _modules_of(operator) -> list[nn.Module]:
-    """The operator, if it is a module. Raises ValueError for one that is not and holds a tensor that is trained."""
-    if isinstance(operator, nn.Module):
-        return [operator]
-    held = [name for name, t in getattr(operator, "__dict__", {}).items() if isinstance(t, Tensor) and t.requires_grad]
-    if held:
-        raise ValueError(
-            f"with kept_images, an operator that is trained must be an nn.Module; {type(operator).__name__}, which is "
-            f"none, has a {held[0]} that requires a gradient"
-        )
-    return []
+    """The operator, if it is a module. Raises ValueError where it, or an operator in it, is trained and no module says
+    so.
+    """
+    modules = [*operator.modules()] if isinstance(operator, nn.Module) else [operator]
+    for part in (*modules, *(inner for module in modules for inner in getattr(module, "operators", ()))):
+        held = [name for name, t in getattr(part, "__dict__", {}).items() if isinstance(t, Tensor) and t.requires_grad]
+        if held:
+            raise ValueError(
+                "with kept_images, what an operator learns must be a parameter or buffer of an nn.Module; "
+                f"{type(part).__name__} has a {held[0]} that requires a gradient and is neither"
+            )
+    return [operator] if isinstance(operator, nn.Module) else []
 
 
 def _norm(operator, prox: nn.Module) -> float:

@@ -5,13 +5,15 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import small_glow
+from PIL import Image
 
 import flowkern
 from flowkern import reference
-from flowkern.__main__ import main
+from flowkern.__main__ import main, read_images
 from flowkern.audit import DRIFT_LIMIT, GRADIENT_LIMIT, audit, drift, smooth_fields
 
 
@@ -143,6 +145,18 @@ def test_the_glow_is_left_as_it_was(glow, x):
     assert all(torch.equal(before[name], value) for name, value in glow.state_dict().items())
 
 
+def test_a_glow_in_training_mode_is_measured_as_a_fixed_function_and_left_alone():
+    def network(i, o):
+        first, last = torch.nn.Conv2d(i, 8, 3, padding=1), torch.nn.Conv2d(8, o, 3, padding=1)
+        return torch.nn.Sequential(first, torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Dropout(0.2), last)
+
+    glow, x = small_glow(network=network).train(), torch.rand(8, 2, 8, 8, dtype=torch.float64)
+    before = copy.deepcopy(glow.state_dict())
+    assert not audit(glow, x).concerns and max(drift(glow, x)) < 1e-6
+    assert glow.training and all(p.requires_grad for p in glow.parameters())
+    assert all(torch.equal(before[name], value) for name, value in glow.state_dict().items())
+
+
 def test_images_of_nothing_but_zeros_are_no_reason_for_concern(glow):
     glow.shift = 0.5
     grey = torch.full((2, 3, 16, 16), 0.5)
@@ -261,3 +275,15 @@ def test_it_measures_without_gradients_too_and_with_parameters_that_serve_nothin
         assert audit(glow, x) == wanted
     with torch.inference_mode():
         assert audit(glow, x.clone()) == wanted
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_sixteen_bits_keep_their_scale(tmp_path, channels):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    (found,) = read_images([tmp_path / "a.png"], (channels, 8, 8))
+    for plane in found:
+        torch.testing.assert_close(plane, torch.linspace(0, 1, 64).view(8, 8), rtol=0, atol=1e-4)
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tiff")
+    with pytest.raises(ValueError, match="b.tiff is of mode F, on no known scale"):
+        read_images([tmp_path / "b.tiff"], (channels, 8, 8))

@@ -1,12 +1,25 @@
 """Data consistency that is computed again in backward: ordinary autograd's gradients, with whatever happens between."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from unfolded_cases import EXACT, MEASUREMENTS, make_net, measured, pixels
 
 import flowkern
 from flowkern import consistency
-from flowkern.operators import Blur, Compose, Identity, Inpainting, Operator, exact_consistency, gaussian_kernel
+from flowkern.operators import (
+    Blur,
+    Compose,
+    Downsample,
+    Identity,
+    Inpainting,
+    Operator,
+    RandomProjection,
+    exact_consistency,
+    gaussian_kernel,
+)
 
 STEPS = [(name, "gradient") for name in MEASUREMENTS if name != "identity"] + [(name, "exact") for name in EXACT]
 
@@ -101,3 +114,42 @@ def test_gradients_by_torch_func():
     net = flowkern.Unfolded(torch.nn.Identity(), 2, operator, init="adjoint").double()
     found = torch.func.grad(lambda y: net(y).square().sum())(y)
     torch.testing.assert_close(found, torch.autograd.grad(net(y.requires_grad_()).square().sum(), y)[0])
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [RandomProjection((3, 16, 16), 0.25), Downsample(2), Downsample(2, gaussian_kernel(1.0, 4)),
+     Inpainting(pixels(16, 16)), Blur(gaussian_kernel(0.7))],
+    ids=["projection", "box", "gaussian", "mask", "blur"],
+)
+@pytest.mark.parametrize("rho", [1e-1, 1e-3, 1e-4])
+def test_a_small_rho_costs_no_digits_in_single_precision(operator, rho):
+    """An image that nearly fits its measurement: what is divided by rho is the rounding of what cancels."""
+    generator = torch.Generator().manual_seed(0)
+    x, noise, weights = (torch.rand(2, 3, 16, 16, generator=generator, dtype=torch.float64) for _ in range(3))
+    operator = copy.deepcopy(operator)
+    y = operator.forward(x)
+    y = y + 0.02 * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+
+    def found(dtype):
+        weight = torch.tensor(rho, dtype=dtype, requires_grad=True)
+        image = exact_consistency(operator, (x + 0.02 * noise).to(dtype), y.to(dtype), weight)
+        (slope,) = torch.autograd.grad((image * weights.to(dtype)).sum(), weight)
+        return image.detach().double(), slope.double()
+
+    (image, slope), (exact, exact_slope) = found(torch.float32), found(torch.float64)
+    assert (image - exact).abs().max() < (2e-6 if not isinstance(operator, Blur) or rho > 1e-3 else 1e-3)
+    if type(operator) is not Blur:
+        torch.testing.assert_close(slope, exact_slope, rtol=1e-3, atol=1e-4)
+
+
+def test_a_subclass_of_the_identity_is_asked_itself():
+    class Half(Identity):
+        def forward(self, x):
+            return x / 2
+
+        adjoint = forward
+
+    net, y = make_net(folds=2, operator=Half()), torch.rand(1, 3, 8, 8, dtype=torch.float64)
+    own = SimpleNamespace(forward=lambda x: x / 2, adjoint=lambda x: x / 2)
+    torch.testing.assert_close(net(y), net(y, operator=own))

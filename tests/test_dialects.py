@@ -273,6 +273,39 @@ class Payload:
         return (open, (str(self.touched), "w"))
 
 
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("empty.pt", lambda p: p.write_bytes(b"")),
+        ("text.pt", lambda p: p.write_text("hello world")),
+        ("text.npz", lambda p: p.write_text("hello world")),
+        ("cut.npz", lambda p: p.write_bytes(b"PK\x03\x04" + bytes(90))),
+        ("torch.npz", lambda p: torch.save({"w": torch.ones(2)}, p)),
+        ("words.npz", lambda p: np.savez(p, name=np.array("glow"), w=np.zeros(3))),
+        ("empty.safetensors", lambda p: p.write_bytes(b"")),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_files_of_another_kind_are_refused_in_one_sentence(name, write, tmp_path):
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=name) as error:
+        flowkern.Glow.from_checkpoint(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_stored_in_half_precision_are_taken_in_single_precision(dtype):
+    """Their state would be of no use: log-likelihoods off by dozens of nats."""
+    model = NormFlows(flowkern.Glow((3, 16, 16), levels=1, depth=2, hidden=8, scale="sigmoid")).model
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.to(dtype))
+    stored = {k: v.to(dtype) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    glow, x = flowkern.Glow.from_checkpoint({"state_dict": stored, "step": torch.tensor(3)}, size=16), images().float()
+    assert {p.dtype for p in glow.parameters()} == {torch.float32}
+    torch.testing.assert_close(glow.log_prob(x), model.log_prob(x, None), rtol=1e-5, atol=1e-2)
+
+
 def test_pickled_code_is_never_executed(tmp_path):
     for name, write in (
         ("a.pt", lambda p: torch.save({"w": torch.ones(1), "x": Payload(tmp_path / "touched")}, p)),

@@ -18,7 +18,7 @@ import flowkern
 from flowkern import export, ops
 from flowkern.groups import parameter_groups
 from flowkern.layers import ActNorm, AffineCoupling, InvertibleConv1x1
-from flowkern.operators import Blur
+from flowkern.operators import Blur, Compose
 
 SIZE = (2, 8, 8)
 
@@ -312,11 +312,15 @@ def test_weight_does_not_decay_where_a_constant_has_a_meaning():
     """A prior's constants per pixel say where latents lie, a kernel that is learnt how images were blurred."""
     glow = flowkern.Glow(SIZE, levels=2, depth=1, hidden=4, variant={"prior_map": "pixels"})
     net = flowkern.Unfolded(flowkern.GlowProx(glow), folds=2, operator=Blur(torch.ones(3, 3) / 9), init="adjoint")
-    net.operator.register_parameter("learnt", nn.Parameter(torch.ones(1, 1, 3, 3)))
-    decayed, others = parameter_groups(net, weight_decay=0.1)
-    names = {id(p): n for n, p in net.named_parameters()}
-    assert {names[id(p)].rsplit(".", 1)[1] for p in decayed["params"]} == {"weight1", "weight2", "weight3"}
-    assert len(decayed["params"]) + len(others["params"]) == len(names)
+    own = nn.Conv2d(2, 2, 3, padding=1)
+    own.adjoint = own.forward
+    net.operator.add_module("inside", nn.Conv2d(2, 2, 3))
+    for operator in (net.operator, own, Compose(own)):
+        net.operator = operator
+        decayed, others = parameter_groups(net, weight_decay=0.1)
+        names = {id(p): n for n, p in net.named_parameters()}
+        assert {names[id(p)].rsplit(".", 1)[1] for p in decayed["params"]} == {"weight1", "weight2", "weight3"}
+        assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
 def test_safetensors(tmp_path):

@@ -12,6 +12,7 @@ from unfolded_cases import MEASUREMENTS, make_glow, make_net, measured
 
 import flowkern
 from flowkern import folds
+from flowkern.operators import Blur, Compose
 
 
 def graded(net, y, kept, **options):
@@ -190,6 +191,46 @@ def test_a_parameter_changed_before_backward_is_an_error():
         loss.backward()
 
 
+def test_an_operators_buffers_are_those_of_forward_and_get_gradients():
+    """A kernel that something else makes, and masks that are changed between two forwards and their backward."""
+
+    def found(kept, init):
+        torch.manual_seed(0)
+        kernel = torch.full((3, 3), 1 / 9, dtype=torch.float64, requires_grad=True)
+        net = make_net(folds=3, operator=Blur(kernel), kept_images=kept, init=init)
+        net(torch.rand(2, 3, 8, 8, dtype=torch.float64)).square().sum().backward()
+        return kernel.grad
+
+    for init in ("mode", "adjoint"):
+        torch.testing.assert_close(found(1, init), found(None, init), rtol=1e-10, atol=1e-12)
+
+    def of_two_masks(kept):
+        net, y = make_net(folds=3, operator=MEASUREMENTS["mask"](), kept_images=kept), torch.rand(2, 3, 8, 8).double()
+        loss = net(y).square().sum()
+        net.operator.mask = torch.rand(net.operator.mask.shape).round().to(net.operator.mask.dtype)
+        (loss + net(y).square().sum()).backward()
+        return [p.grad for p in net.parameters()]
+
+    torch.manual_seed(1)
+    wanted = of_two_masks(None)
+    torch.manual_seed(1)
+    for a, b in zip(of_two_masks(1), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", ["recompute", "checkpoint", "store"])
+@pytest.mark.parametrize(
+    "options", [{"variant": {"leaky": 0.1}}, {"network": lambda i, o: nn.Conv2d(i, o, 3, padding=1)}, {}],
+    ids=["variant", "own network", "hooked"],
+)
+def test_glows_whose_networks_are_evaluated_by_pytorch(options, memory):
+    glow = make_glow(memory=memory, **options)
+    if not options:
+        glow.levels[0].steps[0].coupling.net.register_forward_hook(lambda *_: None)
+    net = flowkern.Unfolded(flowkern.GlowProx(glow), folds=3)
+    check_same(net, torch.rand(2, 3, 8, 8, dtype=torch.float64), kept=(1, 2))
+
+
 def test_within_checkpointing():
     net, y = make_net(folds=3, kept_images=1), torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     wanted = torch.autograd.grad(net(y).square().sum(), [y, *net.parameters()])
@@ -207,8 +248,11 @@ def test_what_it_can_t_do_is_said():
         torch.autograd.grad(net(y), y, torch.rand(2, 1, 3, 8, 8, dtype=torch.float64), is_grads_batched=True)
     operator = MEASUREMENTS["own"]()
     operator.gain = torch.ones((), requires_grad=True)
-    with pytest.raises(ValueError, match="an operator that is trained must be an nn.Module; Bands, which is none, has"):
+    with pytest.raises(ValueError, match="must be a parameter or buffer of an nn.Module; Bands has a gain that"):
         net(operator.forward(y), operator=operator)
+    for hidden in (Compose(operator), Compose(operator, Blur(torch.ones(1, 1)))):
+        with pytest.raises(ValueError, match="must be a parameter or buffer of an nn.Module; Bands has a gain that"):
+            net(operator.forward(y), operator=hidden)
     for wrong in (0, True, 1.0, "all"):
         with pytest.raises(ValueError, match="kept_images must be an int >= 1 or None, got"):
             net.kept_images = wrong

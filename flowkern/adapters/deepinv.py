@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from flowkern import operators
 from flowkern.glow import Glow
-from flowkern.map import _LBFGS, _as_it_is
+from flowkern.map import _LBFGS
 from flowkern.operators.base import check_operator, checked_size, is_exact, per_image_rho
+from flowkern.replay import fixed
 from flowkern.unfolded import Unfolded
 
 try:
@@ -195,7 +196,7 @@ class Prior(_Prior):
         if torch.is_grad_enabled() and (x.requires_grad or self.glow.memory == "store"):
             x = x if x.requires_grad else x.detach().requires_grad_()
             return torch.autograd.grad(self.fn(x).sum(), x, create_graph=True)[0]
-        with torch.inference_mode(False), torch.enable_grad(), _as_it_is(self.glow):
+        with torch.inference_mode(False), torch.enable_grad(), fixed(self.glow):
             x = x.detach().clone().requires_grad_()
             return torch.autograd.grad(self.fn(x).sum(), x)[0]
 
@@ -209,7 +210,7 @@ class Prior(_Prior):
                 "the prox of a Glow prior is a search and has no gradients; call it under torch.no_grad(), or unfold "
                 "with its grad, or with flowkern.Unfolded"
             )
-        with torch.inference_mode(False), torch.enable_grad(), _as_it_is(self.glow):
+        with torch.inference_mode(False), torch.enable_grad(), fixed(self.glow):
             x = x.detach().clone()
             gamma = per_image_rho(_per_image(gamma), x.flatten(1))
             gamma = gamma[:, 0] if isinstance(gamma, Tensor) else gamma

@@ -1,6 +1,7 @@
 """Reading files of tensors without executing anything, and checking that a dialect used them all."""
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 NESTED = ("state_dict", "model_state_dict", "model", "graph", "net", "glow")  # where trainers put the weights
+# What readers raise for files that are cut off, or of another kind.
+_BROKEN = (
+    SafetensorError, RuntimeError, OSError, EOFError, ValueError, LookupError, AttributeError, TypeError,
+    zipfile.BadZipFile,
+)
 
 
 def read(source) -> tuple[dict[str, Tensor], str]:
@@ -26,7 +32,9 @@ def read(source) -> tuple[dict[str, Tensor], str]:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                return _tensors({name: torch.from_numpy(arrays[name]) for name in arrays.files}, path), str(path)
+                found = {name: arrays[name] for name in arrays.files}
+            numbers = {name: torch.from_numpy(a) for name, a in found.items() if a.dtype.kind in "biuf"}
+            return _tensors(numbers, path), str(path)
         if path.suffix == ".safetensors":
             return _tensors(load_file(path), path), str(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -34,13 +42,14 @@ def read(source) -> tuple[dict[str, Tensor], str]:
         raise ValueError(
             f"{path} holds pickled Python objects, which are never executed here; save model.state_dict() in its stead"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or not a file of tensors: {str(error).splitlines()[0]}") from error
+    except _BROKEN as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is truncated or not a file of tensors: {why}") from error
     return _tensors(loaded, path), str(path)
 
 
 def _tensors(loaded, what) -> dict[str, Tensor]:
-    if isinstance(loaded, Mapping) and not any(isinstance(v, Tensor) for v in loaded.values()):
+    if isinstance(loaded, Mapping):  # beside the weights there may be a tensor of the trainer's
         loaded = next((loaded[k] for k in NESTED if isinstance(loaded.get(k), Mapping)), loaded)
     tensors = {k: v.detach() for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
     if not tensors:
@@ -51,7 +60,8 @@ def _tensors(loaded, what) -> dict[str, Tensor]:
 class Reader:
     """Tensors by name, in double precision; missing ones are noted and stood in for, so that all can be told at once.
 
-    `check` raises for what was missing, misshapen or left over; `dtype` is what the file's weights are stored in.
+    `check` raises for what was missing, misshapen or left over; `dtype` is what a Glow takes the file's weights as: in
+    half precision, which they may be stored in, a state would be of no use.
     """
 
     def __init__(self, tensors: dict[str, Tensor], what: str, dialect: str):
@@ -59,7 +69,8 @@ class Reader:
         self._used: set[str] = set()
         self._missing: dict[str, tuple] = {}
         self._misshapen: dict[str, tuple] = {}
-        self.dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+        stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+        self.dtype = torch.promote_types(stored, torch.float32)
         self.path = None if what == "the given mapping" else Path(what)
 
     def __contains__(self, name: str) -> bool:

@@ -40,8 +40,8 @@ class Operator(nn.Module):
     Where `(A^T A + rho I) x = b` has an exact and cheap solution the operator has the method
     `normal_inverse(b, rho)`: b and the result (N, C, H, W), rho a positive number, or a tensor of one positive number
     (shape ()) or one an image (N,); differentiable in both. Elsewhere there is no such attribute. One that knows the
-    image v that minimises `||A v - y||^2 + rho ||v - x||^2` without it has the method `prox(x, y, rho)` instead, with
-    rho a number or a tensor that broadcasts with x.
+    image v that minimises `||A v - y||^2 + rho ||v - x||^2` without it, or more exactly where rho is small, has the
+    method `prox(x, y, rho)`, with rho a number or a tensor that broadcasts with x.
     """
 
     size: tuple[int, int, int] | None = None  # of the images, (C, H, W), where the operator is made for one size
@@ -98,16 +98,25 @@ def from_config(config: dict) -> Operator:
 def exact_consistency(operator, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
     """The image v that minimises `||A v - y||^2 + rho ||v - x||^2`, which is `(A^T A + rho I)^-1 (A^T y + rho x)`.
 
-    operator: one with `normal_inverse` or, without that, with `prox`. x: images (N, C, H, W). y: their measurements.
+    operator: one with `prox` or, without that, with `normal_inverse`. x: images (N, C, H, W). y: their measurements.
     rho: as in `normal_inverse`. The result (N, C, H, W) is differentiable in x, y and rho.
 
     Raises TypeError for an operator with neither, ValueError for a rho that is not positive.
     """
     check_exact(operator)
     factor = per_image_rho(rho, x)
-    if callable(getattr(operator, "normal_inverse", None)):
-        return operator.normal_inverse(operator.adjoint(y) + factor * x, rho)
-    return operator.prox(x, y, factor)
+    if callable(getattr(operator, "prox", None)):
+        return operator.prox(x, y, factor)
+    # From the residual: (A^T A + rho I)^-1 (A^T y + rho x), which is the same, divides what cancels by a small rho.
+    return x + operator.normal_inverse(operator.adjoint(residual(operator, x, y)), rho)
+
+
+def residual(operator, x: Tensor, y: Tensor) -> Tensor:
+    """y - A x. Raises ValueError where y is no measurement of images like x."""
+    measured = operator.forward(x)
+    if measured.shape != y.shape:
+        raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
+    return y - measured
 
 
 def per_image_rho(rho: float | Tensor, b: Tensor) -> float | Tensor:

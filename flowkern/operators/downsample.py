@@ -1,13 +1,13 @@
 """Decimation behind a low-pass filter: the measurement of super-resolution."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowkern.operators.base import check_images, per_image_rho
+from flowkern.operators.base import check_images, per_image_rho, residual
 from flowkern.operators.blur import Blur
 from flowkern.operators.fourier import filtered, power, spectral, transfer
 
@@ -57,6 +57,18 @@ class Downsample(Blur):
         if size is None:
             size = (1, *(self.factor * math.ceil(max(64, k) / self.factor) for k in self.kernel.shape[-2:]))
         return super().norm(size)
+
+    @property
+    def prox(self) -> Callable[[Tensor, Tensor, float | Tensor], Tensor]:
+        """Exact data consistency without a division by rho; no attribute with reflect padding."""
+        if self.padding == "reflect":
+            raise AttributeError("a Downsample with reflect padding has no exact prox")
+        return self._prox
+
+    def _prox(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+        wide = spectral(x)
+        small = filtered(residual(self, wide, spectral(y)), lambda image: image / (self._gram(wide) + rho))
+        return (wide + self.adjoint(small)).to(x.dtype)
 
     def _normal_inverse(self, b: Tensor, rho: float | Tensor) -> Tensor:
         rho, wide = per_image_rho(rho, b), spectral(b)

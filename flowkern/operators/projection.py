@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowkern.operators.base import Operator, check_images, checked_size, per_image_rho
+from flowkern.operators.base import Operator, check_images, checked_size, per_image_rho, residual
 from flowkern.operators.fourier import hartley
 
 
@@ -67,3 +67,7 @@ class RandomProjection(Operator):
         rho = per_image_rho(rho, b)
         measured = self.adjoint(self.forward(b))
         return measured / (1 + rho) + (b - measured) / rho
+
+    def prox(self, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
+        """Exact data consistency without a division by rho, as A A^T = I."""
+        return x + self.adjoint(residual(self, x, y)) / (1 + rho)
