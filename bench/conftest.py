@@ -6,8 +6,10 @@ times. With FLOWKERN_CPU_ISA=avx2 in the environment PyTorch and its libraries a
 """
 
 import gc
+import json
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -36,26 +38,64 @@ def full(request) -> bool:
 
 
 class Book:
-    """Groups by name, measured once, and written into the result file of their topic as soon as they are."""
+    """Groups by name, measured once, and written into the result file of their topic as soon as they are.
+
+    What is there from another commit gives way to all groups together: until they are measured, and where only some
+    are asked for, the new ones are in a file beside it, *-partial.json. Groups of the same code are added to.
+    """
 
     def __init__(self, folder: Path, full: bool):
         self._folder = folder
         # Processes that other programs keep busy: with as many as there are cores, no figure means anything.
         self._about = {"full": full, "load before": os.getloadavg()[0]}
         self._groups: dict[str, dict[str, dict]] = {}
+        self.written: set[Path] = set()
 
-    def group(self, topic: str, name: str, measure: Callable[[], dict]) -> dict:
+    def group(self, topic: str, name: str, measure: Callable[[], dict], every: Collection[str]) -> dict:
+        """every: the names of all groups of the topic."""
         groups = self._groups.setdefault(topic, {})
         if name not in groups:
             groups[name] = measure()
-            results.write(f"{results.machine()}-{topic}", self._about | {"groups": groups}, self._folder)
+            self._write(topic, groups, every)
         return groups[name]
+
+    def _write(self, topic: str, groups: dict[str, dict], every: Collection[str]) -> None:
+        whole, partial = (f"{results.machine()}-{topic}{end}" for end in ("", "-partial"))
+        stored = {name: json.loads(path.read_text()) if (path := self._folder / f"{name}.json").exists() else None
+                  for name in (whole, partial)}
+        for found in stored.values():
+            if found is not None and results.same(found, self._about):
+                groups = found["groups"] | groups
+        groups = {name: groups[name] for name in every if name in groups}
+        replaces = stored[whole] is None or results.same(stored[whole], self._about) or len(groups) == len(every)
+        self.written.add(results.write(whole if replaces else partial, self._about | {"groups": groups}, self._folder))
+        if replaces:
+            (self._folder / f"{partial}.json").unlink(missing_ok=True)
+            self.written = {path for path in self.written if path.exists()}
+
+
+BOOK = pytest.StashKey[Book]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for path in sorted(config.stash[BOOK].written) if BOOK in config.stash else ():
+        terminalreporter.write_line(f"figures: {path}")
 
 
 @pytest.fixture(scope="session")
 def book(request, full) -> Book:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        pytest.exit("benchmarks take turns in one process: leave out -n", 4)
+    folder = request.config.getoption("--results")
+    try:        # before anything is measured
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        pytest.exit(f"--results {folder} can't be written: {error}", 4)
     gc.freeze()     # collections before each group don't search through what was imported
-    return Book(request.config.getoption("--results"), full)
+    request.config.stash[BOOK] = Book(folder, full)
+    return request.config.stash[BOOK]
 
 
 class Clock:

@@ -1,7 +1,7 @@
 """The rows of the model benchmarks: the same model, with the same weights, in different hands."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -85,18 +85,22 @@ def _within(mib: int) -> Contender:
 
 
 CHECKPOINT = "PyTorch, checkpoint"
+WHOLE = "PyTorch, torch.compile, whole"
 RECOMPUTE = "flowkern recompute"
 SAME_PRECISION = {"fp32": "PyTorch", "bf16": "PyTorch, bf16 network"}      # whose error bounds the others'
 GLOWS = {
     "PyTorch": Contender(_plain()),
     "PyTorch, contiguous": Contender(_plain(rivals.Contiguous)),
     "PyTorch, channels-last weights": Contender(_plain(channels_last=True), full=True),
-    # Compiling the inverse takes longer than everything else that is quick.
-    "PyTorch, torch.compile": Contender(_plain(rivals.Compiled), full_works=("inverse", "sample"), compiled=True),
+    "PyTorch, torch.compile": Contender(_plain(rivals.Compiled), full_works=("sample",), compiled=True),
+    # As one program, not a step at a time: takes a quarter of a minute to compile where there are two steps.
+    WHOLE: Contender(_plain(rivals.CompiledWhole), full=True, compiled=True),
     "PyTorch, torch.compile, channels-last weights": Contender(_plain(rivals.Compiled, channels_last=True), full=True,
                                                                compiled=True),
     CHECKPOINT: Contender(_plain(checkpointed=True), evaluations=4, inference=False),
     "PyTorch, bf16 network": Contender(_plain(network_dtype=BF16), "bf16"),
+    "PyTorch, torch.compile, bf16 network": Contender(_plain(rivals.Compiled, network_dtype=BF16), "bf16",
+                                                      full_works=("inverse", "sample"), compiled=True),
     **_library(rivals.NormFlows, "the last layer's exp(3 logs) is part of its weights"),
     **_library(rivals.FrEIA, "its own 1x1 convolutions don't learn: Glow's as an InvertibleModule"),
     **_library(rivals.NFlows, "a bias in the 1x1 convolution; its scale without the added 0.001"),
@@ -177,6 +181,8 @@ def _our_denoiser(memory: str, network: str = "fp32") -> Contender:
 UNFOLDED = {
     "PyTorch": Contender(PLAIN_DENOISER, truth=PLAIN_DENOISER),
     "PyTorch, contiguous": Contender(_plain_denoiser(kind=rivals.Contiguous), truth=PLAIN_DENOISER),
+    "PyTorch, torch.compile": Contender(_plain_denoiser(kind=rivals.Compiled), truth=PLAIN_DENOISER, full=True,
+                                        compiled=True),
     CHECKPOINT: Contender(_plain_denoiser(checkpointed=True), evaluations=4, truth=PLAIN_DENOISER),
     "PyTorch, bf16 network": Contender(_plain_denoiser(network_dtype=BF16), "bf16", truth=PLAIN_DENOISER),
     "flowkern store": _our_denoiser("store"),
@@ -185,8 +191,9 @@ UNFOLDED = {
     "flowkern store, bf16 network": _our_denoiser("store", "bf16"),
     "flowkern recompute, bf16 network": _our_denoiser("recompute", "bf16"),
 }
-SMALL = {name: GLOWS[name] for name in ("PyTorch", "PyTorch, contiguous", "PyTorch, torch.compile", "normflows",
-                                        "FrEIA", "nflows", "flowkern store", RECOMPUTE)}
+SMALL = {name: replace(GLOWS[name], full=False)
+         for name in ("PyTorch", "PyTorch, contiguous", "PyTorch, torch.compile", WHOLE, "normflows", "FrEIA", "nflows",
+                      "flowkern store", RECOMPUTE)}
 FAMILIES = {"glow": GLOWS, "step": STEPS, "unfolded": UNFOLDED, "small": SMALL}
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -21,7 +22,8 @@ PARTS = ("pointwise", "compositions", "mixes", "couplings")
 
 def compiled_kernels() -> list[Path]:
     """The object files of the installation's kernels, if it was built in this folder."""
-    return [p for p in (ROOT / "build").glob("native-*/cuda.*.o") if p.name != "cuda.bindings.o"]
+    folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # as in setup.py
+    return [p for p in folder.glob("cuda.*.o") if p.name != "cuda.bindings.o"]
 
 
 def build(folder: Path) -> Path:

@@ -155,6 +155,8 @@ def _mix_couple(couple, mix):
 
 
 _FORMS: dict[str, dict[str, _Form]] = {
+    "shrink": {"reciprocal": _Form(lambda z, lam: z * (1 / (1 + lam)))},
+    "data_consistency": {"lerp": _Form(torch.lerp), "add": _Form(lambda x, y, mu: x + mu * (y - x))},
     "channel_mix": _MIXES,
     "couple": {name: _Form(call) for name, call in _COUPLINGS.items()},
     "couple_mix": _joint(_couple_mix),

@@ -8,11 +8,18 @@ import tempfile
 from pathlib import Path
 
 
+def not_compiled() -> str | None:
+    """Why nothing can be compiled, in one sentence, or None."""
+    if shutil.which(os.environ.get("CC", "cc")) is None:
+        return "counting allocations and the arithmetic's peak need a C compiler: install one, or set CC"
+    return None
+
+
 def compiled(source: Path, *flags: str) -> Path:
     """The shared library of a C file. Raises RuntimeError when it can't be built; $CC names another compiler."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise RuntimeError("counting allocations and the arithmetic's peak need a C compiler: install one, or set CC")
+    if why := not_compiled():
+        raise RuntimeError(why)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowkern"
     version = hashlib.sha256(source.read_bytes() + " ".join(flags).encode()).hexdigest()[:16]
     target = cache / f"{source.stem}-{version}.so"

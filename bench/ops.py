@@ -11,10 +11,11 @@ from torch import Tensor
 
 from flowkern import reference
 
-OPS = ("channel_mix", "couple", "couple_mix", "mix_couple", "couple_vjp", "mix_vjp")
+OPS = ("channel_mix", "couple", "couple_mix", "mix_couple", "couple_vjp", "mix_vjp", "shrink", "data_consistency")
 LEVELS = ((12, 8, 32), (24, 8, 16), (48, 8, 8))         # channels, batch, side: the levels of 64x64 images
-DEEPER = ((12, 16, 32), (24, 16, 32), (48, 16, 32))     # of FINDINGS' table
+LARGER = ((12, 16, 32), (24, 16, 32), (48, 16, 32))
 ELEMENTARY = 20
+_POINTWISE = {"shrink": 1, "data_consistency": 3}       # operations a number
 _FUNCTIONS = {"softclamp": 2, "sigmoid": 1}             # exponentials an element of the transformed half
 
 
@@ -38,10 +39,13 @@ class Case:
 
     def bytes(self) -> int:
         """Read and written, each operand once: states and (raw_s, t), single precision."""
-        states = {"channel_mix": 2, "couple": 3, "couple_mix": 3, "mix_couple": 3, "couple_vjp": 6, "mix_vjp": 4}
+        states = {"channel_mix": 2, "couple": 3, "couple_mix": 3, "mix_couple": 3, "couple_vjp": 6, "mix_vjp": 4,
+                  "shrink": 2, "data_consistency": 3}
         return 4 * states[self.op] * self.channels * self.pixels
 
     def flops(self) -> int:
+        if self.op in _POINTWISE:
+            return self.pixels * self.channels * _POINTWISE[self.op]
         mixes = {"channel_mix": 1, "couple_mix": 1, "mix_couple": 1, "mix_vjp": 3}.get(self.op, 0)
         couplings = ELEMENTARY * _FUNCTIONS[self.scale] + (14 if self.op == "couple_vjp" else 6)
         coupled = 0 if self.op in ("channel_mix", "mix_vjp") else couplings * self.channels // 2
@@ -62,6 +66,8 @@ class Case:
             "mix_couple": (x, h, matrix.mT.contiguous(), offset, *scale),
             "couple_vjp": (x, g, h, glogdet, *scale),
             "mix_vjp": (x, g, matrix, matrix.mT.contiguous(), offset),
+            "shrink": (x, torch.tensor(0.1)),
+            "data_consistency": (x, g, torch.tensor(0.4)),
         }[self.op]
 
     def exact(self) -> list[Tensor]:
@@ -82,8 +88,8 @@ def largest_error(results, exact) -> float:
 
 def cases(full: bool) -> list[Case]:
     scales = ("softclamp", "sigmoid") if full else ("softclamp",)
-    return [Case(op, *size, scale) for op in OPS for size in (*LEVELS, *DEEPER) for scale in scales
-            if scale == "softclamp" or op not in ("channel_mix", "mix_vjp")]
+    return [Case(op, *size, scale) for op in OPS for size in (*LEVELS, *LARGER) for scale in scales
+            if scale == "softclamp" or "couple" in op]
 
 
 def tensors(results) -> tuple[Tensor, ...]:

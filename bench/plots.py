@@ -19,6 +19,17 @@ def line_fit(xs: list[float], ys: list[float]) -> tuple[float, float, float]:
     return float(slope), float(intercept), float(np.max(np.abs(np.array(ys) / fitted - 1)))
 
 
+def bend(xs: list[float], seconds: list[list[float]]) -> tuple[float, float, float]:
+    """What x^2 has of the time at the largest x, where a parabola is fitted to each round: quartiles and median, lower
+    quartile first. Nothing, for what grows linearly; all of it, for what grows with the square.
+    """
+    found = []
+    for ys in zip(*seconds, strict=True):
+        square, *_ = np.polyfit(xs, ys, 2, w=1 / np.array(ys))
+        found.append(square * max(xs) ** 2 / ys[int(np.argmax(xs))])
+    return tuple(float(q) for q in np.percentile(found, [25, 50, 75]))
+
+
 def abscissa(sweep: str, value: str) -> float:
     """What the cost should be proportional to: for an image's side, its pixels."""
     return float(value) ** 2 / 1000 if sweep == "size" else float(value)

@@ -30,8 +30,13 @@ def duration(seconds: float, quartiles: tuple[float, ...] = ()) -> str:
 
 
 def verdict(row: dict) -> str:
-    """The speed-up of a row that was found correct, else why there is none."""
-    return f"{row['speedup']:.2f}" if row.get("correct") is True and "speedup" in row else row.get("why", "unchecked")
+    """The speed-up of a row that was found correct, else why there is none; in brackets that over the fastest in bf16,
+    where it is one.
+    """
+    if row.get("correct") is not True or "speedup" not in row:
+        return row.get("why", "unchecked")
+    in_bf16 = f" ({row['speedup in bf16']:.2f})" if "speedup in bf16" in row else ""
+    return f"{row['speedup']:.2f}{in_bf16}"
 
 
 def model_table(group: dict) -> str:
@@ -67,12 +72,14 @@ def model_caption(group: dict, figures: dict) -> str:
     setup = group["setup"]
     rates = ", ".join(f"{p} {rate / 1e9:.0f}" for p, rate in group["product flops per second"].items())
     images = "image" if setup["batch"] == 1 else "images"
+    bf16 = group.get("bf16 baseline")
+    brackets = f"; in brackets to {bf16}, the fastest in bf16" if bf16 else ""
     return (f"{group['what']}: L={setup['levels']}, K={setup['depth']}, hidden {setup['hidden']}, "
             f"{setup['batch']} {images} of {setup['size']}×{setup['size']}, {setup['scale']} scale. Medians of "
-            f"{group['rounds']} rounds in which all rows take turns; a ratio is the median of the rounds' ratios. Of "
-            f"the product peak: the networks' operations as sums over taps, of which Winograd needs fewer, recomputed "
-            f"ones included, against the fastest of the same rounds' matrix products ({rates} GFLOP/s). "
-            f"{where(figures)}")
+            f"{group['rounds']} rounds in which all rows take turns; a ratio is the median of the rounds' "
+            f"ratios{brackets}. Of the product peak: the networks' operations as sums over taps, of which Winograd "
+            f"needs fewer, recomputed ones included, against the fastest of the same rounds' matrix products ({rates} "
+            f"GFLOP/s). {where(figures)}")
 
 
 def where(figures: dict) -> str:
@@ -108,14 +115,18 @@ SHOWN = {"training step, stored": ("train", "flowkern store"), "recomputed": ("t
 
 
 def machines_table(folder: Path) -> str:
-    """Every machine that has figures of models, by its files' name: ratios to the fastest rival in single precision."""
+    """Every machine that has figures of models, by its files' name: ratios to the fastest rival in single precision,
+    and to the fastest in bf16. A star: other programs kept as many processors busy as there are.
+    """
     suffix, lines = "-models.json", []
     for name in sorted(path.name.removesuffix(suffix) for path in folder.glob(f"*{suffix}")):
         figures = json.loads((folder / f"{name}{suffix}").read_text())
         found = {(work, r["name"]): verdict(r) for work, group in figures["groups"].items() for r in group["rows"]
                  if "unavailable" not in r}
         ratios = [found.get(shown, "–") for shown in SHOWN.values()]
-        lines.append([name, *ratios, figures["environment"]["commit"][:7]])
+        about = figures["environment"]
+        loads = [figures.get("load before", 0), *(g.get("load before", 0) for g in figures["groups"].values())]
+        lines.append([name + "\\*" * (max(loads) >= about["threads"]), *ratios, about["commit"][:7]])
     return markdown(["machine", *SHOWN, "commit"], lines)
 
 
@@ -135,9 +146,11 @@ def scaling_tables(groups: dict) -> str:
         for name, points in group["points"].items():
             xs = [plots.abscissa(sweep, v) for v in points]
             slope, intercept, off = plots.line_fit(xs, [1e3 * p["median"] for p in points.values()])
+            low, bend, high = plots.bend(xs, [p["seconds"] for p in points.values()])
             lines.append([name, *(f"{1e3 * p['median']:.0f}" for p in points.values()),
-                          f"{intercept:.0f} + {slope:.2g} {sweep if sweep != 'size' else 'kilopixels'}", f"{off:.0%}"])
-        head = [f"ms against {sweep}", *values, "fit, ms", "furthest from it"]
+                          f"{intercept:.0f} + {slope:.2g} {sweep if sweep != 'size' else 'kilopixels'}", f"{off:.0%}",
+                          f"{bend:+.0%} ({low:+.0%} to {high:+.0%})"])
+        head = [f"ms against {sweep}", *values, "fit, ms", "furthest from it", "bend (quartiles)"]
         parts.append(markdown(head, lines))
     return "\n\n".join(parts)
 
@@ -163,21 +176,24 @@ def load(folder: Path, name: str) -> dict[str, dict]:
     return {t: json.loads(p.read_text()) for t in TOPICS if (p := folder / f"{name}-{t}.json").exists()}
 
 
-def newest(folder: Path) -> str:
-    """The machine of the newest file; this one where it has figures. Raises FileNotFoundError where nobody has."""
-    files = sorted(folder.glob("*-models.json"), key=lambda p: p.stat().st_mtime)
-    names = [p.name.removesuffix("-models.json") for p in files]
+def chosen(folder: Path, name: str | None) -> str:
+    """The machine of that name, or this one. Raises FileNotFoundError where it has no figures."""
+    names = sorted(p.name.removesuffix("-models.json") for p in folder.glob("*-models.json"))
     if not names:
         raise FileNotFoundError(f"no figures in {folder}: run pytest bench --benchmark-only")
-    return machine() if machine() in names else names[-1]
+    if (name or machine()) not in names:
+        raise FileNotFoundError(f"no figures of {name or machine()} in {folder}; --machine takes {', '.join(names)}")
+    return name or machine()
 
 
-def readme_block(figures: dict, plots_made: list[Path], folder: Path) -> str:
+def readme_block(topics: dict[str, dict], plots_made: list[Path], folder: Path) -> str:
     """The training step's table, its caption, all machines, and the pictures."""
-    group = figures["groups"]["train"]
+    group, growth = topics["models"]["groups"]["train"], topics.get("scaling", {}).get("environment", {})
     pictures = "\n".join(f"![]({p.relative_to(ROOT)})" for p in plots_made if p.is_relative_to(ROOT))
-    machines = f"Speed-up over the fastest rival in single precision, by machine:\n\n{machines_table(folder)}"
-    parts = (model_table(group), model_caption(group, figures), notes(group), machines, pictures)
+    pictures += f"\n\nMemory and time against size were measured at commit {growth['commit']}." if growth else ""
+    machines = ("Speed-up over the fastest rival in single precision, in brackets over the fastest in bf16 where that "
+                f"was measured, by machine:\n\n{machines_table(folder)}")
+    parts = (model_table(group), model_caption(group, topics["models"]), notes(group), machines, pictures)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -204,17 +220,22 @@ def page(topics: dict[str, dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the result files")
-    parser.add_argument("--machine", help="the first part of the files' names (default: this machine, or the newest)")
+    parser.add_argument("--machine", help="the first part of the files' names (default: this machine)")
     parser.add_argument("--readme", action="store_true", help="write the README's table, and the plots into docs/")
     parser.add_argument("--plots", type=Path, help="a folder for the plots")
     parser.add_argument("--png", action="store_true", help="plots as PNG")
     arguments = parser.parse_args()
-    topics = load(arguments.results, arguments.machine or newest(arguments.results))
+    try:
+        topics = load(arguments.results, chosen(arguments.results, arguments.machine))
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if arguments.readme and "train" not in topics["models"]["groups"]:
+        parser.error("these figures have no training step, which the README's table shows")
     folder = arguments.plots or (ROOT / "docs" if arguments.readme else None)
     made = draw(topics, folder, "png" if arguments.png else "svg") if folder else []
     if arguments.readme:
         readme = ROOT / "README.md"
-        readme.write_text(with_block(readme.read_text(), readme_block(topics["models"], made, arguments.results)))
+        readme.write_text(with_block(readme.read_text(), readme_block(topics, made, arguments.results)))
     else:
         print(page(topics), end="")
 

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -29,7 +30,15 @@ def environment() -> dict:
     return {"processor": _processor(), "threads": torch.get_num_threads(),
             "instruction set": torch.backends.cpu.get_cpu_capability(), "machine": machine(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "backends": flowkern.backends(), "versions": versions, "commit": _commit()}
+            "backends": flowkern.backends(), "versions": versions, "commit": _commit(),
+            "date": datetime.now(UTC).date().isoformat()}
+
+
+def same(found: dict, figures: dict) -> bool:
+    """Whether stored figures were measured as these are: on the same code, with the same versions, to the same end."""
+    kept = found.get("environment", {})
+    now = _readable(environment())
+    return found.get("full") == figures.get("full") and all(kept.get(k) == v for k, v in now.items() if k != "date")
 
 
 def write(name: str, figures: dict, folder: Path = RESULTS) -> Path:
@@ -88,7 +97,10 @@ def _cpuinfo(key: str) -> list[str]:
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
     measured = "flowkern", "csrc", "bench", "setup.py", ":!bench/results"

@@ -10,11 +10,11 @@ from bench.workload import Setup
 from bench.works import WORKS
 
 SETUP = Setup(scale="sigmoid")
-SWEEPS = {"depth": (2, 4, 8, 16), "batch": (2, 4, 8, 16), "size": (32, 48, 64, 96)}
+SWEEPS = {"depth": (1, 2, 4, 8, 16), "batch": (1, 2, 4, 8, 16), "size": (32, 48, 64, 96, 128)}
 MEMORY_DEPTHS = (4, 8, 16, 32, 64)
 TIMED = ("PyTorch", "normflows", "flowkern store", RECOMPUTE, "flowkern recompute, bf16 network")
-COUNTED = ("PyTorch", CHECKPOINT, "normflows", "FrEIA", "nflows", "memcnn", "flowkern store", "flowkern checkpoint",
-           RECOMPUTE, "flowkern recompute, bf16 network")
+COUNTED = ("PyTorch", "PyTorch, torch.compile", CHECKPOINT, "normflows", "FrEIA", "nflows", "memcnn",
+           "flowkern store", "flowkern checkpoint", RECOMPUTE, "flowkern recompute, bf16 network")
 
 
 def times(sweep: str, setup: Setup = SETUP, values: tuple[int, ...] = (), rounds: int = 9) -> dict:

@@ -51,7 +51,7 @@ def test_models(row, book, full, report):
     def measure() -> dict:
         return family(kind, setup, works, full).measure(work, 25 if full else 7)
 
-    found = book.group("models", group, measure)
+    found = book.group("models", group, measure, groups(full))
     report(group, next(r for r in found["rows"] if r["name"] == name))
 
 

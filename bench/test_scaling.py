@@ -11,6 +11,7 @@ def test_scaling(row, book, benchmark):
     (sweep,) = row
 
     def measure() -> dict:
-        book.group("scaling", sweep, scaling.memory if sweep == "memory" else lambda: scaling.times(sweep))
+        run = scaling.memory if sweep == "memory" else lambda: scaling.times(sweep)
+        book.group("scaling", sweep, run, [sweep for (sweep,) in rows(True)])
 
     benchmark.pedantic(measure, rounds=1)

@@ -1,5 +1,7 @@
 """What is done with a model and measured: for each, its inputs, the call, and the result whose error is told."""
 
+import math
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +18,9 @@ SEED = 3
 
 @dataclass(frozen=True)
 class Work:
-    """inputs(model, setup) -> the arguments of `run(model, *arguments)`, and of `result`, which gives a tensor or list
-    of tensors to be compared with those of a model in double precision. trains: with a backward pass, so that a
-    contender's `evaluations` count. forward(model, *arguments) -> a scalar: the part of `run` before its backward.
+    """inputs(model, setup) -> the arguments of `run(model, *arguments)`, and of `result`, which gives tensors by name
+    to be compared with those of a model in double precision. trains: with a backward pass, so that a contender's
+    `evaluations` count. forward(model, *arguments) -> a scalar: the part of `run` before its backward.
     draws: of inputs that differ in their last bits, over which an error is the median. One input tells little where a
     ReLU's sign, which rounding decides, moves a gradient by more than all other rounding.
     """
@@ -36,14 +38,24 @@ class Work:
         return self.forward is not None
 
 
-def gradient(model: nn.Module, *arguments, forward: Callable) -> Tensor:
-    """The gradient of a scalar as one vector in double precision, in the order of the model's parameters, and with
-    respect to the arguments that want one.
+def gradient(model: nn.Module, *arguments, forward: Callable) -> dict[str, Tensor]:
+    """The gradient of a scalar with respect to the model's parameters and the arguments that want one, in double
+    precision: a vector for each kind of parameter of a level, over its steps and over folds.
     """
     _backward(model, *arguments, forward=forward)
-    parameters = model.flat_parameters() if hasattr(model, "flat_parameters") else list(model.parameters())
-    wanted = [*parameters, *_with_gradient(arguments)]
-    return torch.cat([p.grad.double().flatten() for p in wanted if p.grad is not None])
+    named = model.flat_parameters() if hasattr(model, "flat_parameters") else model.named_parameters()
+    found: dict[str, list[Tensor]] = {}
+    for name, p in (*named, *(("argument", x) for x in _with_gradient(arguments))):
+        if p.grad is not None:
+            found.setdefault(_kind(name), []).append(p.grad.double().flatten())
+    return {kind: torch.cat(parts) for kind, parts in found.items()}
+
+
+def _kind(name: str) -> str:
+    """Of a parameter: its level, and its own name with that of its ActNorm."""
+    level, own = re.search(r"\blevels\.\d+", name), name.split(".")
+    parts = own[-2:] if own[-1] in ("log_scale", "bias") and len(own) > 1 else own[-1:]
+    return ".".join([*([level[0]] if level else []), *parts])
 
 
 def _backward(model: nn.Module, *arguments, forward: Callable) -> None:
@@ -62,6 +74,10 @@ def _training(forward: Callable, inputs: Callable, flops: Callable, what: str, d
         _backward(model, *arguments, forward=forward)
 
     return Work(inputs, run, lambda model, *a: gradient(model, *a, forward=forward), flops, what, forward, draws)
+
+
+def _inference(run: Callable, inputs: Callable, what: str) -> Work:
+    return Work(inputs, run, lambda model, *a: {"result": run(model, *a)}, lambda setup: setup.flops(), what)
 
 
 def _images(model: nn.Module, setup: Setup) -> tuple[Tensor]:
@@ -135,9 +151,9 @@ def _denoising_flops(setup: Setup) -> int:
 WORKS = {
     "train": _training(lambda model, x: -model.log_prob(x).mean(), _images, lambda setup: setup.flops(),
                        "Training step: forward, negative log-likelihood, backward"),
-    "log_prob": Work(_images, _log_prob, _log_prob, lambda setup: setup.flops(), "Likelihood without gradients"),
-    "inverse": Work(_latents, _inverse, _inverse, lambda setup: setup.flops(), "Inverse without gradients"),
-    "sample": Work(_noise, _sample, _sample, lambda setup: setup.flops(), f"Samples at temperature {TEMPERATURE}"),
+    "log_prob": _inference(_log_prob, _images, "Likelihood without gradients"),
+    "inverse": _inference(_inverse, _latents, "Inverse without gradients"),
+    "sample": _inference(_sample, _noise, f"Samples at temperature {TEMPERATURE}"),
     "step": _training(_step_loss, _state, _one_step_flops, "One step of flow, forward and backward"),
     "denoise": _training(lambda model, y, x: F.mse_loss(model(y), x), _noisy, _denoising_flops,
                          "Training step of the unfolded denoiser", draws=5),
@@ -165,7 +181,7 @@ def _rounding(exactly: nn.Module) -> Callable:
 
 class Errors:
     """|r - r64| / |r64| of works' results, r64 by a model in double precision on the same inputs; the median over a
-    work's draws of inputs.
+    work's draws of inputs. By name of the parts, and "all" of them together.
 
     What that model gives is kept: the contenders that are compared with it share it.
     """
@@ -175,25 +191,34 @@ class Errors:
         self._models: dict = {}
         self._exact: dict = {}
 
-    def __call__(self, name: str, model: nn.Module, truth: Callable[[Setup], nn.Module]) -> float:
+    def __call__(self, name: str, model: nn.Module, truth: Callable[[Setup], nn.Module]) -> dict[str, float]:
         work = WORKS[name]
         if truth not in self._models:
             self._models[truth] = truth(self._setup).double()
         if (truth, name) not in self._exact:
             self._exact[truth, name] = list(_exact(work, self._models[truth], self._setup))
-        return statistics.median(
-            ((work.result(model, *arguments).double() - result).norm() / result.norm()).item()
-            for arguments, result in self._exact[truth, name])
+        draws = [_relative(work.result(model, *arguments), result) for arguments, result in self._exact[truth, name]]
+        return {part: statistics.median(draw[part] for draw in draws) for part in draws[0]}
 
 
-def _exact(work: Work, exactly: nn.Module, setup: Setup) -> Iterator[tuple[tuple, Tensor]]:
+def _relative(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Errors by part. Raises ValueError where the parts are not the same."""
+    if found.keys() != exact.keys():
+        raise ValueError(f"results of {', '.join(found)} can't be compared with {', '.join(exact)}")
+    wrong = {part: (found[part].double() - e).norm().item() for part, e in exact.items()}
+    right = {part: e.norm().item() for part, e in exact.items()}
+    errors = {part: w / right[part] if right[part] else math.inf if w else 0.0 for part, w in wrong.items()}
+    return {"all": math.hypot(*wrong.values()) / math.hypot(*right.values()), **errors}
+
+
+def _exact(work: Work, exactly: nn.Module, setup: Setup) -> Iterator[tuple[tuple, dict[str, Tensor]]]:
     """The arguments of a work's draws, and their results."""
     # Latents are of the exact model, rounded, so that both start from the same numbers.
     given = work.inputs(_rounding(exactly), setup)
     generator = torch.Generator().manual_seed(SEED)
     for draw in range(work.draws):
         arguments = tuple(_nearby(a, generator) for a in given) if draw else given
-        yield arguments, work.result(exactly, *(converted(a, torch.float64) for a in arguments)).double()
+        yield arguments, work.result(exactly, *(converted(a, torch.float64) for a in arguments))
 
 
 def _nearby(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -25,26 +25,31 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from flowkern.kernels.case import Case
+from flowkern.kernels.overwritten import overwritten
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "triton-resources.md"
 PREFACE = """# What the Triton kernels take
 
 Registers a thread, stack (where registers are spilled to) and shared memory of every configuration that host code can
 choose, compiled without a GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test compiles them anew,
-allows no stack in a default configuration, and no more shared memory than the chips have (163 and 227 KiB a block).
+allows no stack in a default configuration, no more shared memory than the chips have (163 and 227 KiB a block), and no
+copy into a buffer that a product may still read.
 """
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may use
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled case takes: registers a thread, stack for those spilled, shared memory in bytes."""
+    """What one compiled case takes: registers a thread, stack for those spilled, shared memory in bytes. overwritten:
+    operands in shared memory that copies may overtake, none where all is well.
+    """
 
     case: Case = field(repr=False)
     target: int
     registers: int
     stack: int
     shared: int
+    overwritten: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -61,7 +66,8 @@ def cases() -> Iterator[Case]:
 def compile_case(case: Case, target: int) -> Resources:
     """Compile one case for compute capability `target` (80 or 90) and read what it takes from the assembler."""
     compiled = compiled_for(case, GPUTarget("cuda", target, 32))
-    return Resources(case, target, *_registers_and_stack(compiled.asm["cubin"]), compiled.metadata.shared)
+    resources = *_registers_and_stack(compiled.asm["cubin"]), compiled.metadata.shared
+    return Resources(case, target, *resources, tuple(overwritten(compiled.asm["ttgir"])))
 
 
 def compiled_for(case: Case, target: GPUTarget):
@@ -105,11 +111,11 @@ def _every_case() -> tuple[Case, ...]:
     return tuple(cases())
 
 
-def _compile_numbered(task: tuple[int, int]) -> tuple[int, int, int, int]:
+def _compile_numbered(task: tuple[int, int]) -> tuple:
     """A kernel can't be sent to another process, so its number is."""
     index, target = task
     r = compile_case(_every_case()[index], target)
-    return r.target, r.registers, r.stack, r.shared
+    return r.target, r.registers, r.stack, r.shared, r.overwritten
 
 
 def table(found: list[Resources]) -> str:
@@ -134,7 +140,8 @@ def main() -> None:
     found = compile_all(arguments.pattern)
     if arguments.json:
         print(json.dumps([{"name": r.case.name, "default": r.case.is_default, "target": r.target, "stack": r.stack,
-                           "registers": r.registers, "shared": r.shared, "fits": r.fits} for r in found]))  # fmt: skip
+                           "registers": r.registers, "shared": r.shared, "fits": r.fits,
+                           "overwritten": r.overwritten} for r in found]))  # fmt: skip
     elif arguments.write:
         REPORT.write_text(f"{PREFACE}\nTriton {triton.__version__}.\n\n{table(found)}\n")
     else:

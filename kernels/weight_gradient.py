@@ -43,21 +43,24 @@ def _weight_gradient_kernel(
     part = tl.program_id(1).to(tl.int64)
     m = (tile // across) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (tile % across) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    column = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
     i = tl.arange(0, BLOCK_K)[:, None]
+    # A loop of its own: a product's operand with a second use gets no buffer to spare (`flowkern.kernels.overwritten`).
+    if tile % across == 0:
+        # Number by number: summing over pixels here would make the threads wait for each other at every block.
+        column = tl.zeros((BLOCK_K, BLOCK_M), tl.float32)
+        for k in range(RUN):
+            first = (part * RUN + k) * BLOCK_K
+            block = read_pixels(left, first, i, m[None, :], pixels, height, width, stride, M, LEFT, True)
+            column += block.to(tl.float32)
+        tl.store(sums + part * M + m, tl.sum(column, axis=0), mask=m < M)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(RUN):
         first = (part * RUN + k) * BLOCK_K
         b_left = read_pixels(left, first, i, m[None, :], pixels, height, width, stride, M, LEFT, True)
         b_right = read_pixels(right, first, i, n[None, :], pixels, height, width, stride, N, RIGHT, False)
         total = product(tl.trans(b_left), b_right, total, left.dtype.element_ty, PRECISION)
-        if tile % across == 0:
-            # Number by number: summing over pixels here would make the threads wait for each other at every block.
-            column += b_left.to(tl.float32)
     here = (part * M + m[:, None]) * N + n[None, :]
     tl.store(partial + here, total, mask=(m < M)[:, None] & (n < N)[None, :])
-    if tile % across == 0:
-        tl.store(sums + part * M + m, tl.sum(column, axis=0), mask=m < M)
 
 
 def blocks(
@@ -68,7 +71,7 @@ def blocks(
     In 16 bits on sm_90 as an H200 was fastest (docs/triton-network.md): where the right operand is gathered, deep
     blocks of which fewer are under way; where the left one is, all of its rows. Elsewhere gathering on the left costs
     registers, so that few of its rows meet many columns. Twice as many columns where nothing is gathered were faster by
-    a quarter, and wrong: by another amount in each run.
+    a quarter when the left operand had a buffer too few, which made them wrong; as it is now they have not been timed.
     """
     most = 64 if small_blocks(products) else 128
     tuned = generation == 90 and dtype.itemsize == 2

@@ -4,6 +4,6 @@ from bench.rivals.freia import FrEIA
 from bench.rivals.memcnn import MemCNN
 from bench.rivals.nflows import NFlows
 from bench.rivals.normflows import NormFlows
-from bench.rivals.plain import Compiled, Contiguous, Reference, Unfolded
+from bench.rivals.plain import Compiled, CompiledWhole, Contiguous, Reference, Unfolded
 
-__all__ = ["Compiled", "Contiguous", "FrEIA", "MemCNN", "NFlows", "NormFlows", "Reference", "Unfolded"]
+__all__ = ["Compiled", "CompiledWhole", "Contiguous", "FrEIA", "MemCNN", "NFlows", "NormFlows", "Reference", "Unfolded"]

@@ -127,6 +127,18 @@ class Compiled(Reference):
         return step.inverse(y)[0]
 
 
+class CompiledWhole(Reference):
+    """The reference's likelihood as one program of torch.compile, however long that takes; its inverse is eager."""
+
+    def __init__(self, glow: flowkern.Glow):
+        super().__init__(glow)
+        torch._dynamo.reset()
+        self._compiled = torch.compile(super().forward, dynamic=False)
+
+    def forward(self, x):
+        return self._compiled(x)
+
+
 class CompiledStep(nn.Module):
     """A `StepOfFlow` by the reference's formulas under torch.compile."""
 
@@ -162,9 +174,9 @@ class Unfolded(nn.Module):
             x = glow.inverse(reference.shrink(z, F.softplus(raw_lam)), y.shape[2:])
         return x
 
-    def flat_parameters(self) -> list[nn.Parameter]:
-        """In the order of the denoiser's own."""
-        found = [self.mu]
+    def flat_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """By name, in the order of the denoiser's own."""
+        found = [("mu", self.mu)]
         for raw_lam, glow in zip(self.raw_lam, self.glows, strict=True):
-            found += [raw_lam, *glow.parameters()]
+            found += [("raw_lam", raw_lam), *glow.named_parameters()]
         return found

@@ -42,6 +42,24 @@ def test_default_configurations_spill_nothing(compiled):
     assert [c for c in compiled if c["default"] and c["stack"]] == []
 
 
+def test_no_copy_overtakes_a_product(compiled):
+    assert [c for c in compiled if c["overwritten"]] == []
+
+
+def test_the_check_sees_copies_that_overtake_products():
+    told = python(
+        "-c",
+        """
+import sys
+sys.path.insert(0, "tests/triton")
+import pipelined
+from flowkern.kernels import aot
+print(*(len(aot.compile_case(case, 90).overwritten) for case in (pipelined.TOGETHER, pipelined.APART)))
+""",
+    )
+    assert told.split() == ["1", "0"]
+
+
 def test_the_committed_report_lists_these_cases(compiled):
     listed = [line.split("|")[1].strip() for line in REPORT.read_text().splitlines() if line.count("|") == 6][2:]
     assert listed == list(dict.fromkeys(c["name"] for c in compiled)), "make triton-report writes it anew"
