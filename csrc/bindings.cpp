@@ -106,17 +106,16 @@ void shrink(int threads, int type, int64_t size, Pointer z, Pointer g, Pointer l
     cpu::active().shrink(m, threads);
 }
 
-void consistency(int threads, int type, int64_t size, Pointer x, Pointer y, Pointer g, Pointer mu, Pointer result,
-                 Pointer dy, Pointer dmu) {
+void consistency_vjp(int threads, int type, int64_t size, Pointer x, Pointer y, Pointer g, Pointer mu, Pointer result,
+                     Pointer dy, Pointer dmu) {
     check_threads(threads);
     check_sizes(1, size, 1);
-    check_arrays(size, x, y, result);
-    check_arrays(1, mu);
-    check_arrays(dmu ? size : 0, g, dy);
+    check_arrays(size, x, y, g, result, dy);
+    check_arrays(1, mu, dmu);
     Consistency m{address(x), address(y), address(g), address(mu), address(result), address(dy), address(dmu), size,
                   state_type(type)};
     py::gil_scoped_release release;
-    cpu::active().consistency(m, threads);
+    cpu::active().consistency_vjp(m, threads);
 }
 
 const int64_t* permutation_of(Pointer p, int64_t steps, int64_t channels) {
@@ -361,7 +360,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("couple_vjp", &couple_vjp);
     module.def("squeeze", &squeeze);
     module.def("shrink", &shrink);
-    module.def("consistency", &consistency);
+    module.def("consistency_vjp", &consistency_vjp);
     module.def("compose", &compose);
     module.def("compose_vjp", &compose_vjp);
     module.def("network_runs", &network_runs, "Whether the instruction set in use has loops for networks of a type.");

@@ -78,7 +78,7 @@ struct Shrink {
     double* workspace = nullptr;  // CUDA, with `dlambda`: pointwise_parts() sums
 };
 
-// x - mu (x - y), or with `dmu` not null its gradients: `result` is then that of x.
+// x - mu (x - y), or with `dmu` not null (on the CPU always) its gradients: `result` is then that of x.
 struct Consistency {
     const void *x, *y, *g, *mu;
     void *result, *dy, *dmu;

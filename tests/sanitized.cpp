@@ -47,8 +47,8 @@ void pointwise(const cpu::InstructionSet& isa, Type type, int64_t size) {
     Array x(size, type), y(size, type), g(size, type), result(size, type), other(size, type), strength(1, type), gradient(1, type);
     for (void* d : {static_cast<void*>(nullptr), gradient.get()}) {
         isa.shrink({x.get(), g.get(), strength.get(), result.get(), d, size, type}, 2);
-        isa.consistency({x.get(), y.get(), g.get(), strength.get(), result.get(), other.get(), d, size, type}, 2);
     }
+    isa.consistency_vjp({x.get(), y.get(), g.get(), strength.get(), result.get(), other.get(), gradient.get(), size, type}, 2);
 }
 
 // A dense image, in planes or channels-last.

@@ -15,7 +15,7 @@
     void couple(const Couple&, int);          \
     void couple_vjp(const CoupleVjp&, int);   \
     void shrink(const Shrink&, int);          \
-    void consistency(const Consistency&, int); \
+    void consistency_vjp(const Consistency&, int); \
     void compose(const Compose&, int);        \
     void compose_vjp(const ComposeVjp&, int); \
     }
@@ -29,7 +29,7 @@
     void network_replay(const NetworkReplay&, int);                   \
     }
 #define ENTRY(name, isa, supported, preferred, network) \
-    {name, supported, preferred, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency, \
+    {name, supported, preferred, isa::mix, isa::mix_vjp, isa::couple, isa::couple_vjp, isa::shrink, isa::consistency_vjp, \
      isa::compose, isa::compose_vjp, network}
 
 DECLARE(baseline)

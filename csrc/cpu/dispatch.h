@@ -23,7 +23,7 @@ struct InstructionSet {
     void (*couple)(const Couple&, int threads);
     void (*couple_vjp)(const CoupleVjp&, int threads);
     void (*shrink)(const Shrink&, int threads);
-    void (*consistency)(const Consistency&, int threads);
+    void (*consistency_vjp)(const Consistency&, int threads);
     void (*compose)(const Compose&, int threads);
     void (*compose_vjp)(const ComposeVjp&, int threads);
     const NetworkLoops* network;  // null where PyTorch's convolutions serve

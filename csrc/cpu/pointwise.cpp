@@ -65,17 +65,12 @@ void shrink(const Shrink& m, int threads) {
     });
 }
 
-void consistency(const Consistency& m, int threads) {
+void consistency_vjp(const Consistency& m, int threads) {
     with_type(m.type, [&](auto zero) {
         using T = decltype(zero);
         const T mu = *static_cast<const T*>(m.mu);
         const T *x = static_cast<const T*>(m.x), *y = static_cast<const T*>(m.y), *g = static_cast<const T*>(m.g);
         T *result = static_cast<T*>(m.result), *dy = static_cast<T*>(m.dy);
-        if (!m.dmu) {
-            return blockwise(threads, m.size, [=](int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; i++) result[i] = x[i] - mu * (x[i] - y[i]);
-            });
-        }
         const double sum = sum_blockwise(threads, m.size, [=](int64_t begin, int64_t end) {
             double sum = 0;
 #pragma omp simd reduction(+ : sum)
