@@ -34,6 +34,8 @@ def probe() -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if 10 * major + minor < oldest:
         return f"the GPU has compute capability {major}.{minor}; the kernels were built for {built['cuda']} and later"
+    if why := _native().runtime_error():
+        return f"the CUDA runtime that the extension was built with finds no device, though torch's does: {why}"
     return None
 
 

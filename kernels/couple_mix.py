@@ -7,10 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern.kernels.case import Case
-from flowkern.kernels.couple import NETWORK_TYPES
+from flowkern.kernels.couple import NETWORK_TYPES, couple
 from flowkern.kernels.formulas import scale_terms
 from flowkern.kernels.launch import cover, on_device_of
-from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, columns, usual
+from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, channel_mix, columns, usual
 from flowkern.layout import channels_last, check_alike, empty_channels_last
 from flowkern.reference import SCALES
 
@@ -83,9 +83,16 @@ def warps(channels: int) -> int:
     return 4 if channels <= 64 else 8
 
 
+# With more, a block of all output channels and its products is larger than shared memory.
+MOST_CHANNELS = 512
+
+
 def _run(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float, inverse: bool):
     check_alike("mix_couple" if inverse else "couple_mix", x, matrix, offset, h=h)
     n, c, height, width = x.shape
+    if c > MOST_CHANNELS:
+        x, logdet = couple(x, h, scale, alpha, inverse)
+        return channel_mix(x, matrix, offset, inverse), logdet
     pixels = height * width
     block, tiles = _blocks(pixels, c)
     x, h, offset, y = channels_last(x), channels_last(h), offset.contiguous(), empty_channels_last(x)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flowkern import reference
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.layout import channels_last, check_alike, empty_channels_last
@@ -60,10 +61,16 @@ def warps(channels: int) -> int:
     return 4 if 64 < channels <= 128 else 8
 
 
+# With more, a block of all output channels is larger than shared memory.
+MOST_CHANNELS = 1024
+
+
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool = False) -> Tensor:
     """As the reference; without an offset, the product alone."""
     check_alike("channel_mix", x, matrix, *(() if offset is None else (offset,)))
     n, c, height, width = x.shape
+    if c > MOST_CHANNELS:
+        return reference.channel_mix(x, matrix, matrix.new_zeros(c) if offset is None else offset, inverse)
     x, y = channels_last(x), empty_channels_last(x)
     pixels = n * height * width
     if pixels:

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import cover, on_device_of
-from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, block_pixels, columns, usual, warps
+from flowkern.kernels.mix import (
+    DEPTH,
+    MOST_CHANNELS,
+    REPRESENTATIVE,
+    block_pixels,
+    channel_mix,
+    columns,
+    usual,
+    warps,
+)
 
 
 @triton.jit
@@ -59,6 +68,8 @@ def squeeze_mix(blocks: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     """
     n, _, _, _, height, width = blocks.shape
     c = len(offset)
+    if c > MOST_CHANNELS:
+        return channel_mix(blocks.flatten(1, 3), matrix, offset)
     y = blocks.new_empty((n, height, width, c)).permute(0, 3, 1, 2)
     pixels = n * height * width
     if pixels:

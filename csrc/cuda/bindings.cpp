@@ -146,9 +146,17 @@ void compose_vjp(int device, Pointer stream, int type, int64_t steps, int64_t ch
                                    queue(device, stream)));
 }
 
+// Why the runtime that is linked in finds no device: it need not be of the version that torch has.
+std::string runtime_error() {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 }  // namespace
 
 void bind_cuda(py::module_ module) {
+    module.def("runtime_error", &runtime_error, "Why the CUDA runtime finds no device; empty where it does.");
     module.def("mix", &mix);
     module.def("mix_vjp", &mix_vjp);
     module.def("mix_vjp_workspace", &mix_vjp_workspace, "Bytes of scratch memory that mix_vjp needs.");

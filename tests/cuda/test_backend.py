@@ -1,6 +1,7 @@
 """The Python side of the backend: what it refuses before a launch, and how a failed launch reads."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,5 +86,18 @@ def test_extension_runs_its_cpu_part_without_a_driver():
     assert torch.equal(flowkern.cpp.channel_mix(x, matrix, offset), x)
     from flowkern import _C
 
+    assert _C.cuda.runtime_error()
     with pytest.raises(RuntimeError, match="cudaError(InsufficientDriver|NoDevice|StubLibrary|InitializationError)"):
         _C.cuda.mix(0, 0, 0, 4, 2, False, x.data_ptr(), matrix.data_ptr(), 2, 1, offset.data_ptr(), x.data_ptr())
+
+
+def test_a_runtime_that_finds_no_device_where_torch_finds_one_is_told(monkeypatch):
+    """The extension's own, of another version than torch's, under a driver that is too old for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(flowkern.cpp, "build_config", lambda: {"cuda": "80 90"})
+    monkeypatch.setattr(cuda, "_native", lambda: SimpleNamespace(runtime_error=lambda: "driver is too old"))
+    assert "built with finds no device, though torch's does: driver is too old" in cuda.probe.__wrapped__()
+    monkeypatch.setattr(cuda, "_native", lambda: SimpleNamespace(runtime_error=lambda: ""))
+    assert cuda.probe.__wrapped__() is None

@@ -42,6 +42,23 @@ def test_default_configurations_spill_nothing(compiled):
     assert [c for c in compiled if c["default"] and c["stack"]] == []
 
 
+def test_the_most_channels_fit():
+    told = python(
+        "-c",
+        """
+import dataclasses, importlib
+from flowkern.kernels import aot
+for name in ("couple_mix", "mix", "squeeze"):
+    module = importlib.import_module(f"flowkern.kernels.{name}")
+    case, most = next(iter(module.cases())), module.MOST_CHANNELS
+    pixels = 16 if name == "couple_mix" else module.block_pixels(most)
+    sizes = case.constexprs | {"C": most, "OUT": most, "PIXELS": pixels}
+    print(aot.compile_case(dataclasses.replace(case, constexprs=sizes, num_warps=8, integers={}), 80).fits)
+""",
+    )
+    assert told.split() == ["True"] * 3
+
+
 def test_no_copy_overtakes_a_product(compiled):
     assert [c for c in compiled if c["overwritten"]] == []
 

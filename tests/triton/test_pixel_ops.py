@@ -28,6 +28,11 @@ def test_many_channels(op):
     compare(KERNELS, op, "fp32", 1.0, WIDE[:1] if op == "mix_vjp" else WIDE)
 
 
+@pytest.mark.parametrize("op, channels", [("channel_mix", 1028), ("couple_mix", 516), ("mix_couple", 516)])
+def test_more_channels_than_a_block_has_room_for(op, channels):
+    compare(KERNELS, op, "fp32", 1.0, ((1, channels, 1, 2),))
+
+
 @pytest.mark.parametrize("op", [op for op in backends.OPS if op not in ("channel_mix", "shrink", "data_consistency")])
 def test_sums_over_many_pixels(op):
     compare(KERNELS, op, "fp32", 1.0, MANY_PIXELS)
