@@ -1,6 +1,5 @@
 """Measures what is done with models: one group of rows, taking turns, with memory and errors on the same rows."""
 
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -72,7 +71,7 @@ class Family:
 
     def measure(self, work_name: str, rounds: int) -> dict:
         """The group of one work."""
-        work, setup, load = WORKS[work_name], self.setup, os.getloadavg()[0]
+        work, setup = WORKS[work_name], self.setup
         rows = {row: self._row(row) for row, c in self.contenders.items() if c.does(work_name, self._full)}
         calls = {}
         for row, model in ((row, self.models[row]) for row in rows if row in self.models):
@@ -109,7 +108,7 @@ class Family:
             rows[row]["per second"] = setup.batch / rows[row]["median"]
         group = {"what": work.what, "work": work_name, "family": self.name, "setup": vars(setup), "rounds": rounds,
                  "product flops per second": {p: summary(found)["median"] for p, found in rates.items()},
-                 "load before": load, "rows": list(rows.values())}
+                 "rows": list(rows.values())}
         judge(group["rows"], self._wrong, work.trains)
         compare(group)
         return group

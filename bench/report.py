@@ -125,8 +125,8 @@ def machines_table(folder: Path) -> str:
                  if "unavailable" not in r}
         ratios = [found.get(shown, "–") for shown in SHOWN.values()]
         about = figures["environment"]
-        loads = [figures.get("load before", 0), *(g.get("load before", 0) for g in figures["groups"].values())]
-        lines.append([name + "\\*" * (max(loads) >= about["threads"]), *ratios, about["commit"][:7]])
+        busy = figures.get("load before", 0) >= about["threads"]
+        lines.append([name + "\\*" * busy, *ratios, about["commit"][:7]])
     return markdown(["machine", *SHOWN, "commit"], lines)
 
 
