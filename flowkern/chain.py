@@ -393,12 +393,13 @@ def _by_formulas(memory, inputs, networks, g, glogdet, reverse, scale, alpha):
         aliases = {id(t): t.view_as(t) for t in inputs}
         x, matrix, offset, *rest = (aliases[id(t)] for t in inputs)
         outputs = reference_chain(x, matrix, offset, networks(rest), reverse, scale, alpha)
-        # A log-determinant of constants has no graph.
+        # What is made of constants has no graph.
         pairs = [(out, d) for out, d in zip(outputs, (g, glogdet), strict=True) if out.requires_grad]
-        outputs, gradients = zip(*pairs, strict=True)
-        wanted = {i: alias for i, alias in aliases.items() if alias.requires_grad}
-        found = torch.autograd.grad(outputs, [*wanted.values()], gradients, create_graph=graph, allow_unused=True)
-    found = dict(zip(wanted, found, strict=True))
+        wanted, found = {i: alias for i, alias in aliases.items() if alias.requires_grad}, {}
+        if pairs:
+            outputs, gradients = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, [*wanted.values()], gradients, create_graph=graph, allow_unused=True)
+            found = dict(zip(wanted, found, strict=True))
     dx, dmatrix, doffset, *others = (found.pop(id(t), None) for t in inputs)
     return dx, dmatrix, doffset, None, None, *others
 

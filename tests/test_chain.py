@@ -167,6 +167,10 @@ def test_a_network_whose_output_is_a_constant(memory):
     if memory == "store":
         again = torch.autograd.grad(glow.log_prob(x).sum(), x, create_graph=True)[0]
         assert relative(again, wanted[0]) < 1e-9
+        # With a parameter that nothing is made of, there is a backward pass of nothing.
+        unused = glow.requires_grad_(False).levels[0].steps[0].coupling.net.unused = torch.nn.Parameter(torch.ones(1))
+        out = glow.log_prob(x.detach()).sum()
+        assert torch.autograd.grad(out, unused, create_graph=True, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize(
