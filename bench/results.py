@@ -17,6 +17,7 @@ from flowkern import cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
+CHANGED = " with changes"       # after a commit, where files were not as they are in it
 
 
 def environment() -> dict:
@@ -35,10 +36,12 @@ def environment() -> dict:
 
 
 def same(found: dict, figures: dict) -> bool:
-    """Whether stored figures were measured as these are: on the same code, with the same versions, to the same end."""
-    kept = found.get("environment", {})
-    now = _readable(environment())
-    return found.get("full") == figures.get("full") and all(kept.get(k) == v for k, v in now.items() if k != "date")
+    """Whether stored figures were measured as these are: on the same code, with the same versions, to the same end. Of
+    code with changes nobody knows.
+    """
+    kept, now = found.get("environment", {}), _readable(environment())
+    alike = all(kept.get(k) == v for k, v in now.items() if k != "date")
+    return alike and not now["commit"].endswith(CHANGED) and found.get("full") == figures.get("full")
 
 
 def write(name: str, figures: dict, folder: Path = RESULTS) -> Path:
@@ -105,4 +108,4 @@ def _commit() -> str:
 
     measured = "flowkern", "csrc", "bench", "setup.py", ":!bench/results"
     changed = git("status", "--porcelain", "--untracked-files=no", "--", *measured)
-    return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "") or "unknown"
+    return git("rev-parse", "--short=12", "HEAD") + (CHANGED if changed else "") or "unknown"

@@ -390,11 +390,15 @@ def test_some_groups_do_not_take_the_place_of_all_of_another_commit(tmp_path, mo
         return {p.name: sorted(json.loads(p.read_text())["groups"]) for p in tmp_path.glob("*.json")}
 
     whole, partial = f"{name}-ops.json", f"{name}-ops-partial.json"
+    monkeypatch.setattr(results, "_commit", lambda: "one")
     assert measured("a") == {whole: ["a"]} and measured("b") == {whole: ["a", "b"]}
     monkeypatch.setattr(results, "_commit", lambda: "another")
     assert measured("b") == {whole: ["a", "b"], partial: ["b"]}
     assert json.loads((tmp_path / whole).read_text())["environment"]["commit"] != "another"
     assert measured("a") == {whole: ["a", "b"]}
+    assert measured("a") == {whole: ["a", "b"]}
+    monkeypatch.setattr(results, "_commit", lambda: "another with changes")
+    assert measured("a") == {whole: ["a", "b"], partial: ["a"]} and measured("b") == {whole: ["a", "b"], partial: ["b"]}
     stored = json.loads((tmp_path / whole).read_text())
     assert stored["environment"]["commit"] == "another" and {g["at"] for g in stored["groups"].values()} == {"another"}
 
