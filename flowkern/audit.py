@@ -19,7 +19,7 @@ from flowkern.backend import use_backend
 from flowkern.glow import Glow
 from flowkern.layers import run_steps
 from flowkern.mix import compose
-from flowkern.replay import fixed
+from flowkern.replay import evaluating
 
 # Beyond these a level is worth a word. A gradient off by 1 % is still far below the noise of a minibatch.
 DRIFT_LIMIT = 1e-2
@@ -94,7 +94,7 @@ def _audit(glow: Glow, x: Tensor) -> Audit:
     recomputed = _gradients(own, x)
     own.memory_budget, own.memory = None, "checkpoint"
     stored = _gradients(own, x)
-    with fixed(glow):
+    with evaluating(glow):
         states = [(level, x, _drift(glow, level, x), _smallest_scale(level.steps, x)) for level, x in _states(glow, x)]
     own.compute_dtype, own.backend = None, "auto"   # not every backend computes in double precision
     with use_backend("auto"):
@@ -116,7 +116,7 @@ def drift(glow: Glow, x: Tensor) -> list[float]:
     x (N, C, H, W). What a level rebuilds in backward drifts by this much when `anchor_every` is None.
     """
     x = _check(glow, x)
-    with fixed(glow):
+    with evaluating(glow):
         return [_drift(glow, level, state) for level, state in _states(glow, x)]
 
 

@@ -41,7 +41,7 @@ def _recomputed(step: Callable, operator, x: Tensor, y: Tensor, weight: Tensor) 
     """step(operator, x, y, weight), computed again in backward; ordinary autograd for operators that may not do the
     same twice, and where torch.compile or torch.func would have to see through the recomputation.
     """
-    if not _is_pure(operator) or not torch.is_grad_enabled() or transforms.is_traced():
+    if not is_pure(operator) or not torch.is_grad_enabled() or transforms.is_traced():
         return step(operator, x, y, weight)
     applied = Applied(partial(step, operator), [operator])
     tensors = dict(applied.named_parameters()) | dict(applied.named_buffers())
@@ -53,7 +53,7 @@ def _recomputed(step: Callable, operator, x: Tensor, y: Tensor, weight: Tensor) 
     return checkpoint(run, x, y, weight, *tensors.values(), use_reentrant=False, preserve_rng_state=False)
 
 
-def _is_pure(operator) -> bool:
+def is_pure(operator) -> bool:
     """Whether an operator, and all that it is composed of, is of a kind that does the same when it is run again."""
     known = OPERATORS.get(type(operator).__name__) is type(operator)
-    return known and all(map(_is_pure, getattr(operator, "operators", ())))
+    return known and all(map(is_pure, getattr(operator, "operators", ())))

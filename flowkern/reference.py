@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowkern.layout import channels_last_outside_vmap as channels_last
+from flowkern.layout import in_order_of
 
 SCALES = ("softclamp", "sigmoid", "additive")
 
@@ -180,7 +181,7 @@ def shrink(z: Tensor, lam: Tensor) -> Tensor:
 
 def shrink_vjp(z: Tensor, g: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `shrink` with respect to z and lam (a scalar)."""
-    dz = g / (1 + lam)
+    dz = in_order_of(g, z) / (1 + lam)
     return dz, -(dz * z).sum() / (1 + lam)
 
 
@@ -193,6 +194,7 @@ def data_consistency(x: Tensor, y: Tensor, mu: Tensor) -> Tensor:
 
 def data_consistency_vjp(x: Tensor, y: Tensor, g: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `data_consistency` with respect to x, y and mu (a scalar)."""
+    g = in_order_of(g, x)
     return (1 - mu) * g, mu * g, -(g * (x - y)).sum()
 
 

@@ -84,18 +84,29 @@ class Replay:
 
 
 @contextlib.contextmanager
-def fixed(module: nn.Module) -> Iterator[None]:
-    """The module as a fixed function: no gradients for its parameters, no dropout, no running statistics."""
-    parameters = [(p, p.requires_grad) for p in module.parameters()]
-    modules = [(m, m.training) for m in module.modules()]
-    module.requires_grad_(False).eval()
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation mode: no dropout, no running statistics."""
+    training = [m for m in module.modules() if m.training]
     try:
+        module.eval()
         yield
     finally:
-        for parameter, flag in parameters:
-            parameter.requires_grad_(flag)
-        for m, training in modules:
-            m.training = training
+        for m in training:
+            m.training = True
+
+
+@contextlib.contextmanager
+def fixed(module: nn.Module) -> Iterator[None]:
+    """The same, with no gradients for its parameters."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    with evaluating(module):
+        try:
+            for p in trained:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in trained:
+                p.requires_grad_(True)
 
 
 class Applied(nn.Module):

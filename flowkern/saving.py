@@ -76,10 +76,12 @@ def fill(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
 
 def _check_plain(module: nn.Module, config: dict) -> None:
     for name, part in module.named_modules():
-        # Networks of one's own are made by their owner, parametrizations and all.
-        own = config.get("network") == "custom" and ".coupling.net" in name
         pruned = any(isinstance(hook, BasePruningMethod) for hook in part._forward_pre_hooks.values())
-        if not own and (pruned or is_parametrized(part)):
+        changed = is_parametrized(part)
+        made_by = type(part).__mro__[changed].__module__  # a parametrized module is of a class derived from its own
+        # Networks and operators of one's own are made by their owner, parametrizations and all.
+        own = config.get("network") == "custom" and ".coupling.net" in name or not made_by.startswith("flowkern.")
+        if not own and (pruned or changed):
             what, undo = "pruned", "prune.remove"
             if not pruned:
                 what, undo = "parametrized", "parametrize.remove_parametrizations"

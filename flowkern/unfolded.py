@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowkern import folds, saving, transforms
 from flowkern.checks import per_image
-from flowkern.consistency import exact_step, gradient_step
+from flowkern.consistency import exact_step, gradient_step, is_pure
 from flowkern.layout import in_order_of
 from flowkern.operators import Identity, Operator, least_variation, smoothest
 from flowkern.operators import from_config as operator_from_config
@@ -185,8 +185,9 @@ class Unfolded(nn.Module):
         fold = partial(self._fold, operator=operator, return_log_prob=return_log_prob)
         weights = self.mu if self.raw_rho is None else self.raw_rho
         if self.kept_images is not None and torch.is_grad_enabled() and not transforms.is_traced():
-            fixed = _modules_of(operator)
-            modules = [[prox, *fixed] for prox in self.proxes]
+            own = _modules_of(operator)
+            modules = [[prox, *own] for prox in self.proxes]
+            fixed = own if is_pure(operator) else []
             shared = [y, weights] if scale is None else [y, weights, torch.as_tensor(scale).to(weights)]
             x, log_probs = folds.unfold(fold, modules, x, *shared, kept=self.kept_images, fixed=fixed)
         else:
@@ -328,14 +329,25 @@ def _modules_of(operator) -> list[nn.Module]:
     so.
     """
     modules = [*operator.modules()] if isinstance(operator, nn.Module) else [operator]
-    for part in (*modules, *(inner for module in modules for inner in getattr(module, "operators", ()))):
-        held = [name for name, t in getattr(part, "__dict__", {}).items() if isinstance(t, Tensor) and t.requires_grad]
+    # Buffers of what is not known to leave them alone are those of now, without gradients.
+    places = ("__dict__",) if is_pure(operator) else ("__dict__", "_buffers")
+    for part in (*modules, *(inner for module in modules for inner in _inner_operators(module))):
+        # Weight norm and pruning put what they make of their parameters beside them.
+        names, ends = getattr(part, "_parameters", {}), ("_g", "_v", "_orig")
+        made = {name.removesuffix(end) for name in names for end in ends if name.endswith(end)}
+        tensors = {name: t for place in places for name, t in getattr(part, place, {}).items() if name not in made}
+        held = [name for name, t in tensors.items() if isinstance(t, Tensor) and t.requires_grad]
         if held:
             raise ValueError(
-                "with kept_images, what an operator learns must be a parameter or buffer of an nn.Module; "
-                f"{type(part).__name__} has a {held[0]} that requires a gradient and is neither"
+                "with kept_images, what an operator learns must be a parameter of an nn.Module; "
+                f"{type(part).__name__} has a {held[0]} that requires a gradient and is none"
             )
     return [operator] if isinstance(operator, nn.Module) else []
+
+
+def _inner_operators(module) -> Sequence:
+    found = getattr(module, "operators", ())
+    return found if isinstance(found, list | tuple) else ()
 
 
 def _norm(operator, prox: nn.Module) -> float:

@@ -12,7 +12,7 @@ _ALLOCATION = re.compile(r"(%[\w#]+)(?::\d+)? = ttg\.local_alloc : \(\) -> !ttg\
 _VIEW = re.compile(r"(%\w+) = ttg\.memdesc_(?:index|trans|reinterpret|subslice) (%\w+)")
 _COPY = re.compile(r"async_copy_global_to_local %\w+, (%\w+)")
 _PRODUCT = re.compile(r"(%\w+) = ttng\.warp_group_dot (%\w+), (%\w+), .*isAsync = true")
-_WAIT = re.compile(r"= ttng\.warp_group_dot_wait (%\w+).*pendings = (\d+)")
+_WAIT = re.compile(r"= ttng\.warp_group_dot_wait (.*)pendings = (\d+)")
 
 
 def overwritten(ttgir: str) -> list[str]:
@@ -29,7 +29,7 @@ def overwritten(ttgir: str) -> list[str]:
         elif found := _PRODUCT.search(line):
             products.append((i, *found.groups()))
         elif found := _WAIT.search(line):
-            pending[found[1]] = int(found[2])
+            pending |= dict.fromkeys(re.findall(r"%\w+", found[1]), int(found[2]))
     short = set()
     for i, result, *operands in products:
         loop = max((j for j in range(i) if "scf.for" in lines[j]), default=None)

@@ -157,6 +157,13 @@ def test_a_glow_in_training_mode_is_measured_as_a_fixed_function_and_left_alone(
     assert all(torch.equal(before[name], value) for name, value in glow.state_dict().items())
 
 
+def test_a_glow_of_inference_mode():
+    with torch.inference_mode():
+        glow, x = flowkern.Glow((1, 8, 8), levels=2, depth=1, hidden=4), torch.rand(4, 1, 8, 8)
+        glow.initialize(x)
+    assert max(drift(glow, x)) < DRIFT_LIMIT and glow.training
+
+
 def test_images_of_nothing_but_zeros_are_no_reason_for_concern(glow):
     glow.shift = 0.5
     grey = torch.full((2, 3, 16, 16), 0.5)

@@ -143,6 +143,24 @@ def test_a_small_rho_costs_no_digits_in_single_precision(operator, rho):
         torch.testing.assert_close(slope, exact_slope, rtol=1e-3, atol=1e-4)
 
 
+def test_a_subclass_with_a_solver_of_its_own_is_asked_for_it():
+    class Twice(RandomProjection):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+        def adjoint(self, y):
+            return 2 * super().adjoint(y)
+
+        def normal_inverse(self, b, rho):
+            measured = self.adjoint(self.forward(b)) / 4
+            return measured / (4 + rho) + (b - measured) / rho
+
+    operator, x = Twice((3, 8, 8), 0.25), images()
+    y = torch.rand(2, 48, dtype=torch.float64)
+    v = exact_consistency(operator, x, y, 0.3)
+    torch.testing.assert_close(operator.adjoint(operator.forward(v) - y), 0.3 * (x - v))
+
+
 def test_a_subclass_of_the_identity_is_asked_itself():
     class Half(Identity):
         def forward(self, x):

@@ -108,6 +108,15 @@ def test_compiled_whole_with_every_kind_of_prior(method):
         torch.testing.assert_close(a, b)
 
 
+def test_layers_are_initialised_where_there_are_no_values_to_look_at():
+    """Compiled whole, and on the meta device."""
+    x = torch.randn(2, 4, 3, 3)
+    for layer in (ActNorm(4), InvertibleConv1x1(4)):
+        plain = copy.deepcopy(layer)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), plain(x))
+    assert ActNorm(4).to("meta").initialize(x.to("meta")).shape == x.shape
+
+
 def test_compiled_around_networks_of_ones_own():
     """Those of a conditioned Glow stay outside of the graph; numbers and gradients are the same."""
     glow, x = flowkern.Glow(SIZE, levels=1, depth=2, hidden=4, context_channels=3), images()

@@ -231,6 +231,42 @@ def test_glows_whose_networks_are_evaluated_by_pytorch(options, memory):
     check_same(net, torch.rand(2, 3, 8, 8, dtype=torch.float64), kept=(1, 2))
 
 
+class Counting(nn.Module):
+    """An operator of one's own that writes its buffers: how often it was used, and statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.9, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+        self.batch_norm = nn.BatchNorm2d(3).double()
+
+    def forward(self, x):
+        self.calls += 1
+        return self.batch_norm(x) * self.gain / (1 + 0.1 * self.calls)
+
+    def adjoint(self, y):
+        return y * self.gain
+
+
+def test_an_operator_that_writes_its_buffers_is_replayed():
+    y, found = torch.rand(2, 3, 8, 8, dtype=torch.float64), []
+    for kept in (None, 1, 2):
+        net = make_net(folds=3, operator=Counting(), kept_images=kept, init=lambda y: y)
+        net(y).square().sum().backward()
+        found.append([*(p.grad for p in net.parameters()), *net.operator.buffers()])
+    for others in found[1:]:
+        for a, b in zip(others, found[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_operator_with_weight_norm_is_trained():
+    operator = nn.Sequential(torch.nn.utils.weight_norm(nn.Conv2d(3, 3, 3, padding=1).double()))
+    operator.adjoint = lambda y: y
+    net = make_net(folds=2, operator=operator, init=lambda y: y)
+    check_same(net, torch.rand(2, 3, 8, 8, dtype=torch.float64), kept=(1,))
+
+
 def test_within_checkpointing():
     net, y = make_net(folds=3, kept_images=1), torch.rand(1, 3, 8, 8, dtype=torch.float64, requires_grad=True)
     wanted = torch.autograd.grad(net(y).square().sum(), [y, *net.parameters()])
@@ -248,10 +284,15 @@ def test_what_it_can_t_do_is_said():
         torch.autograd.grad(net(y), y, torch.rand(2, 1, 3, 8, 8, dtype=torch.float64), is_grads_batched=True)
     operator = MEASUREMENTS["own"]()
     operator.gain = torch.ones((), requires_grad=True)
-    with pytest.raises(ValueError, match="must be a parameter or buffer of an nn.Module; Bands has a gain that"):
+    with pytest.raises(ValueError, match="must be a parameter of an nn.Module; Bands has a gain that requires"):
         net(operator.forward(y), operator=operator)
+    buffered = nn.Module()
+    buffered.register_buffer("gain", torch.ones((), requires_grad=True))
+    buffered.forward, buffered.adjoint = operator.forward, operator.adjoint
+    with pytest.raises(ValueError, match="must be a parameter of an nn.Module; Module has a gain that requires"):
+        net(operator.forward(y), operator=buffered)
     for hidden in (Compose(operator), Compose(operator, Blur(torch.ones(1, 1)))):
-        with pytest.raises(ValueError, match="must be a parameter or buffer of an nn.Module; Bands has a gain that"):
+        with pytest.raises(ValueError, match="must be a parameter of an nn.Module; Bands has a gain that requires"):
             net(operator.forward(y), operator=hidden)
     for wrong in (0, True, 1.0, "all"):
         with pytest.raises(ValueError, match="kept_images must be an int >= 1 or None, got"):

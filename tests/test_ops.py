@@ -132,6 +132,17 @@ def test_second_derivatives(scale, inverse):
         assert torch.autograd.gradgradcheck(op, (x, h, matrix, offset))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_gradients_are_laid_out_as_the_fake_kernels_promise(backend):
+    """However the gradient that comes in lies in memory: compiled code takes strides for granted."""
+    if flowkern.backends()[backend] is not True:
+        pytest.skip(flowkern.backends()[backend])
+    z, other = state(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    for op, args in (("shrink_vjp", (z, other, torch.tensor(0.3))),
+                     ("data_consistency_vjp", (z, z + 1, other, torch.tensor(0.3)))):
+        torch.library.opcheck(getattr(torch.ops.flowkern, op).default, (*args, backend), test_utils="test_faketensor")
+
+
 def test_second_derivatives_of_a_folds_steps():
     x, y = (state(1, 4, 2, 2, dtype=torch.float64, grad=True) for _ in range(2))
     for shape in ((), (1,)):

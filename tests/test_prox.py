@@ -22,7 +22,7 @@ def test_factors_of_lambda(memory):
     for scale, message in (
         (-1, "scale must be a number >= 0, .* got -1"),
         ("2", "scale must be a number >= 0, .* got '2'"),
-        (torch.rand(4), r"scale must hold one number or one for each of 3 images, got \(4,\)"),
+        (torch.rand(4), r"scale must hold one number or one for each of the 3 images, got \(4,\)"),
         (torch.tensor([1, -1, 1]), "scale must be >= 0, got a tensor with a number that is not"),
     ):
         with pytest.raises(ValueError, match=message):

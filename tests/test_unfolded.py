@@ -494,7 +494,7 @@ def aware(prox, sigma):
         (lambda p: aware(p, -0.1), ValueError, "sigma must be a number >= 0, .* got -0.1"),
         (lambda p: aware(p, "low"), ValueError, "sigma must be a number >= 0, .* got 'low'"),
         (lambda p: aware(p, math.inf), ValueError, "sigma must be a number >= 0, .* got inf"),
-        (lambda p: aware(p, torch.ones(3)), ValueError, r"one for each of 2 images, got \(3,\)"),
+        (lambda p: aware(p, torch.ones(3)), ValueError, r"one for each of the 2 images, got \(3,\)"),
         (lambda p: aware(p, torch.tensor([0.1, -1])), ValueError, "sigma must be >= 0, got a tensor"),
         (lambda p: aware(p, torch.tensor(math.nan)), ValueError, "sigma must be >= 0, got a tensor"),
         (lambda p: flowkern.GlowProx(nn.Identity()), TypeError, "glow must be a flowkern.Glow, got Identity"),

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from unfolded_cases import EXACT, MEASUREMENTS, Mask, make_glow, make_net, measured
 
 import flowkern
@@ -96,6 +97,29 @@ def test_a_registered_operator_of_ones_own_is_saved(monkeypatch, tmp_path):
     monkeypatch.delitem(OPERATORS, "Negative")
     with pytest.raises(ValueError, match="configuration has a 'kind' among .* got 'Negative'"):
         flowkern.Unfolded.from_pretrained(tmp_path)
+
+
+def test_an_operator_of_ones_own_may_be_parametrized(monkeypatch, tmp_path):
+    """Its class makes it so again."""
+
+    class Learned(Operator):
+        def __init__(self):
+            super().__init__()
+            self.inside = parametrizations.weight_norm(nn.Conv2d(3, 3, 1, bias=False))
+
+        def forward(self, x):
+            return self.inside(x)
+
+        adjoint = forward
+
+        @classmethod
+        def from_config(cls, config):
+            return cls()
+
+    monkeypatch.setitem(OPERATORS, "Learned", Learned)
+    net, y = make_net(dtype=torch.float32, operator=Learned()), torch.rand(2, 3, 8, 8)
+    net.save_pretrained(tmp_path)
+    assert torch.equal(flowkern.Unfolded.from_pretrained(tmp_path)(y), net(y))
 
 
 def test_folders_from_before_there_were_operators(tmp_path):

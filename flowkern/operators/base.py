@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from flowkern import transforms
+from flowkern.checks import per_image
 
 # By class name, filled by the package. A subclass of one's own that is added here is saved and loaded like the others.
 OPERATORS: dict[str, type["Operator"]] = {}
@@ -98,17 +98,30 @@ def from_config(config: dict) -> Operator:
 def exact_consistency(operator, x: Tensor, y: Tensor, rho: float | Tensor) -> Tensor:
     """The image v that minimises `||A v - y||^2 + rho ||v - x||^2`, which is `(A^T A + rho I)^-1 (A^T y + rho x)`.
 
-    operator: one with `prox` or, without that, with `normal_inverse`. x: images (N, C, H, W). y: their measurements.
+    operator: one with `prox` or `normal_inverse`; of a class's and its subclass's, the subclass's serves. x: images
+    (N, C, H, W). y: their measurements.
     rho: as in `normal_inverse`. The result (N, C, H, W) is differentiable in x, y and rho.
 
     Raises TypeError for an operator with neither, ValueError for a rho that is not positive.
     """
     check_exact(operator)
     factor = per_image_rho(rho, x)
-    if callable(getattr(operator, "prox", None)):
+    if _by_prox(operator):
         return operator.prox(x, y, factor)
     # From the residual: (A^T A + rho I)^-1 (A^T y + rho x), which is the same, divides what cancels by a small rho.
     return x + operator.normal_inverse(operator.adjoint(residual(operator, x, y)), rho)
+
+
+def _by_prox(operator) -> bool:
+    """Whether its `prox` is to be asked rather than its `normal_inverse`: one that was not written for less than it."""
+    if not callable(getattr(operator, "prox", None)):
+        return False
+    for owner in type(operator).__mro__:
+        if "prox" in vars(owner):
+            return True
+        if "normal_inverse" in vars(owner):
+            return False
+    return not callable(getattr(operator, "normal_inverse", None))
 
 
 def residual(operator, x: Tensor, y: Tensor) -> Tensor:
@@ -121,17 +134,9 @@ def residual(operator, x: Tensor, y: Tensor) -> Tensor:
 
 def per_image_rho(rho: float | Tensor, b: Tensor) -> float | Tensor:
     """rho as a factor of the images b, once it is known to be positive and of a shape that fits."""
+    rho = per_image(rho, "rho", len(b), positive=True)
     if not isinstance(rho, Tensor):
-        if isinstance(rho, bool) or not isinstance(rho, int | float) or not 0 < rho < math.inf:
-            raise ValueError(f"rho must be a positive number, or a tensor of one or of one an image, got {rho!r}")
         return rho
-    rho = rho[0] if rho.shape == (1,) else rho
-    if tuple(rho.shape) not in ((), (len(b),)):
-        raise ValueError(f"rho must hold one number or one for each of the {len(b)} images, got {tuple(rho.shape)}")
-    # On a GPU looking at the values would wait for it; traced, there are none yet.
-    traced = torch.compiler.is_compiling() or transforms.batched_or_forward()
-    if rho.device.type == "cpu" and not traced and not bool((rho > 0).all()):
-        raise ValueError("rho must be positive, got a tensor with a number that is not")
     return rho.to(b).reshape([rho.numel()] + [1] * (b.ndim - 1))
 
 
