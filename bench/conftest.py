@@ -63,11 +63,11 @@ class Book:
         whole, partial = (f"{results.machine()}-{topic}{end}" for end in ("", "-partial"))
         stored = {name: json.loads(path.read_text()) if (path := self._folder / f"{name}.json").exists() else None
                   for name in (whole, partial)}
-        for found in stored.values():
-            if found is not None and results.same(found, self._about):
-                groups = found["groups"] | groups
+        alike = [name for name, found in stored.items() if found is not None and results.same(found, self._about)]
+        for name in alike:
+            groups = stored[name]["groups"] | groups
         groups = {name: groups[name] for name in every if name in groups}
-        replaces = stored[whole] is None or results.same(stored[whole], self._about) or len(groups) == len(every)
+        replaces = stored[whole] is None or whole in alike or len(groups) == len(every)
         self.written.add(results.write(whole if replaces else partial, self._about | {"groups": groups}, self._folder))
         if replaces:
             (self._folder / f"{partial}.json").unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def environment() -> dict:
             "instruction set": torch.backends.cpu.get_cpu_capability(), "machine": machine(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
             "backends": flowkern.backends(), "versions": versions, "commit": _commit(),
-            "date": datetime.now(UTC).date().isoformat()}
+            "date": datetime.now(timezone.utc).date().isoformat()}
 
 
 def same(found: dict, figures: dict) -> bool:

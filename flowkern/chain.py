@@ -14,7 +14,6 @@ The three give the same gradients, up to the rounding of the inversion, which `f
 After Gomez et al. 2017 (arXiv:1707.04585) and the contract of InvertibleNetworks.jl.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
@@ -327,13 +326,11 @@ class _LocalChain(Function):
         nets = ctx.nets
         if ops.wants_formulas():
             nets.check_parameters()
-            given = [] if context is None else [context]
-            inputs = boundary, matrix, offset, *given, *parameters
-            networks = functools.partial(nets.functions, len(given))
+            inputs = boundary, matrix, offset, *([] if context is None else [context]), *parameters
             dx, dmatrix, doffset, _, _, *found = _by_formulas(
-                memory, inputs, networks, g, glogdet, reverse, scale, alpha
+                memory, inputs, nets.functions, g, glogdet, reverse, scale, alpha
             )
-            dcontext = found.pop(0) if given else None
+            dcontext = None if context is None else found.pop(0)
             return dx, dmatrix, doffset, None, dcontext, None, None, *found
         stored = memory != "recompute"
         nets.dcontext = None

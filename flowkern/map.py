@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowkern.glow import Glow
 from flowkern.operators import Identity
-from flowkern.operators.base import check_operator
+from flowkern.operators.base import check_operator, residual
 from flowkern.replay import fixed
 
 
@@ -75,9 +75,7 @@ def map_estimate(
         with torch.no_grad():
             like = glow._check_image(operator.adjoint(y))
             z, size = _latent(glow, like, start), like.shape[2:]
-            measured = operator.forward(like)
-            if measured.shape != y.shape:
-                raise ValueError(f"expected y of shape {tuple(measured.shape)} by its operator, got {tuple(y.shape)}")
+            residual(operator, like, y)  # which raises for a y of another shape
         stepper = OPTIMIZERS[optimizer](z, lr)
         best, lowest = torch.zeros_like(like), torch.full_like(z[:, 0], math.inf)
         for step in range(1, steps + 1):

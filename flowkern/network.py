@@ -205,9 +205,10 @@ class LocalNets:
             "with networks of one's own, or a context, that needs memory='store', and has no second derivative",
         )
 
-    def functions(self, contexts: int, tensors: Sequence[Tensor]) -> list[Callable]:
-        """The networks as functions of a, with these tensors as context (if contexts is 1) and parameters."""
-        context, parameters, nets = tensors[0] if contexts else self.context, iter(tensors[contexts:]), []
+    def functions(self, tensors: Sequence[Tensor]) -> list[Callable]:
+        """The networks as functions of a, with these tensors as context, if they have one, and parameters."""
+        parameters, nets = iter(tensors), []
+        context = None if self.context is None else next(parameters)
         for k, module in enumerate(self.modules):
             own = {name: next(parameters) for name, _ in module.named_parameters()}
             nets.append(partial(self.evaluate, k, context=context, parameters=own))

@@ -1,7 +1,7 @@
 """Evaluating a module again exactly as it ran before: same random numbers, same buffers, and no second update of them.
 
 Backward passes that recompute need that of dropout (the mask must be the one that was used) and of batch norm (the
-running statistics must be updated once).
+running statistics must be updated once). What measures a model or searches through it wants a fixed function instead.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ import torch
 
 import flowkern
 from bench import memory
+from flowkern.layers import StepOfFlow
 
 VARIANTS = {
     "softclamp": {},
@@ -26,6 +27,16 @@ def small_glow(size=(2, 8, 8), levels=2, depth=3, hidden=5, dtype=torch.float64,
         for p in glow.parameters():
             p.add_(moved * torch.randn_like(p))
     return glow
+
+
+def random_steps(count, channels, hidden=3, network=None, std=0.3):
+    """Steps of flow in double precision with random parameters, and those that have a gradient."""
+    torch.manual_seed(0)
+    steps = torch.nn.ModuleList(StepOfFlow(channels, hidden=hidden, network=network).double() for _ in range(count))
+    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
+    for p in parameters:
+        torch.nn.init.normal_(p, std=std)
+    return steps, parameters
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import gradients, relative, small_glow
+from helpers import gradients, random_steps, relative, small_glow
 from test_chain import ConvNet
 from unfolded_cases import make_net
 
@@ -54,11 +54,7 @@ def every_plan(glow, reverse):
 @pytest.mark.parametrize("kept_steps, anchor_every", [(1, None), (2, 1), (3, None)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradcheck_of_a_chain_that_keeps_steps(network, kept_steps, anchor_every, reverse):
-    torch.manual_seed(0)
-    steps = torch.nn.ModuleList(StepOfFlow(4, hidden=3, network=network).double() for _ in range(3))
-    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
-    for p in parameters:
-        torch.nn.init.normal_(p, std=0.3)
+    steps, parameters = random_steps(3, 4, network=network)
     x = torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True)
 
     def function(x, *_):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.utils.prune as prune
-from helpers import MODES, VARIANTS, gradients, relative, small_glow
+from helpers import MODES, VARIANTS, gradients, random_steps, relative, small_glow
 
 from flowkern import ops, reference
 from flowkern.layers import CouplingNet, StepOfFlow, run_steps
@@ -29,11 +29,7 @@ class ConvNet(torch.nn.Module):
 @pytest.mark.parametrize("memory,anchor_every", MODES)
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradcheck_of_the_chain(network, memory, anchor_every, reverse):
-    torch.manual_seed(0)
-    steps = torch.nn.ModuleList(StepOfFlow(4, hidden=3, network=network).double() for _ in range(3))
-    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
-    for p in parameters:
-        torch.nn.init.normal_(p, std=0.3)
+    steps, parameters = random_steps(3, 4, network=network)
     x = torch.randn(2, 4, 2, 3, dtype=torch.float64, requires_grad=True)
 
     def run(x, *_):
@@ -93,11 +89,7 @@ def test_gradcheck_of_glow_both_directions(memory, anchor_every):
 @pytest.mark.parametrize("network", [None, ConvNet], ids=["standard", "own network"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_second_derivative_in_store_mode(network, reverse):
-    torch.manual_seed(0)
-    steps = torch.nn.ModuleList(StepOfFlow(2, hidden=2, network=network).double() for _ in range(2))
-    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
-    for p in parameters:
-        torch.nn.init.normal_(p, std=0.5)
+    steps, parameters = random_steps(2, 2, hidden=2, network=network, std=0.5)
     x = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(
         lambda x, *_: run_steps(steps, x, reverse=reverse, memory="store"), (x, *parameters), atol=1e-4, fast_mode=True
@@ -107,10 +99,7 @@ def test_second_derivative_in_store_mode(network, reverse):
 @pytest.mark.parametrize("network", [None, ConvNet], ids=["standard", "own network"])
 def test_second_derivative_of_chains_one_after_the_other_with_the_same_parameters(network):
     """The second chain's gradients stop at its own input, which came from the same parameters."""
-    steps = torch.nn.ModuleList(StepOfFlow(2, hidden=2, network=network).double() for _ in range(2))
-    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
-    for p in parameters:
-        torch.nn.init.normal_(p, std=0.5)
+    steps, parameters = random_steps(2, 2, hidden=2, network=network, std=0.5)
     x = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
 
     def there_and_on(x, *_):
@@ -129,10 +118,7 @@ def test_second_derivative_of_chains_one_after_the_other_with_the_same_parameter
 @pytest.mark.parametrize("network", [None, ConvNet], ids=["standard", "own network"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_batch_of_gradients_in_store_mode_and_elsewhere_a_clear_error(network, reverse):
-    steps = torch.nn.ModuleList(StepOfFlow(4, hidden=3, network=network).double() for _ in range(2))
-    parameters = [p for name, p in steps.named_parameters() if "unused" not in name]
-    for p in parameters:
-        torch.nn.init.normal_(p, std=0.3)
+    steps, parameters = random_steps(2, 4, network=network)
     x, directions = torch.randn(1, 4, 2, 2, dtype=torch.float64), torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
     inputs = [x.requires_grad_(), *parameters]
 
