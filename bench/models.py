@@ -1,5 +1,6 @@
 """Measures what is done with models: one group of rows, taking turns, with memory and errors on the same rows."""
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable
@@ -77,7 +78,8 @@ class Family:
         for row, model in ((row, self.models[row]) for row in rows if row in self.models):
             contender = self.contenders[row]
             try:
-                errors = self._errors(work_name, model, contender.truth)
+                with _sleeping(not contender.compiled):
+                    errors = self._errors(work_name, model, contender.truth)
                 rows[row] |= {"error": errors.pop("all"), "errors": errors}
                 if not self._is_timed(row):
                     rows[row]["unavailable"] = f"not timed: PyTorch multiplies {contender.network} without vectors here"
@@ -117,6 +119,20 @@ class Family:
         contender = self.contenders[row]
         found = {"name": row, "network": contender.network, "rival": contender.rival, "note": contender.note}
         return found | ({"unavailable": self.reasons[row]} if row in self.reasons else {})
+
+
+@contextlib.contextmanager
+def _sleeping(really: bool = True):
+    """One thread: two that wait for each other spin, on cores that the process that counts memory needs, too. What is
+    compiled meanwhile is compiled for so many threads as are in use.
+    """
+    threads = torch.get_num_threads()
+    if really:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _call(run: Callable, model, arguments: tuple) -> Callable:

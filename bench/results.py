@@ -51,7 +51,9 @@ def write(name: str, figures: dict, folder: Path = RESULTS) -> Path:
     text = json.dumps(_readable({"environment": environment(), **figures}), indent=1, allow_nan=False)
     # A list of numbers on one line.
     text = re.sub(r"\[\s+([-+\d.,\se]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    path.write_text(text + "\n")
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text + "\n")
+    partial.replace(path)   # what was there is lost only when all is written
     return path
 
 

@@ -132,7 +132,7 @@ def run_audit(arguments: argparse.Namespace) -> int:
 
 def positive(text: str) -> int:
     """An int >= 1 for argparse."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"wants an integer >= 1, got {text!r}")
     return int(text)
 

@@ -17,7 +17,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 def write(path: str | Path, module: nn.Module, config: dict) -> None:
     """Write the folder `path`, made if missing. An interruption leaves previous files whole.
 
-    Raises ValueError for weights that stand for others, which the module that the configuration makes would not have.
+    Raises ValueError for weights that stand for others, which the module that the configuration makes would not have,
+    and OSError where there is no room.
     """
     _check_plain(module, config)
     path = Path(path)
@@ -25,7 +26,10 @@ def write(path: str | Path, module: nn.Module, config: dict) -> None:
     # Copies, because safetensors refuses tensors that share memory, as those of tied folds do.
     weights = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, t in module.state_dict().items()}
-    save_file(weights, path / f"{WEIGHTS}.partial", metadata={"format": "pt"})
+    try:
+        save_file(weights, path / f"{WEIGHTS}.partial", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path / WEIGHTS} can't be written: {error}") from error
     (path / f"{CONFIG}.partial").write_text(json.dumps(config, indent=2) + "\n")
     for name in (WEIGHTS, CONFIG):
         with (path / f"{name}.partial").open("rb") as file:

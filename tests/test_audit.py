@@ -294,3 +294,20 @@ def test_pictures_of_sixteen_bits_keep_their_scale(tmp_path, channels):
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "b.tiff")
     with pytest.raises(ValueError, match="b.tiff is of mode F, on no known scale"):
         read_images([tmp_path / "b.tiff"], (channels, 8, 8))
+
+
+def test_a_glow_in_training_is_audited_as_in_evaluation():
+    def network(inputs, outputs):
+        first, last = torch.nn.Conv2d(inputs, 8, 3, padding=1), torch.nn.Conv2d(8, outputs, 3, padding=1)
+        return torch.nn.Sequential(first, torch.nn.BatchNorm2d(8), torch.nn.ReLU(), last)
+
+    glow = small_glow((1, 8, 8), levels=1, depth=2, dtype=torch.float32, network=network)
+    x = torch.rand(4, 1, 8, 8)
+    assert audit(glow.train(), x) == audit(glow.eval(), x)
+
+
+def test_scales_that_are_all_above_one():
+    glow = small_glow((1, 8, 8), levels=1, depth=3, dtype=torch.float32, moved=0)
+    for step in glow.levels[0].steps:
+        torch.nn.init.ones_(step.coupling.net.bias3)
+    assert audit(glow, torch.rand(4, 1, 8, 8)).levels[0].smallest_scale > 1.1

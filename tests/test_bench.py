@@ -439,3 +439,22 @@ def test_a_nan_in_any_result_of_an_op_is_no_small_error(op):
     row = {"error": case.error(results), "error budget": 1.0, "rival": False}
     pixels.judge(row)
     assert not row["correct"]
+
+
+def test_quick_figures_are_no_full_ones(monkeypatch):
+    monkeypatch.setattr(results, "_commit", lambda: "one")
+    found = {"environment": results._readable(results.environment()), "full": True}
+    assert results.same(found, {"full": True}) and not results.same(found, {"full": False})
+
+
+def test_figures_that_cannot_be_written_leave_those_before(tmp_path, monkeypatch):
+    path = results.write("some", {"found": 1}, tmp_path)
+    before = path.read_text()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        results.write("some", {"found": 2}, tmp_path)
+    assert path.read_text() == before

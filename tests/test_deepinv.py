@@ -615,3 +615,8 @@ def test_the_stand_in_has_the_real_signatures(real):
                     plain = isinstance(parameter.default, int | float | str | None)
                     if plain and parameter.default is not None:
                         assert theirs[parameter.name].default == parameter.default, f"{kind.__name__}.{name}"
+
+
+def test_a_search_starts_from_the_image(ours, glow):
+    x = random(3, 2, 4, 4)
+    assert torch.equal(ours.Prior(glow).prox(x, gamma=0.1, max_iter_inter=1), x)

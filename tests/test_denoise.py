@@ -246,6 +246,10 @@ def test_grey_is_the_mean_of_what_three_channels_give(tmp_path):
         ("RGB", ".bmp", "RGB", ".bmp"),
         ("RGBA", ".tga", "RGBA", ".png"),
         ("L", ".pgm", "L", ".pgm"),
+        ("L", ".PNM", "L", ".PNM"),
+        ("L", ".ppm", "L", ".pgm"),
+        ("1", ".pbm", "L", ".pgm"),
+        ("RGB", ".ppm", "RGB", ".ppm"),
         ("RGB", ".JPEG", "RGB", ".png"),
         ("RGB", ".TIFF", "RGB", ".TIFF"),
     ],
@@ -686,3 +690,28 @@ def test_help_documents_everything(capsys):
     options = ("--out", "--sigma", "--device", "--tile", "--overlap", "--batch", "checkpoint", "image")
     assert caught.value.code == 0 and all(f"  {name} " in said for name in options)
     assert all(word in said for word in ("exit status", "16-bit", "Grey", "Alpha", "config.yaml", "overwritten"))
+
+
+@pytest.mark.parametrize("alpha", [0, 1000, 40000, 65535])
+def test_colours_multiplied_by_alpha_are_divided_by_it(alpha, tmp_path):
+    """Those that exceed their alpha, as resampling leaves them, are white and not what overflows."""
+    file, colour = tmp_path / "a.tif", np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    samples = np.stack([colour] * 3 + [np.full_like(colour, alpha)], 2)
+    tifffile.imwrite(file, samples, photometric="rgb", extrasamples=["assocalpha"])
+    wanted = np.rint(np.minimum(colour / max(alpha, 1), 1) * 65535)
+    assert np.array_equal(picture_files.read(file).pixels[..., 0], wanted)
+
+
+def test_exif_data_in_a_png_is_bare(tmp_path):
+    file, image = tmp_path / "a.png", Image.new("RGB", (8, 6))
+    exif = image.getexif()
+    exif[0x010E] = "a picture"
+    image.save(file, exif=exif)
+    content = picture_files.write(picture_files.read(file), file, tmp_path).read_bytes()
+    assert content[content.index(b"eXIf") + 4 :][:2] in (b"II", b"MM")
+
+
+def test_negative_pixels_are_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.full((4, 4), -1, np.int32))
+    with pytest.raises(picture_files.PictureError, match="32-bit numbers"):
+        picture_files.read(tmp_path / "a.tif")

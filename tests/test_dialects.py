@@ -425,3 +425,9 @@ def test_variant_options_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             flowkern.Glow((3, 8, 8), levels=2, depth=1, hidden=2, scale="sigmoid", variant=variant)
+
+
+def test_an_actnorm_that_was_not_initialised_yet_is_not():
+    weights = rosinality.weights(2, 1) | {"blocks.0.flows.0.actnorm.initialized": torch.tensor(0, dtype=torch.uint8)}
+    assert not flowkern.Glow.from_checkpoint(weights, size=16, shift=0.0).is_initialized
+    assert flowkern.Glow.from_checkpoint(rosinality.weights(2, 1), size=16, shift=0.0).is_initialized

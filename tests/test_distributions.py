@@ -253,3 +253,17 @@ def test_a_transform_keeps_no_graph_of_tensors_that_are_gone(glow):
     logdet = weakref.ref(transform._last[2])
     del x
     assert transform._last is None and logdet() is None
+
+
+def test_samples_for_nflows_are_of_their_contexts_and_of_temperature_one(conditioned):
+    context = torch.randn(4, 3, dtype=torch.float64)
+    torch.manual_seed(1)
+    found = for_nflows.Distribution(conditioned).sample(3, context=context)
+    torch.manual_seed(1)
+    wanted = conditioned.sample(12, temperature=1.0, context=context.repeat_interleave(3, 0))
+    torch.testing.assert_close(found, wanted.unflatten(0, (4, 3)))
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_an_expanded_distribution_checks_its_arguments_as_before(glow, checked):
+    assert GlowDistribution(glow, validate_args=checked).expand((3,))._validate_args == checked

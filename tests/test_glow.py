@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import flowkern
 from flowkern import reference
 from flowkern.layers import ActNorm, AffineCoupling, CouplingNet, InvertibleConv1x1, Split, StepOfFlow
+from flowkern.prior import Prior
 
 
 @pytest.fixture
@@ -458,3 +459,15 @@ def test_a_glow_does_not_initialise_itself_among_several_processes(monkeypatch):
     glow = flowkern.Glow((2, 8, 8), levels=2, depth=1, hidden=4)
     with pytest.raises(RuntimeError, match="this Glow is not initialised, and several processes train"):
         glow(torch.rand(2, 2, 8, 8))
+
+
+def test_a_learned_prior_s_moments_keep_their_precision_under_autocast():
+    torch.manual_seed(0)
+    prior = Prior(4, kept=4, learned=True)
+    for p in prior.parameters():
+        nn.init.normal_(p, std=0.3)
+    x, kept = torch.randn(2, 4, 6, 6), torch.randn(2, 4, 6, 6)
+    z, logdet = prior(x, kept)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prior(x, kept)
+    assert torch.equal(found[0], z) and torch.equal(found[1], logdet)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import small_glow
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from unfolded_cases import MEASUREMENTS, make_glow, make_net, measured
@@ -314,3 +315,25 @@ def test_without_gradients_and_compiled_it_is_as_without():
         assert torch.equal(net(y), wanted)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(y)
     torch.testing.assert_close(compiled, wanted)
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_an_error_on_the_way_leaves_the_network_its_parameters(at):
+    class Fails(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == at:
+                raise MemoryError
+            return x
+
+        def adjoint(self, y):
+            return y
+
+    operator = Fails()
+    net = flowkern.Unfolded(flowkern.GlowProx(small_glow()), folds=3, operator=operator, kept_images=1, mu=0.5)
+    own = dict(net.named_parameters())
+    with pytest.raises(MemoryError):
+        net(torch.rand(2, 2, 8, 8, dtype=net.mu.dtype)).sum().backward()
+    assert all(p is own[name] for name, p in net.named_parameters()) and operator.calls == at

@@ -8,7 +8,7 @@ import torch
 
 import flowkern
 from flowkern import operators
-from flowkern.map import _LBFGS, map_estimate
+from flowkern.map import _LBFGS, _Adam, map_estimate
 from tests.helpers import small_glow
 
 GAMMA = 0.05
@@ -306,3 +306,11 @@ def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message) as caught:
         map_estimate(wrong.pop("glow"), wrong.pop("y"), wrong.pop("gamma"), **wrong)
     assert "\n" not in str(caught.value)
+
+
+def test_a_step_taken_back_is_tried_again_at_half_its_length():
+    z, g = torch.zeros(2, 5), torch.randn(2, 5)
+    adam, objective = _Adam(z, 0.1), torch.zeros(2)
+    first = adam(z, objective, g, torch.tensor([True, True]))
+    again = adam(first, objective, g, torch.tensor([False, False]))
+    torch.testing.assert_close(again, first / 2)

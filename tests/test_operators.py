@@ -507,3 +507,16 @@ def test_a_kernel_that_changes_the_brightness_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Blur(gaussian_kernel(1.0).half())
+
+
+def test_any_kernel_that_changes_the_brightness_is_told():
+    kernel = gaussian_kernel(1.0)
+    with pytest.warns(UserWarning, match="sums to 2,"):
+        Blur(torch.stack([kernel, 2 * kernel]))
+
+
+@pytest.mark.parametrize("rho", [torch.tensor(0.0), torch.tensor([1.0, 0.0])])
+def test_a_rho_of_zero_is_refused_as_a_tensor_too(rho):
+    for operator in (Identity(), Inpainting(torch.ones(4, 4)), RandomProjection((1, 4, 4), 0.5)):
+        with pytest.raises(ValueError, match="rho must be positive"):
+            operator.normal_inverse(torch.rand(2, 1, 4, 4), rho)

@@ -11,7 +11,7 @@ import yaml
 from train_cases import FILES, TINY, Interrupted, names, network, options, rows, table
 
 import flowkern
-from train import ablations, comparison, config, report, run, table1
+from train import ablations, callbacks, campaign, comparison, config, folder, report, run, table1
 
 PROXES = ("resnet", "unet", "glow")
 RATES = ("0.001", "0.1")
@@ -253,3 +253,26 @@ def test_the_variants_are_settings_and_one_prior_serves_all_that_agree_in_it():
     of_prior = flows | {"pretrain", "seed", *(f for f in vars(given) if f.startswith("prior_"))}
     for changes in ablations.VARIANTS.values():
         assert set(changes) & of_prior <= set(ablations.OF_PRIOR)
+
+
+def test_what_diverged_before_an_interruption_is_not_tried_again(tmp_path):
+    made, tried = campaign.Campaign(folder.Folder(tmp_path), None, None), []
+    (tmp_path / "runs" / "fast").mkdir(parents=True)
+
+    def diverges(name):
+        tried.append(name)
+        raise FloatingPointError("the loss became nan")
+
+    assert made.attempt(diverges, "fast") is None and made.attempt(diverges, "fast") is None
+    assert tried == ["fast"]
+
+
+def test_the_best_loss_is_the_lowest(tmp_path):
+    rows_ = [
+        dict.fromkeys(callbacks.COLUMNS, "1") | {"stage": "unfolded", "epoch": str(i), "val_loss": loss}
+        for i, loss in enumerate("312")
+    ]
+    lines = [",".join(callbacks.COLUMNS), *(",".join(row.values()) for row in rows_)]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    found = report.training(folder.Folder(tmp_path))["unfolded"]
+    assert (found["best_val_loss"], found["val_loss"]) == (1, 2)

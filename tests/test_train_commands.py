@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from train_cases import FILES, TINY, names, network, options, rows, table, tiny
 
 import flowkern
-from train import baselines, config, data, denoise, evaluate, extras, figures, pretrain, run, unfolded
+from train import baselines, config, data, denoise, evaluate, extras, figures, likelihood, pretrain, run, unfolded
 from train import command as command_module
 from train.config import Config
 
@@ -289,6 +290,24 @@ def test_an_interruption_is_one_sentence(capsys):
         assert capsys.readouterr().err == "interrupted; training that has begun is continued by the same command\n"
 
 
+def test_a_file_that_cannot_be_written_is_one_sentence(capsys):
+    def full():
+        raise OSError(28, "No space left on device", "table.md")
+
+    assert command_module.run(lambda: full) == 4
+    said = capsys.readouterr().err
+    assert said.startswith("error: [Errno 28] No space left on device: 'table.md': make room") and said.count("\n") == 1
+
+
+def test_a_stage_that_ends_within_its_warm_up_is_warned_of():
+    settings = Config(warmup=9, prior_steps=10, steps=9)
+    with pytest.warns(UserWarning, match="^steps = 9 end within the warm-up of 9 steps"):
+        settings.check_schedule("prior", "unfolded")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings.check_schedule("prior")
+
+
 def test_a_stage_without_a_schedule_s_limit_is_none_of_a_network_without_a_flow():
     """Without a prior there is no stage of pre-training to limit."""
     Config(prox="unet", schedule="cosine", steps=3).check_schedule("unfolded")
@@ -474,3 +493,13 @@ def test_mistakes_of_evaluate(which, words, message, finished, resnet, tmp_path,
     assert evaluate.main([*runs[which], *words]) == 2
     assert message in told(capsys)
     assert names(tmp_path) == {"mine"}
+
+
+def test_rows_of_samples_are_of_the_same_latents(pictures):
+    class Linear:
+        def sample(self, n, temperature):
+            return temperature * torch.randn(n, 3, 2, 2)
+
+    first, *others = [row / t for t, row in likelihood.samples(Linear(), tiny(pictures, "")).items()]
+    for other in others:
+        torch.testing.assert_close(other, first)

@@ -7,11 +7,12 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from train import data, images, picture_files
 from train.config import Config
@@ -85,6 +86,41 @@ def test_plain_folder_is_divided_once_and_disjointly(tmp_path):
     assert len(set(sum(splits.values(), []))) == 60
     assert splits == names(images.find(tmp_path))
     assert splits["test"] != sorted(splits["test"])[:3] or splits["val"] != sorted(splits["val"])
+
+
+def test_photos_are_a_folder_where_a_path_says_so(tmp_path, monkeypatch):
+    """Only the bare word stands for scikit-image's photographs."""
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "photos", 5)
+    for given in ("./photos", "photos/", str(tmp_path / "photos")):
+        found = images.load(config(data=given).data, keep)
+        assert [len(part) for part in (found.train, found.val, found.test)] == [3, 1, 1]
+        assert config(data=config(data=given).data).data == config(data=given).data
+    with pytest.warns(UserWarning, match=r"photos are scikit-image's photographs; .* is ./photos$"):
+        assert len(images.load(config(data="photos").data, keep).train) == 10
+
+
+def test_a_file_beside_a_folder_of_splits_changes_nothing(tmp_path):
+    for split in ("train", "val", "test"):
+        folder_of(tmp_path / "set" / split, 2)
+    before = names(images.find(tmp_path))
+    (tmp_path / "README.md").write_text("of these pictures")
+    assert names(images.find(tmp_path)) == before and len(before["train"]) == 2
+
+
+def test_splits_that_are_mixed_anew_are_warned_of(tmp_path):
+    for split in ("train", "val", "test"):
+        folder_of(tmp_path / "set" / split, 2)
+    folder_of(tmp_path / "more", 1)
+    with pytest.warns(UserWarning, match="has folders of train, val and test images deeper in it"):
+        assert sum(map(len, images.find(tmp_path).values())) == 7
+
+
+def test_names_with_digits_of_other_kinds_and_files_that_pillow_only_writes(tmp_path):
+    for name in ("5\N{SUPERSCRIPT TWO}3.png", "10.png", "9.png"):
+        (tmp_path / name).write_bytes(png(0))
+    (tmp_path / "a.pdf").write_bytes(b"%PDF-1.4")
+    assert sorted(sum(names(images.find(tmp_path)).values(), [])) == ["10.png", "5\N{SUPERSCRIPT TWO}3.png", "9.png"]
 
 
 def test_what_a_division_rests_on_is_listed_and_results_are_no_pictures(tmp_path):
@@ -581,7 +617,7 @@ def test_augmentation_is_what_its_name_says():
 @pytest.mark.parametrize("bits", [5, 8])
 def test_dequantisation_stays_within_its_bin(bits):
     pixels = torch.arange(256.0).repeat(3, 16, 1)
-    x = data.dequantise(pixels, bits, 0.0, np.random.default_rng(0)) * 2**bits
+    x = data.dequantise(pixels, bits, np.random.default_rng(0)) * 2**bits
     quantised = pixels.int() >> (8 - bits)
     assert ((x >= quantised) & (x <= quantised + 1)).all() and x.dtype == torch.float32
     assert len(quantised.unique()) == 2**bits
@@ -601,10 +637,9 @@ def test_samples_are_dequantised_to_the_bits_asked_for(bits):
 
 
 def test_noise_of_the_prior_and_of_the_measurement_have_their_spread():
-    pixels = torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0)).float()
-    spreads = torch.tensor(
-        [(data.dequantise(pixels, 8, 0.2, np.random.default_rng(i)) - pixels / 256).std() for i in range(200)]
-    )
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    samples = data.FixedSamples([pixels] * 200, data.TEST, 8, prior_noise=0.2)
+    spreads = torch.tensor([(s["prior"] - s["clean"] * 255 / 256).std() for s in map(samples.__getitem__, range(200))])
     assert 0 < spreads.min() < 0.02 and 0.18 < spreads.max() < 0.21 and 0.08 < spreads.mean() < 0.12
     noise = data.gaussian(np.random.default_rng(0), (3, 64, 64))
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03 and noise.dtype == torch.float32
@@ -614,3 +649,38 @@ def test_reading_good_pictures_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         data.prepare(config(data=str(folder_of(Path(tmp_path), 5))))
+
+
+def test_16_bit_values_are_rounded():
+    for colours, kind in ((1, "minisblack"), (3, "rgb")):
+        values, file = np.arange(65536, dtype=np.uint16).reshape(256, 256, 1).repeat(colours, 2).squeeze(), io.BytesIO()
+        tifffile.imwrite(file, values, photometric=kind)
+        for encoded in (file.getvalue(), imagecodecs.png_encode(values)):
+            found = np.asarray(images._rgb_in(encoded))[..., 0]
+            assert np.array_equal(found, np.rint((values if colours == 1 else values[..., 0]) / 257))
+
+
+def test_a_16_bit_png_is_upright():
+    pixels, exif = np.random.default_rng(0).integers(0, 65536, (4, 6, 3), dtype=np.uint16), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = picture_files.Picture(pixels, None, "PNG", exif=exif.tobytes())
+    found = np.asarray(images._rgb_in(picture_files._encoded(turned, "PNG")))
+    assert np.array_equal(found, np.rint(np.rot90(pixels, -1) / 257))
+
+
+def test_floats_up_to_one_exactly():
+    ramp = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    assert np.array_equal(np.asarray(images.to_rgb(Image.fromarray(ramp)))[..., 0], np.arange(256).reshape(16, 16))
+
+
+def test_splits_have_noise_of_their_own(tmp_path):
+    for split in images.SPLITS:
+        folder_of(tmp_path / split, 2)
+    found = data.prepare(config(data=str(tmp_path)))
+    train, val, test = (part[0]["noise"] for part in (found.train, found.val, found.test))
+    assert not torch.equal(val, test) and not torch.equal(train, val) and not torch.equal(train, test)
+
+
+def test_few_tiles_are_of_many_pictures():
+    pictures = [np.full((64, 64, 3), i, np.uint8) for i in range(4)]
+    assert data.tiles(pictures, 8, 16)[1] == 4

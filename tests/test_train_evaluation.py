@@ -319,3 +319,18 @@ def test_a_batch_in_parts_takes_less_memory(pictures):
     settings = tiny(pictures, "", prox="resnet", batch=8)
     whole, parts = (run.training_mib(net, replace(settings, accumulate=n)) for n in (1, 4))
     assert whole / 4.5 < parts < whole / 3
+
+
+def test_the_ssim_is_that_of_clipped_images(images):
+    far = stacked(images.test)[0] * 3 - 1
+    methods = [Method("far", "", lambda y, sigma: far), Method("clipped", "", lambda y, sigma: far.clamp(0, 1))]
+    found = evaluation.evaluate(methods, images.val, images.test, [0.2], shown=1, progress=False).scores
+    assert torch.equal(found["far"].ssim[0.2], found["clipped"].ssim[0.2])
+
+
+def test_proxes_with_fewer_seeds_than_others_are_compared_without_a_spread_over_seeds():
+    repeats = {"resnet": 1, "unet": 1, "glow": 2}
+    scores = [scored(f"{p}-{i}", seed=10 * k + i) for k, (p, n) in enumerate(repeats.items()) for i in range(n)]
+    single = evaluated(*scores)
+    found = comparison.comparisons(single, comparison.pool(single, list(repeats)), repeats)
+    assert "seeds" not in found[0][1]

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
 import flowkern
@@ -252,3 +254,13 @@ def test_a_state_is_never_without_its_predecessor(tmp_path):
         assert checkpoints.newest(path) == checkpoints.previous(path)
     checkpoints.discard(path)
     assert not any(tmp_path.iterdir())
+
+
+def test_no_state_within_a_batch_or_before_the_validation_that_follows(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", lambda self, *given: saved.append(given[-1]))
+    callback = checkpoints.StepCheckpoint(tmp_path, "x-last", every_n_train_steps=1)
+    for i in range(6):
+        trainer = SimpleNamespace(should_stop=False, is_last_batch=i == 5, accumulate_grad_batches=2)
+        callback.on_train_batch_end(trainer, None, None, None, i)
+    assert saved == [1, 3]

@@ -136,6 +136,28 @@ def test_denoising_samples_are_those_of_before(pictures):
     assert set(masked) - set(plain) == {"mask"} and all(torch.equal(plain[k], masked[k]) for k in plain)
 
 
+def test_what_is_measured_does_not_depend_on_the_prior_s_noise(pictures):
+    for split in ("train", "test"):
+        quiet, noisy = (
+            getattr(data.prepare(tiny(pictures, "", prior_noise=noise, **CASES["inpaint"])), split)[3]
+            for noise in (0.0, 0.2)
+        )
+        assert {name for name in quiet if not torch.equal(quiet[name], noisy[name])} == {"prior"}
+
+
+def test_rows_say_what_denoisers_were_trained_on_where_they_differ_or_are_tested_elsewhere():
+    low, range_ = tiny("photos", None, sigma=0.1), tiny("photos", None, sigma=0.1, sigma_max=0.3)
+    tested = tiny("photos", None, eval_sigmas=[0.1, 0.4])
+    assert evaluate._trained(low, tested, [low]) == "" == evaluate._trained(range_, tested, [range_])
+    assert evaluate._trained(low, tested, [low, range_]) == ", trained on σ = 0.10"
+    assert evaluate._trained(range_, tested, [low, range_]) == ", trained on σ = 0.10 to 0.30"
+    apart = tiny("photos", None, eval_sigmas=[0.4])
+    assert evaluate._trained(range_, apart, [range_]) == ", trained on σ = 0.10 to 0.30"
+    blur = tiny("photos", None, sigma=0.1, sigma_max=0.2, operator="blur")
+    outside = run.replace(blur, eval_sigmas=[0.1, 0.3])
+    assert evaluate._trained(blur, outside, [blur]) == ", trained on σ = 0.10 to 0.20"
+
+
 # Total variation
 
 
@@ -307,7 +329,7 @@ def test_evaluate_as_trained_and_out_of_distribution(blurred, finished, pictures
     assert evaluate.main([str(finished), str(blurred), "--operator", "inpaint", "--eval-sigmas", "[0.02]"]) == 0
     rows_ = [row[0] for row in table(tmp_path / "runs" / "evaluate-003")]
     assert "Unfolded Glow (whole), trained on the image, σ = 0.20" in rows_
-    assert "Unfolded Glow (net), trained on a Gaussian blur of 1 pixels (circular)" in rows_
+    assert "Unfolded Glow (net), trained on a Gaussian blur of 1 pixels (circular), σ = 0.02" in rows_
 
 
 def test_a_network_for_another_measurement_is_tested_on_the_image_itself(blurred, tmp_path, monkeypatch):

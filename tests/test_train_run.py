@@ -228,10 +228,44 @@ def test_ctrl_c_says_how_to_continue(pictures, tmp_path, monkeypatch, capsys):
 
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(callbacks.Recorder, "on_train_batch_end", interrupt)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         run.prepare(tiny(pictures, tmp_path / "run")).train()
     signal.signal(signal.SIGINT, handler)  # Lightning switches it off while it shuts down
+    assert stopped.value.code == 130
     assert f"states are in {tmp_path / 'run'}: the same command continues" in capsys.readouterr().err
+
+
+def test_a_run_that_is_told_to_end_says_so_by_its_status(pictures, tmp_path, monkeypatch, capsys):
+    """A scheduler that takes its machine away must not take it for done."""
+    batch_end = callbacks.Recorder.on_train_batch_end
+
+    def terminate(self, *arguments):
+        batch_end(self, *arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        patched.setattr(callbacks.Recorder, "on_train_batch_end", terminate)
+        run.prepare(tiny(pictures, tmp_path / "run")).train()
+    assert stopped.value.code == 143
+    assert f"states are in {tmp_path / 'run'}: the same command continues" in capsys.readouterr().err
+
+
+def test_a_trained_network_s_memory_is_the_same_after_loading(pictures, tmp_path):
+    settings = tiny(pictures, tmp_path / "run", memory="store", folds=4, kept_images=1, prior_steps=1, steps=1)
+    made = run.prepare(settings)
+    net = made.trained_network()
+    made.folder.unlock()
+    loaded = run.load_network(settings, made.folder)
+    assert loaded.kept_images == net.kept_images == 1
+    assert run.training_mib(loaded, settings) == pytest.approx(run.training_mib(net, settings), rel=0.02)
+
+
+def test_what_was_compiled_for_training_is_not_while_it_is_timed(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "fit", lambda stage, *rest: stage.model.compile())
+    made = run.prepare(tiny(pictures, tmp_path / "run", pretrain=False, compile=True))
+    net = made.trained_network()
+    made.folder.unlock()
+    assert net._compiled_call_impl is None
 
 
 def test_numbered_runs(pictures, tmp_path, monkeypatch):
@@ -521,3 +555,11 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     report.finish(tmp_path / "results.json", {"new": 2})
     assert yaml.safe_load((tmp_path / "results.json").read_text()) == {"new": 2}
     assert names(tmp_path) == {"results.json"}
+
+
+def test_a_folder_that_was_taken_meanwhile_is_refused(pictures, tmp_path):
+    made = run.prepare(tiny(pictures, tmp_path / "run"))
+    made.folder.unlock()
+    with pytest.raises(FileExistsError, match="taken by another process in the meantime"):
+        other = folder.Folder(tmp_path / "run")
+        folder.create(other, tiny(pictures, tmp_path / "run", seed=7), made.data.pictures.listing)

@@ -1,13 +1,14 @@
 """The stages of training: budgets, losses and learning rates, early stopping, every kind of network, drift."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from train_cases import network, rows, tiny
 
 import flowkern
-from train import budget, callbacks, drift, run, stages
+from train import budget, callbacks, data, drift, run, stages
 
 
 def validation_loss(net, made):
@@ -299,3 +300,28 @@ def test_peak_memory_counts_what_was_touched():
     assert touched.nbytes / 2**20 < peak < 2**20
     del touched
     assert callbacks.peak_memory_mib(torch.device("cpu")) >= peak
+
+
+def test_batch_norms_statistics_are_measured_anew(pictures, tmp_path):
+    """Of the weights of now alone, whatever they were; the momentum is training's again."""
+    config = tiny(pictures, tmp_path, prox="resnet", folds=1)
+    net = flowkern.Unfolded(flowkern.ResNetProx(3, features=4, blocks=1), folds=1)
+    images = data.prepare(config)
+    stage = stages.UnfoldedStage(net, config, budget.Budget(None, None), lambda: data.training_loader(images, config))
+    found, norms = [], [net.proxes[0].blocks[0].norm1, net.proxes[0].blocks[0].norm2]
+    for shift in (0.0, 5.0):
+        for norm in norms:
+            norm.running_mean += shift
+            norm.num_batches_tracked += 100
+        stage.eval().on_validation_epoch_start()
+        found.append(norms[0].running_mean.clone())
+        assert not any(module.training for module in net.modules()) and norms[0].momentum == 0.1
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_seconds_go_on_where_they_were():
+    limits, trainer = budget.Budget(None, 100.0), SimpleNamespace(should_stop=False, global_step=6, world_size=1)
+    limits.load_state_dict({"steps": 5, "seconds": 90.0})
+    limits.on_train_start(trainer, None)
+    limits.on_train_batch_end(trainer, None, None, None, 0)
+    assert 90 <= limits.used_seconds < 100

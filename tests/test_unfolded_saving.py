@@ -1,9 +1,11 @@
 """Unfolded networks in folders: what is saved comes back the same, and what could not come back is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils import parametrizations
 from unfolded_cases import EXACT, MEASUREMENTS, Mask, make_glow, make_net, measured
@@ -142,3 +144,42 @@ def test_what_a_configuration_cannot_name_is_not_saved(options, tmp_path):
     with pytest.raises(ValueError, match="save the state_dict of this one"):
         flowkern.Unfolded(flowkern.GlowProx(make_glow(dtype=torch.float32)), **options).save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch):
+    one, other = make_glow(dtype=torch.float32), make_glow(dtype=torch.float32)
+    with torch.no_grad():
+        other.levels[0].steps[0].actnorm.bias.add_(1)
+    one.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        other.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_a_folder_has_its_configuration_last(tmp_path, monkeypatch):
+    """Which is how it is known to be complete."""
+    glow, replace = make_glow(dtype=torch.float32), Path.replace
+
+    def once(self, target):
+        replace(self, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", once)
+    with pytest.raises(KeyboardInterrupt):
+        glow.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_disk_without_room_is_told_as_that(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: File too large (os error 27)")
+
+    monkeypatch.setattr("flowkern.saving.save_file", full)
+    with pytest.raises(OSError, match="model.safetensors can't be written: I/O error: File too large"):
+        make_glow(dtype=torch.float32).save_pretrained(tmp_path)

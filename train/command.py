@@ -12,9 +12,10 @@ MISTAKES = (OSError, ValueError, TypeError, RuntimeError, ImportError)
 def run(prepare: Callable[[], Callable[[], object]]) -> int:
     """Run a command and return its exit status.
 
-    prepare: checks everything that can be checked and returns what then does the work. A mistake of the user's ends in
-    one sentence on stderr and status 2, a loss that is no longer finite in one and status 3, an interruption in one and
-    status 130. Under torchrun only the first process speaks, but for options that can't be parsed, which each refuses.
+    prepare: checks everything that can be checked and returns what then does the work. What ends early ends in one
+    sentence on stderr: a mistake of the user's with status 2, a loss that is no longer finite with 3, a file that can't
+    be written or read any more with 4, an interruption with 130, or 143 by SIGTERM. Under torchrun only the first
+    process speaks, but for options that can't be parsed, which each refuses.
     """
     try:
         try:
@@ -27,6 +28,8 @@ def run(prepare: Callable[[], Callable[[], object]]) -> int:
             work()
         except FloatingPointError as error:
             return _told(error, 3)
+        except OSError as error:
+            return _told(f"{error}: make room or mend it, and the same command continues", 4)
         return 0
     except KeyboardInterrupt:
         if ranks.is_first():
@@ -36,7 +39,7 @@ def run(prepare: Callable[[], Callable[[], object]]) -> int:
         ranks.stop()
 
 
-def _told(error: Exception, status: int) -> int:
+def _told(error: Exception | str, status: int) -> int:
     if ranks.is_first():
         print(f"error: {error}", file=sys.stderr)
     return status

@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ import jsonargparse
 import torch
 import yaml
 
+from train.images import PHOTOS
 from train.measurement import Measurement, MeasurementSettings
 from train.options import add_settings, setting
 
@@ -27,7 +29,7 @@ class Config(MeasurementSettings):
 
     data: str = setting(
         "data",
-        "photos",
+        PHOTOS,
         "Folder or zip of images; folder or zip with train, val and test inside (or "
         "train.zip, val.zip, test.zip); or 'photos', the photographs that scikit-image installs.",
     )
@@ -238,7 +240,9 @@ class Config(MeasurementSettings):
     resume: bool = setting("run", False, "Continue the latest run of this command in runs/, or the one in --out.")
 
     def __post_init__(self):
-        self.data = str(Path(self.data))  # the same folder with a slash at its end
+        if self.data != PHOTOS:
+            path = str(Path(self.data))  # the same folder with a slash at its end
+            self.data = path if path != PHOTOS else f"./{PHOTOS}"  # and this one is no folder's name
         for name in ("eval_sigmas", "figure_sigmas", "trial_lrs"):
             if getattr(self, name) is None:
                 continue
@@ -291,11 +295,20 @@ class Config(MeasurementSettings):
             raise ValueError(f"the reference 'map' needs a run with a Glow; prox is {self.prox!r}")
 
     def check_schedule(self, *stages: str) -> None:
-        """Raise ValueError if the schedule needs a limit that a stage ("prior", "unfolded") does not have."""
+        """Raise ValueError if the schedule needs a limit that a stage ("prior", "unfolded") does not have; warn where
+        one ends before its learning rates have risen.
+        """
         limits = {"prior": ("prior_steps", "prior_seconds"), "unfolded": ("steps", "seconds")}
         for stage in stages:
             if self.schedule == "cosine" and not any(getattr(self, name) for name in limits[stage]):
                 raise ValueError(f"schedule='cosine' needs {' or '.join(limits[stage])}")
+            steps = getattr(self, limits[stage][0])
+            if steps and steps <= self.warmup:
+                warnings.warn(
+                    f"{limits[stage][0]} = {steps} end within the warm-up of {self.warmup} steps, before learning "
+                    f"rates have risen to what they are set to",
+                    stacklevel=2,
+                )
 
     @property
     def measurement(self) -> Measurement:

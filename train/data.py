@@ -46,7 +46,8 @@ class TrainingSamples(Dataset):
 
     The sequence passes through all pictures again and again, each time in another order. clean: pixels / 255. noise:
     standard normal, in the shape of the measurement. level: where the image stands in the range of noise levels,
-    uniform in [0, 1). prior: what the flow is pre-trained on, dequantised to `bits` bits per channel, see `dequantise`.
+    uniform in [0, 1). prior: what the flow is pre-trained on, dequantised to `bits` bits per channel, see `dequantise`,
+    plus Gaussian noise of a sigma uniform in [0, prior_noise].
     mask (1, H, W): which pixels are measured, where every image has a mask of its own.
     """
 
@@ -113,10 +114,14 @@ def _sample(
     sample = {
         "clean": pixels / 255,
         "noise": gaussian(rng, measurement.noise_shape(side)),
-        "prior": dequantise(pixels, bits, prior_noise, rng),
+        "prior": dequantise(pixels, bits, rng),
         "level": torch.tensor(rng.random(), dtype=torch.float32),
     }
-    return sample | ({"mask": measurement.mask(side, rng)} if measurement.varies else {})
+    if measurement.varies:
+        sample["mask"] = measurement.mask(side, rng)
+    if prior_noise:  # last, so that the rest is the same without it
+        sample["prior"] += float(rng.uniform(0, prior_noise)) * gaussian(rng, pixels.shape)
+    return sample
 
 
 def augmented(crop: np.ndarray, how: str, rng: np.random.Generator) -> np.ndarray:
@@ -126,13 +131,12 @@ def augmented(crop: np.ndarray, how: str, rng: np.random.Generator) -> np.ndarra
     return np.rot90(crop, rng.integers(4))[..., rng.permutation(3)] if how == "all" else crop
 
 
-def dequantise(pixels: Tensor, bits: int, prior_noise: float, rng: np.random.Generator) -> Tensor:
-    """(q + u) / 2^bits, u uniform in [0, 1), q the pixels' upper bits, plus Gaussian noise of a sigma uniform in
-    [0, prior_noise]. pixels in 0..255. Without noise, bits per dimension of this are those of the quantised image.
+def dequantise(pixels: Tensor, bits: int, rng: np.random.Generator) -> Tensor:
+    """(q + u) / 2^bits, u uniform in [0, 1), q the pixels' upper bits. pixels in 0..255. Bits per dimension of this are
+    those of the quantised image.
     """
     quantised = torch.floor(pixels / 2 ** (8 - bits))
-    x = (quantised + torch.from_numpy(rng.random(tuple(pixels.shape), dtype=np.float32))) / 2**bits
-    return x + float(rng.uniform(0, prior_noise)) * gaussian(rng, pixels.shape) if prior_noise else x
+    return (quantised + torch.from_numpy(rng.random(tuple(pixels.shape), dtype=np.float32))) / 2**bits
 
 
 def tiles(pictures: list[np.ndarray], size: int, count: int) -> tuple[list[np.ndarray], int]:
@@ -225,7 +229,7 @@ class Data:
 
 def prepare(config: Config, splits: tuple[str, ...] = images.SPLITS) -> Data:
     """Read, check and arrange the pictures of `--data`. Raises FileNotFoundError or ValueError in one sentence."""
-    crop = config.fit == "crop" or config.data == "photos"
+    crop = config.fit == "crop" or config.data == images.PHOTOS
     eval_size = config.eval_size or config.size
 
     def fit(image: Image.Image, split: str) -> Image.Image:

@@ -68,7 +68,8 @@ def prepare(runs: list[str], settings: Settings):
 
     def work() -> Path:
         names = _names([config.prox for config, _ in found], [where.path for _, where in found])
-        names = [(key, title + _trained(config, base)) for (key, title), (config, _) in zip(names, found, strict=True)]
+        configs = [config for config, _ in found]
+        names = [(key, title + _trained(c, base, configs)) for (key, title), c in zip(names, configs, strict=True)]
         for (config, where), net, (key, title) in zip(found, networks, names, strict=True):
             methods.append(replace(run.method_of(config, where, net), key=key, title=title))
         run.compare(methods, images, base, target, {"runs": [str(where.path) for _, where in found]})
@@ -118,13 +119,16 @@ def _measured(found: list, settings: Settings) -> dict:
     return {name: getattr(base, name) for name in NAMES} | given
 
 
-def _trained(config, tested) -> str:
-    """What a network was trained for, as far as it is tested on something else."""
+def _trained(config, tested, others: list) -> str:
+    """What a network was trained for, as far as it is tested on something else, or others were trained for that."""
     differ = []
     if config.measurement != tested.measurement:
         differ.append(config.measurement.describe())
     low, high = config.sigma, config.sigma_max or config.sigma
-    if not tested.measurement.is_identity and any(not low <= sigma <= high for sigma in tested.eval_sigmas):
+    # Denoisers are tested on noise around what they are trained for by default.
+    outside = [not low <= sigma <= high for sigma in tested.eval_sigmas]
+    elsewhere = all(outside) if tested.measurement.is_identity else any(outside)
+    if elsewhere or any((other.sigma, other.sigma_max) != (config.sigma, config.sigma_max) for other in others):
         differ.append(f"σ = {config.trained_at()}")
     if config.data != tested.data:
         differ.append(f"images of {Path(config.data).name}")

@@ -24,7 +24,8 @@ PROTOCOL = {
     "sigma": "standard deviation of white Gaussian noise on pixels scaled to [0, 1]",
     "clipping": "noisy images are not clipped; estimates are clipped to [0, 1]; 'noisy' is scored unclipped",
     "psnr": "dB, peak 1, mean of the PSNR of each image",
-    "ssim": "mean of the SSIM of each image, Gaussian window of 11 pixels, sigma 1.5, estimates and 'noisy' clipped",
+    "ssim": "mean of the SSIM of each image, Gaussian window of 11 pixels, sigma 1.5, over all pixels of the mirrored "
+    "image (scikit-image leaves out 5 at the border); estimates and 'noisy' clipped",
     "noise": "one fixed pattern per test image (generator seeded by 0, stream, index), scaled by sigma, the same for "
     "every method",
     "gain": "mean over test images of the paired difference of PSNR, standard error of that mean",
@@ -39,7 +40,7 @@ PROTOCOL = {
 MEASURED = {
     "sigma": "standard deviation of white Gaussian noise on the measurement of pixels scaled to [0, 1]",
     "clipping": "measurements are not clipped; estimates are clipped to [0, 1]; 'measured' is scored unclipped",
-    "ssim": "mean of the SSIM of each image, Gaussian window of 11 pixels, sigma 1.5, estimates and 'measured' clipped",
+    "ssim": PROTOCOL["ssim"].replace("'noisy'", "'measured'"),
     "noise": "one fixed pattern, and where masks are drawn one mask, per test image (generator seeded by 0, stream, "
     "index), scaled by sigma, the same for every method; missing pixels have none",
     "measured": "the measurement as an image: itself where it is one, else its pseudo-inverse (blocks of one colour; "

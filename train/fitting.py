@@ -1,6 +1,7 @@
 """One stage of training under Lightning: budget, early stopping, checkpoints, resume, several processes."""
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from train import checkpoints, ranks
 from train.batchnorm import SyncAnywhere
@@ -62,10 +64,11 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
         trainer.fit(
             stage, training_loader(data, config), validation_loader(data, config), ckpt_path=state, weights_only=True
         )
-    except SystemExit:  # how Lightning ends on Ctrl-C
+    except SystemExit as stopped:  # how Lightning ends on Ctrl-C and, by an exception derived from it, on SIGTERM
         if ranks.is_first():
             print(f"interrupted, states are in {folder.path}: the same command continues", file=sys.stderr)
-        raise
+        signalled = signal.SIGTERM if isinstance(stopped, SIGTERMException) else signal.SIGINT
+        raise SystemExit(128 + signalled) from stopped  # as shells have it; Lightning's own statuses are 0 and 1
     _keep_best(stage, folder.best(name))
 
 

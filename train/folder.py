@@ -199,6 +199,6 @@ def _latest(kind: str) -> tuple[int, Path | None]:
     numbered = [
         (int(p.name.removeprefix(f"{kind}-")), p)
         for p in ROOT.glob(f"{kind}-*")
-        if p.name.removeprefix(f"{kind}-").isdigit()
+        if p.name.removeprefix(f"{kind}-").isdecimal()
     ]
     return max(numbered, default=(0, None))

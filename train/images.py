@@ -14,13 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from train import tiff16
 
 # Pillow's guard against files made to fill the memory; these are the user's own, and may be large.
 Image.MAX_IMAGE_PIXELS = None
+PNG_HEADER = b"\x89PNG\r\n\x1a\n"
+PHOTOS = "photos"  # as `--data`: the photographs below
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
     "train": "train",
@@ -37,7 +40,7 @@ CELEBA_HQ = {"train": 27_000, "val": 1_500, "test": 1_500}
 # Which photographs of scikit-image's wheel serve what. Tested on are colour photographs of scenes that appear nowhere
 # else. The validation pictures were chosen such that total variation, its weight tuned on them, stays within 0.02 dB of
 # its best on the test pictures: a very smooth picture there would have handicapped it by 0.7 to 1.5 dB.
-PHOTOS = {
+PHOTOGRAPHS = {
     "train": (
         "motorcycle_left.png",
         "motorcycle_right.png",
@@ -93,7 +96,11 @@ def load(
     Raises FileNotFoundError or ValueError in one sentence: no such path, not a zip, no image in it, a split missing or
     empty. Warns once with the number of files that look like images and can't be decoded.
     """
-    found = photographs() if data == "photos" else find(Path(data))
+    if data == PHOTOS and Path(data).is_dir():
+        warnings.warn(
+            f"--data {data} are scikit-image's photographs; the folder of that name here is ./{data}", stacklevel=2
+        )
+    found = photographs() if data == PHOTOS else find(Path(data))
     wanted = [(split, entry) for split in splits for entry in found[split][: (limits or {}).get(split)]]
     total = len(wanted)
     pictures, skipped = {split: [] for split in SPLITS}, []
@@ -109,7 +116,7 @@ def load(
         if not pictures[split]:
             raise ValueError(
                 f"none of the {len(found[split])} {split} files in {data} can be read as an image: "
-                f"{_some([entry.name for entry in found[split]])}"
+                f"{_some([entry.name for entry in found[split]])}; mend or remove what is broken"
             )
     if skipped:
         named = _some(skipped)
@@ -137,13 +144,13 @@ def photographs() -> dict[str, list[Entry]]:
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"
-    missing = [name for names in PHOTOS.values() for name in names if not (folder / name).is_file()]
+    missing = [name for names in PHOTOGRAPHS.values() for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
             f"this scikit-image ({skimage.__version__}) does not install {', '.join(missing)}; "
             f"pass --data with a folder of images"
         )
-    return {split: [_file(folder / name, name) for name in names] for split, names in PHOTOS.items()}
+    return {split: [_file(folder / name, name) for name in names] for split, names in PHOTOGRAPHS.items()}
 
 
 def find(path: Path) -> dict[str, list[Entry]]:
@@ -152,7 +159,12 @@ def find(path: Path) -> dict[str, list[Entry]]:
         raise FileNotFoundError(f"--data {path} does not exist")
     if path.is_file():
         return _split_entries(_zip_entries(path), path)
-    inside = [child for child in sorted(path.iterdir()) if not _hidden(child.name)]
+    kinds = readable() | {".zip"}
+    inside = [
+        child
+        for child in sorted(path.iterdir())
+        if not _hidden(child.name) and (child.is_dir() or child.suffix.lower() in kinds)
+    ]
     if len(inside) == 1 and inside[0].is_dir() and inside[0].name.lower() not in _SPLIT_NAMES:
         return find(inside[0])  # as unpacking an archive leaves it
     parts, others = {}, []
@@ -174,6 +186,13 @@ def divide(entries: list[Entry], path: Path | str) -> dict[str, list[Entry]]:
 
     The shuffle does not depend on the run's seed, so that runs with different seeds are tested on the same pictures.
     """
+    folders = {part.lower() for entry in entries for part in entry.name.split("/")[:-1]}
+    if {_SPLIT_NAMES.get(folder) for folder in folders} >= set(SPLITS):
+        warnings.warn(
+            f"{path} has folders of train, val and test images deeper in it, which are mixed and divided anew; "
+            f"give the folder or zip that they are in to keep them apart",
+            stacklevel=2,
+        )
     counts = CELEBA_HQ
     if len(entries) != sum(CELEBA_HQ.values()):
         if len(entries) < len(SPLITS):
@@ -240,15 +259,20 @@ def _zip_entries(path: Path) -> list[Entry]:
 
 
 def _images(entries: list[Entry], path: Path) -> list[Entry]:
-    """The entries whose suffix is one of Pillow's, in natural order (2 before 10), but for results of denoising."""
-    suffixes = Image.registered_extensions()
+    """The entries whose suffix Pillow reads, in natural order (2 before 10), but for results of denoising."""
+    suffixes = readable()
     found = [e for e in entries if not _hidden(e.name) and Path(e.name).suffix.lower() in suffixes]
     taken, found = found, [e for e in found if not RESULT.fullmatch(Path(e.name).stem)]
     if taken and not found:
         raise ValueError(f"{path} holds no images but results of denoising ({_some([e.name for e in taken])})")
     if not found:
         raise ValueError(f"{path} holds no images ({len(entries)} files of other kinds)")
-    return sorted(found, key=lambda e: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", e.name)])
+    return sorted(found, key=lambda e: [int(t) if t.isdecimal() else t for t in re.split(r"(\d+)", e.name)])
+
+
+def readable() -> set[str]:
+    """The suffixes of files that Pillow reads; some it only writes."""
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
 
 
 def _hidden(name: str) -> bool:
@@ -263,17 +287,25 @@ def _decode(entry: Entry, split: str, prepare) -> np.ndarray | None:
         return None
 
 
+def is_16_bit_png(header: bytes) -> bool:
+    """By the first 25 bytes of a file: 16 bits a sample."""
+    return header.startswith(PNG_HEADER) and header[24:25] == b"\x10"
+
+
 def _rgb_in(content: bytes) -> Image.Image:
     if content.startswith(tiff16.HEADERS) and (found := tiff16.read(io.BytesIO(content))):
-        return to_rgb(_of_8_bits(found))
+        parts = [found.pixels] if found.alpha is None else [found.pixels, found.alpha]
+        return to_rgb(_of_8_bits(np.concatenate(parts, axis=2)))
     with Image.open(io.BytesIO(content)) as image:
         image.load()
+        if is_16_bit_png(content) and not image.mode.startswith("I"):  # of colours Pillow keeps the upper bytes
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            image = _of_8_bits(tiff16.upright(imagecodecs.png_decode(content), orientation))
         return to_rgb(image)
 
 
-def _of_8_bits(found: tiff16.Samples) -> Image.Image:
-    parts = [found.pixels] if found.alpha is None else [found.pixels, found.alpha]
-    samples = (np.concatenate(parts, axis=2) / 257).round().astype(np.uint8)
+def _of_8_bits(samples: np.ndarray) -> Image.Image:
+    samples = (samples / 257).round().astype(np.uint8)
     return Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples)
 
 

@@ -17,9 +17,7 @@ import tifffile
 from PIL import ExifTags, Image, PngImagePlugin
 
 from train import tiff16
-from train.images import RESULT, files_under
-
-PNG_HEADER = b"\x89PNG\r\n\x1a\n"
+from train.images import PNG_HEADER, RESULT, files_under, is_16_bit_png, readable
 
 
 class PictureError(Exception):
@@ -77,7 +75,7 @@ def read(path: Path) -> Picture:
         if header.startswith(tiff16.HEADERS) and (found := tiff16.read(path)):
             return Picture(found.pixels, found.alpha, "TIFF", found.frames, found.profile)
         with Image.open(path) as image:
-            if header.startswith(PNG_HEADER) and header[24] == 16:  # bits per sample
+            if is_16_bit_png(header):
                 return _picture(image, imagecodecs.png_decode(path.read_bytes()))
             image.load()
             return _picture(image, *_pixels(image))
@@ -92,8 +90,12 @@ def write(picture: Picture, source: Path, folder: Path) -> Path:
     In the picture's format where that is lossless, else as PNG. Returns the path, which appears when all is written.
     """
     kept = picture.format if _holds(picture) else "PNG"
+    suffix = f".{kept.lower()}"
+    if kept == "PPM":  # its names say what is inside
+        suffix = ".pgm" if picture.pixels.shape[2] == 1 else ".ppm"
     own = Image.registered_extensions().get(source.suffix.lower()) == kept
-    suffix = source.suffix if own else f".{kept.lower()}"
+    if own and source.suffix.lower() in (suffix, ".pnm") or own and kept != "PPM":
+        suffix = source.suffix
     partial = folder / f".{secrets.token_hex(8)}.partial"  # whatever the length of its name
     try:
         with partial.open("xb") as file:
@@ -109,11 +111,11 @@ def write(picture: Picture, source: Path, folder: Path) -> Path:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    suffixes = readable()
     files = sorted(
         file
         for file in files_under(folder)
-        if file.suffix.lower() in readable
+        if file.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
         and not RESULT.fullmatch(file.stem)
     )

@@ -150,7 +150,8 @@ class Run:
         budget, samples = Budget(config.steps, config.seconds), self.data
         fit(UnfoldedStage(net, config, budget, lambda: data.training_loader(samples, config)), samples, folder)
         self._save(net, "unfolded")
-        return net
+        # Compiled, it would be compiled again for every shape of the evaluation, in the time that is measured there.
+        return load_network(config, folder) if config.compile else net
 
     def make_prox(self) -> nn.Module:
         """The prox that training starts from."""
@@ -210,7 +211,7 @@ def compare(
 def load_network(config: Config, folder: Folder) -> Unfolded:
     """The trained network of a run. Raises FileNotFoundError or ValueError as `Unfolded.from_pretrained`."""
     options = _execution_here(config) if config.prox == "glow" else {}
-    return Unfolded.from_pretrained(folder.model("unfolded"), **options)
+    return Unfolded.from_pretrained(folder.model("unfolded"), kept_images=config.kept_images, **options)
 
 
 def _execution_here(config: Config) -> dict:
