@@ -106,7 +106,8 @@ class GlowTransform(Transform):
         """log|det dx/dz| (...) in nats."""
         found, self._last = self._last, None
         if found is not None and found[0]() is z and found[1]() is x and (found[3] or not torch.is_grad_enabled()):
-            return found[2]
+            if found[4] == self._versions(z, x):
+                return found[2]
         context = self._context(z.shape[:-1])
         rows = z.reshape(-1, z.shape[-1])
         return self.glow.inverse(rows, return_logdet=True, context=context)[1].reshape(z.shape[:-1])
@@ -135,8 +136,14 @@ class GlowTransform(Transform):
             if transform is not None and transform._last and any(dead is ref for ref in transform._last[:2]):
                 transform._last = None
 
-        self._last = weakref.ref(z, forget), weakref.ref(x, forget), logdet, torch.is_grad_enabled()
+        grad = torch.is_grad_enabled()
+        self._last = weakref.ref(z, forget), weakref.ref(x, forget), logdet, grad, self._versions(z, x)
         return result
+
+    def _versions(self, z: Tensor, x: Tensor) -> list[tuple[int, int]]:
+        """Which changes in place, and which exchanges, would make another log-determinant of it."""
+        given = (z, x, *([] if self.context is None else [self.context]), *self.glow.parameters())
+        return [(id(t), -1 if t.is_inference() else t._version) for t in given]
 
     def _context(self, leading: Size) -> Tensor | None:
         """One context a row, for rows that are `leading` flattened."""

@@ -200,8 +200,8 @@ class Glow(nn.Module):
                 raise ValueError(f"memory_budget is for memory='recompute', and this Glow has memory={self.memory!r}")
             if not is_standard(step.coupling.net for level in self.levels for step in level.steps):
                 raise ValueError(
-                    "memory_budget knows what Glow's own coupling network keeps, and this Glow has another one; use "
-                    "memory='checkpoint' or 'store'"
+                    "memory_budget knows what Glow's own coupling network keeps, without a context or hooks, and this "
+                    "Glow has another one; use memory='checkpoint' or 'store'"
                 )
         self._memory_budget = bytes_
 

@@ -1,4 +1,5 @@
-"""The layers of Glow, each usable alone: forward(x) -> (y, logdet), inverse(y) -> x, or (x, logdet) on request.
+"""The layers of Glow, each usable alone: forward(x) -> (y, logdet), inverse(y) -> x, or (x, logdet) on request; `Split`
+and `CouplingNet` say what they do instead.
 
 Log-determinants are (N,), in nats, of the direction computed. Kingma and Dhariwal 2018 (arXiv:1807.03039).
 """
@@ -49,7 +50,7 @@ class ActNorm(nn.Module):
     @property
     def is_initialized(self) -> bool:
         """Whether the values come from data. The buffer is asked as long as it is not known to say so: others may have
-        copied one that does into it (DDP's broadcast, an average of models).
+        copied one that does into it (DDP's broadcast).
         """
         if not (self._known or torch.compiler.is_compiling() or self.initialized.is_meta):
             self._known = bool(self.initialized)

@@ -47,7 +47,10 @@ def check_alike(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None
             raise ValueError(f"{op}: expected {dtype} on {device} throughout, got {t.dtype} on {t.device}")
     if h is not None and (h.dtype not in NETWORK_DTYPES[dtype] or h.device != device):
         wanted = " or ".join(map(str, NETWORK_DTYPES[dtype]))
-        raise ValueError(f"{op}: h must be {wanted} on {device}, got {h.dtype} on {h.device}")
+        raise ValueError(
+            f"{op}: h must be {wanted} on {device}, got {h.dtype} on {h.device}; the coupling network's precision is "
+            f"compute_dtype, and backend='reference' takes any"
+        )
 
 
 def check_permutation(op: str, permutation: Tensor, state: Tensor) -> None:

@@ -3,14 +3,26 @@ hundred, and whether anything hooks into its calls.
 """
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 
 def parameters(module: nn.Module, *names: str) -> list[Tensor]:
     """`getattr(module, name)` for each name, several times as fast where the module itself stores a parameter of that
     name. Where it doesn't (parametrizations, replicas, tensors put in a parameter's place) it is asked as usual.
+
+    Raises ValueError where one is pruned: what the mask leaves is computed by a hook on a call that nobody makes.
     """
     own = module._parameters
-    return [own[name] if name in own else getattr(module, name) for name in names]
+    return [own[name] if name in own else _other(module, name) for name in names]
+
+
+def _other(module: nn.Module, name: str) -> Tensor:
+    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+        raise ValueError(
+            f"{name} of an {type(module).__name__} is pruned, which is read and not called: make it final "
+            f"(torch.nn.utils.prune.remove), or prune the coupling networks' kernels"
+        )
+    return getattr(module, name)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -267,3 +267,14 @@ def test_samples_for_nflows_are_of_their_contexts_and_of_temperature_one(conditi
 @pytest.mark.parametrize("checked", [True, False])
 def test_an_expanded_distribution_checks_its_arguments_as_before(glow, checked):
     assert GlowDistribution(glow, validate_args=checked).expand((3,))._validate_args == checked
+
+
+@pytest.mark.parametrize("changed", ["parameters", "latents"])
+def test_a_log_determinant_of_what_has_changed_since_is_computed_again(glow, changed):
+    transform, z = GlowTransform(glow), torch.randn(2, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        x = transform(z)
+        for t in glow.parameters() if changed == "parameters" else [z]:
+            t.add_(0.1)
+        wanted = GlowTransform(glow).log_abs_det_jacobian(z, x)
+        torch.testing.assert_close(transform.log_abs_det_jacobian(z, x), wanted)

@@ -12,10 +12,12 @@ from helpers import relative, small_glow
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import flowkern
 from flowkern import export, ops
+from flowkern.adapters.hub import HubGlow
 from flowkern.groups import parameter_groups
 from flowkern.layers import ActNorm, AffineCoupling, InvertibleConv1x1
 from flowkern.operators import Blur, Compose
@@ -340,27 +342,88 @@ def test_safetensors(tmp_path):
     assert torch.equal(other.log_prob(x), glow.log_prob(x))
 
 
-class HubGlow(PyTorchModelHubMixin, flowkern.Glow):
-    """A Glow with `push_to_hub`."""
+class MixedGlow(PyTorchModelHubMixin, flowkern.Glow):
+    """A Glow with `push_to_hub` as one would write it oneself."""
 
 
-def test_hugging_faces_mixin_and_ours_read_each_others_folders(tmp_path):
+@pytest.mark.parametrize("kind", [MixedGlow, HubGlow])
+def test_hugging_faces_mixin_and_ours_read_each_others_folders(kind, tmp_path):
     x = images()
     torch.manual_seed(0)
-    theirs = HubGlow(SIZE, levels=2, depth=[2, 1], hidden=4, scale="sigmoid", shift=0.5, split_prior="learned")
+    theirs = kind(SIZE, levels=2, depth=[2, 1], hidden=4, scale="sigmoid", shift=0.5, split_prior="learned")
     theirs.initialize(x)
     theirs.save_pretrained(tmp_path / "theirs")
     assert sorted(p.name for p in (tmp_path / "theirs").iterdir() if p.suffix != ".md") == [
         "config.json",
         "model.safetensors",
     ]
-    for cls in (flowkern.Glow, HubGlow):
+    for cls in (flowkern.Glow, kind):
         loaded = cls.from_pretrained(tmp_path / "theirs")
         assert torch.equal(loaded.log_prob(x), theirs.log_prob(x)) and loaded.is_initialized
     ours = glow_of(**VARIANTS["variant"])
     ours.save_pretrained(tmp_path / "ours")
-    loaded = HubGlow.from_pretrained(tmp_path / "ours", memory="store")
+    loaded = kind.from_pretrained(tmp_path / "ours", memory="store")
     assert torch.equal(loaded.log_prob(x), ours.log_prob(x)) and loaded.memory == "store"
     assert loaded.config == ours.config
     assert flowkern.Glow.from_pretrained(tmp_path / "theirs", memory="store").memory == "store"
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["variant"]["keeps"] == "second"
+
+
+def test_what_the_hub_loads_is_the_same_model(tmp_path):
+    """Or it is refused: nothing is filled as far as names agree."""
+
+    def network(inputs, outputs):
+        return torch.nn.Conv2d(inputs, outputs, 3, padding=1)
+
+    x = images().double()
+    own = HubGlow(SIZE, levels=2, depth=1, network=network).double()
+    own.initialize(x)
+    own.save_pretrained(tmp_path / "own")
+    loaded = HubGlow.from_pretrained(tmp_path / "own", network=network, anchor_every=1)
+    assert isinstance(loaded, HubGlow) and loaded.anchor_every == 1
+    assert loaded.log_prob(x).dtype == torch.float64 and torch.equal(loaded.log_prob(x), own.log_prob(x))
+    with pytest.raises(ValueError, match="was made with its own coupling network; pass the same network="):
+        HubGlow.from_pretrained(tmp_path / "own")
+    standard = HubGlow(SIZE, levels=1, depth=1, hidden=4, memory_budget=1 << 20)
+    standard.save_pretrained(tmp_path / "standard")
+    assert "memory_budget" not in json.loads((tmp_path / "standard" / "config.json").read_text())
+    parametrizations.weight_norm(standard.levels[0].steps[0].coupling.net, "weight1")
+    with pytest.raises(ValueError, match="is parametrized, which a saved configuration can't say"):
+        standard.save_pretrained(tmp_path / "standard")
+
+
+def test_a_repository_is_fetched_by_its_name(tmp_path, monkeypatch):
+    glow, x, asked = glow_of(), images(), {}
+    glow.save_pretrained(tmp_path)
+
+    def fetch(name, **how):
+        asked.update(how, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr("flowkern.adapters.hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", lambda **_: str(tmp_path / "config.json"))
+    loaded = HubGlow.from_pretrained("someone/glow", revision="main")
+    assert torch.equal(loaded.log_prob(x), glow.log_prob(x))
+    assert asked["name"] == "someone/glow" and asked["revision"] == "main"
+    assert asked["allow_patterns"] == ["model.safetensors", "config.json"]
+
+
+@pytest.mark.parametrize("of", ["norm1", "conv", "actnorm"])
+def test_what_is_read_and_not_called_is_not_pruned(of):
+    """Its mask would be applied by a call, and what was there before would be used in silence."""
+    glow, x = glow_of(), images()
+    step = glow.levels[0].steps[0]
+    part = step.coupling.net.norm1 if of == "norm1" else getattr(step, of)
+    prune.l1_unstructured(part, "lower" if of == "conv" else "bias", 0.5)
+    with pytest.raises(ValueError, match=r"of an \w+ is pruned, which is read and not called: make it final"):
+        glow.log_prob(x)
+    prune.remove(part, "lower" if of == "conv" else "bias")
+    assert glow.log_prob(x).isfinite().all()
+
+
+def test_averages_of_weights_keep_the_map_s_permutations():
+    glow, x = glow_of(), images()
+    average = AveragedModel(glow, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for _ in range(20):
+        average.update_parameters(glow)
+    torch.testing.assert_close(average.module.log_prob(x), glow.log_prob(x))

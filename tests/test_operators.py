@@ -520,3 +520,10 @@ def test_a_rho_of_zero_is_refused_as_a_tensor_too(rho):
     for operator in (Identity(), Inpainting(torch.ones(4, 4)), RandomProjection((1, 4, 4), 0.5)):
         with pytest.raises(ValueError, match="rho must be positive"):
             operator.normal_inverse(torch.rand(2, 1, 4, 4), rho)
+
+
+def test_an_operator_that_learns_and_is_there_twice_has_no_configuration():
+    learns, fixed = Blur(nn.Parameter(gaussian_kernel(1.0))), Blur(gaussian_kernel(1.0))
+    assert len(Compose(fixed, fixed, learns).config["operators"]) == 3
+    with pytest.raises(ValueError, match="has an operator twice that learns"):
+        Compose(learns, fixed, learns).config  # noqa: B018

@@ -11,7 +11,7 @@ class Compose(Operator):
     `Compose(Inpainting(mask), Blur(kernel))` blurs an image and then loses pixels of it.
 
     operators: one or more objects with `forward` and `adjoint`, of this package or the user's own. There is no
-    `normal_inverse` or `prox`, and `config` only if all of them have one.
+    `normal_inverse` or `prox`, and `config` only if all of them have one and none that learns is there twice.
 
     Raises ValueError without operators, TypeError for something that is none.
     """
@@ -47,6 +47,9 @@ class Compose(Operator):
 
     @property
     def config(self) -> dict:
+        learnt = [o for o in self.operators if isinstance(o, nn.Module) and any(True for _ in o.parameters())]
+        if len(set(map(id, learnt))) < len(learnt):
+            raise ValueError("Compose has an operator twice that learns, which a saved configuration can't say")
         return super().config | {"operators": [operator.config for operator in self.operators]}
 
     @classmethod
