@@ -36,6 +36,10 @@ class Family:
         self.models, self.reasons = {}, {}
         self._errors = Errors(setup)
         for row, contender in self.contenders.items():
+            judges = row in contenders.SAME_PRECISION.values()     # its error is asked for in any case
+            if not (judges or self._is_timed(row)):
+                self.reasons[row] = _not_timed(contender)
+                continue
             try:
                 self.models[row] = contender.make(setup)
             except ImportError as error:
@@ -82,7 +86,7 @@ class Family:
                     errors = self._errors(work_name, model, contender.truth)
                 rows[row] |= {"error": errors.pop("all"), "errors": errors}
                 if not self._is_timed(row):
-                    rows[row]["unavailable"] = f"not timed: PyTorch multiplies {contender.network} without vectors here"
+                    rows[row]["unavailable"] = _not_timed(contender)
                     continue
                 arguments = work.inputs(model, setup)
             except Exception as error:      # a library's, whatever it is: the other rows go on
@@ -137,6 +141,10 @@ def _sleeping(really: bool = True):
 
 def _call(run: Callable, model, arguments: tuple) -> Callable:
     return lambda: run(model, *arguments)
+
+
+def _not_timed(contender: Contender) -> str:
+    return f"not timed: PyTorch multiplies {contender.network} without vectors here"
 
 
 def _repeats(call: Callable) -> int:

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -272,9 +273,12 @@ def test_bf16_without_vectors_is_not_timed_but_its_error_counts(monkeypatch):
     in_fp32 = ["fp32", "fp32 by oneDNN"] if torch.backends.mkldnn.is_available() else ["fp32"]
     assert list(machine.products({"fp32", "bf16"})) == in_fp32
     names = "PyTorch", "PyTorch, bf16 network", "flowkern recompute, bf16 network"
-    family = models.Family("glow", SMALL, ("log_prob",), False, {name: contenders.GLOWS[name] for name in names})
+    rows = {name: contenders.GLOWS[name] for name in names}
+    rows["another in bf16"] = replace(rows[names[1]], make=lambda setup: 1 / 0)    # nor made, as nothing rests on it
+    family = models.Family("glow", SMALL, ("log_prob",), False, rows)
     group = family.measure("log_prob", 2)
-    plain, emulated, ours = group["rows"]
+    plain, emulated, ours, another = group["rows"]
+    assert another["unavailable"] == emulated["unavailable"]
     assert "seconds" in plain and "not timed" in emulated["unavailable"] and "seconds" not in emulated
     assert ours["error budget"] >= 2 * emulated["error"] > 0
     assert list(group["product flops per second"]) == in_fp32 and ours["of peak"] > 0
