@@ -82,7 +82,8 @@ class Family:
         for row, model in ((row, self.models[row]) for row in rows if row in self.models):
             contender = self.contenders[row]
             try:
-                with _sleeping(not contender.compiled):
+                # What is compiled meanwhile is compiled for so many threads as are in use.
+                with _threads(torch.get_num_threads() if contender.compiled else 1):
                     errors = self._errors(work_name, model, contender.truth)
                 rows[row] |= {"error": errors.pop("all"), "errors": errors}
                 if not self._is_timed(row):
@@ -126,17 +127,14 @@ class Family:
 
 
 @contextlib.contextmanager
-def _sleeping(really: bool = True):
-    """One thread: two that wait for each other spin, on cores that the process that counts memory needs, too. What is
-    compiled meanwhile is compiled for so many threads as are in use.
-    """
-    threads = torch.get_num_threads()
-    if really:
-        torch.set_num_threads(1)
+def _threads(count: int):
+    """Two threads that wait for each other spin, on cores that the process that counts memory needs, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _call(run: Callable, model, arguments: tuple) -> Callable:

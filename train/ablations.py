@@ -3,9 +3,12 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train import command
-from train.config import Command, Config
+
+if TYPE_CHECKING:
+    from train.config import Config  # needs the extra, for which `command.run` looks first
 
 # What is changed of the settings given, by the name that the table has for it.
 VARIANTS: dict[str, dict] = {
@@ -25,7 +28,7 @@ VARIANTS: dict[str, dict] = {
 OF_PRIOR = ("prior_noise", "scale", "pretrain")
 
 
-def work(campaign, settings: Config) -> Path:
+def work(campaign, settings: "Config") -> Path:
     """All variants, then one table: what is done already is left alone."""
     from train import ranks, run
     from train.evaluation import Method
@@ -61,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status; a mistake of the user's ends in one sentence on stderr and status 2."""
 
     def prepare():
+        from train.config import Command
+
         settings = Command(
             "ablations",
             "Train the unfolded Glow with the settings given and with one of them changed at a time: pre-training, its "

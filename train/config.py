@@ -12,9 +12,8 @@ import jsonargparse
 import torch
 import yaml
 
-from train.images import PHOTOS
 from train.measurement import Measurement, MeasurementSettings
-from train.options import add_settings, setting
+from train.options import PHOTOS, add_settings, setting
 
 PRESETS = Path(__file__).parent / "presets"
 SMALLEST = 6    # side of an image

@@ -17,6 +17,7 @@ from train import images, ranks
 from train.config import Config
 from train.images import Pictures
 from train.measurement import Measurement
+from train.options import PHOTOS
 
 # Cropped pictures are kept whole in memory, at most this many pixels on their long side.
 LONGEST = 1024
@@ -229,7 +230,7 @@ class Data:
 
 def prepare(config: Config, splits: tuple[str, ...] = images.SPLITS) -> Data:
     """Read, check and arrange the pictures of `--data`. Raises FileNotFoundError or ValueError in one sentence."""
-    crop = config.fit == "crop" or config.data == images.PHOTOS
+    crop = config.fit == "crop" or config.data == PHOTOS
     eval_size = config.eval_size or config.size
 
     def fit(image: Image.Image, split: str) -> Image.Image:

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from train import tiff16
+from train.options import PHOTOS
 
 # Pillow's guard against files made to fill the memory; these are the user's own, and may be large.
 Image.MAX_IMAGE_PIXELS = None
 PNG_HEADER = b"\x89PNG\r\n\x1a\n"
-PHOTOS = "photos"  # as `--data`: the photographs below
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {
     "train": "train",

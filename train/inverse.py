@@ -3,9 +3,12 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train import command
-from train.config import Command, Config
+
+if TYPE_CHECKING:
+    from train.config import Config  # needs the extra, for which `command.run` looks first
 
 PROBLEMS: dict[str, dict] = {
     "inpainting": {"operator": "inpaint", "inpaint_keep": 0.5},
@@ -17,7 +20,7 @@ PROBLEMS: dict[str, dict] = {
 PROXES = ("unet", "glow")
 
 
-def work(campaign, settings: Config) -> Path:
+def work(campaign, settings: "Config") -> Path:
     """The prior, a denoiser of each kind if asked for, both networks for every problem, then one table and figure: what
     is trained already is left alone.
     """
@@ -42,14 +45,14 @@ def work(campaign, settings: Config) -> Path:
     return campaign.folder.path
 
 
-def check_denoiser(settings: Config) -> None:
+def check_denoiser(settings: "Config") -> None:
     """Raise ValueError in one sentence if a denoiser is to be trained and its crops don't fit."""
     side, unit = settings.denoise_size, 2**settings.levels
     if settings.denoise_steps and side and (side % unit or settings.size % side):
         raise ValueError(f"denoise_size must be a multiple of {unit} that divides size = {settings.size}, got {side}")
 
 
-def denoising(settings: Config, prox: str, epoch_images: int) -> dict:
+def denoising(settings: "Config", prox: str, epoch_images: int) -> dict:
     """What differs in the settings of the denoiser that the problems of a prox start from."""
     given = {"operator": "identity", "init": "adjoint", "steps": settings.denoise_steps}
     if prox != "glow":
@@ -66,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status; a mistake of the user's ends in one sentence on stderr and status 2."""
 
     def prepare():
+        from train.config import Command
+
         settings = Command(
             "inverse",
             f"Train the unfolded network with a Glow and with a U-Net, in equal numbers of steps, for {len(PROBLEMS)} "

@@ -2,7 +2,7 @@
 
 from dataclasses import field, fields
 
-import jsonargparse
+PHOTOS = "photos"  # for `--data`: scikit-image's photographs, no folder
 
 
 def setting(group: str, default, text: str):
@@ -10,10 +10,12 @@ def setting(group: str, default, text: str):
     return field(default=default, metadata={"group": group, "help": text})
 
 
-def add_settings(result: jsonargparse.ArgumentParser, settings: type, hidden: tuple[str, ...] = ()) -> None:
-    """An option per field of a dataclass of settings. Those of `hidden` groups or names are accepted, but not in
-    --help.
+def add_settings(result, settings: type, hidden: tuple[str, ...] = ()) -> None:
+    """An option per field of a dataclass of settings, for a jsonargparse.ArgumentParser. Those of `hidden` groups or
+    names are accepted, but not in --help.
     """
+    import jsonargparse  # of the extra, for which `command.run` looks first
+
     groups = {}
     for f in fields(settings):
         group = f.metadata["group"]

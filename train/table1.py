@@ -3,14 +3,17 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train import command
-from train.config import Command, Config
+
+if TYPE_CHECKING:
+    from train.config import Config  # needs the extra, for which `command.run` looks first
 
 PROXES = ("resnet", "unet", "glow")
 
 
-def work(campaign, settings: Config) -> Path:
+def work(campaign, settings: "Config") -> Path:
     """Pre-training, trials of learning rates, all runs, then table and figure: what is done already is left alone."""
     from train import comparison, ranks
 
@@ -43,7 +46,7 @@ def _options(prox: str) -> dict:
     return {"prox": prox} if prox == "glow" else {"prox": prox, "init": None, "references": ["tv"]}
 
 
-def _trials(campaign, settings: Config, prox: str, options: dict) -> dict[float, float]:
+def _trials(campaign, settings: "Config", prox: str, options: dict) -> dict[float, float]:
     """The best validation loss that each learning rate reached."""
     from train import report
 
@@ -59,6 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command. Returns its exit status; a mistake of the user's ends in one sentence on stderr and status 2."""
 
     def prepare():
+        from train.config import Command
+
         settings = Command(
             "table1",
             "Reproduce Table 1 and Figure 1 of Wei et al.: pre-train a Glow, choose each prox's learning rate on "
