@@ -8,6 +8,7 @@ Tensors elsewhere or of unsuitable dtypes raise ValueError.
 import functools
 import os
 import sys
+from array import array
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 
@@ -370,14 +371,15 @@ def _kept(kept: Sequence[Sequence[Tensor]], memory: str) -> list[int]:
     return pointers
 
 
-def _addresses(parameters: Sequence[Tensor | None]) -> tuple[list[int], list[int], list[Tensor | None]]:
+def _addresses(parameters: Sequence[Tensor | None]) -> tuple[array, array, list[Tensor | None]]:
     """The addresses of one or several steps' nine parameters, 0 for what is missing, the strides of each step's three
     weights, and what has to live as long as the addresses are used: vectors are copied where they are not dense.
     """
     owners = [p if p is None or p.dim() == 4 else p.contiguous() for p in parameters]
     weights = (p for i, p in enumerate(owners) if i % network.PARAMETERS in (0, 3, 6))
-    strides = [s for w in weights for s in ((0,) * 4 if w is None else w.stride())]
-    return [0 if p is None else p.data_ptr() for p in owners], strides, owners
+    # Arrays, as a list's integers take 40 bytes each while the loops run, which is where memory peaks.
+    strides = array("q", [s for w in weights for s in ((0,) * 4 if w is None else w.stride())])
+    return array("q", [0 if p is None else p.data_ptr() for p in owners]), strides, owners
 
 
 def _is_image(x: Tensor) -> bool:
