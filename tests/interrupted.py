@@ -4,6 +4,7 @@ Run as a script: `python interrupted.py OUT SHARE OPTIONS...`; prints how often 
 once, in this process, which trains nothing itself; every attempt is a fork of it.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -41,7 +42,11 @@ def attempt(arguments, out, share):
 
 
 def states(out):
-    return {path.name: path.stat().st_mtime_ns for path in list(Path(out).glob("checkpoints/*-last.ckpt"))}
+    found = {}
+    for path in list(Path(out).glob("checkpoints/*-last.ckpt")):
+        with contextlib.suppress(FileNotFoundError):  # it has just become the previous one
+            found[path.name] = path.stat().st_mtime_ns
+    return found
 
 
 def main():
