@@ -11,6 +11,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, Transform, constraints
 
 from flowkern.glow import Glow
+from flowkern.network import versions
 
 
 class GlowDistribution(Distribution):
@@ -105,9 +106,9 @@ class GlowTransform(Transform):
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         """log|det dx/dz| (...) in nats."""
         found, self._last = self._last, None
-        if found is not None and found[0]() is z and found[1]() is x and (found[3] or not torch.is_grad_enabled()):
-            if found[4] == self._versions(z, x):
-                return found[2]
+        known = found is not None and found[0]() is z and found[1]() is x and (found[3] or not torch.is_grad_enabled())
+        if known and found[4] == self._states(z, x):
+            return found[2]
         context = self._context(z.shape[:-1])
         rows = z.reshape(-1, z.shape[-1])
         return self.glow.inverse(rows, return_logdet=True, context=context)[1].reshape(z.shape[:-1])
@@ -137,13 +138,13 @@ class GlowTransform(Transform):
                 transform._last = None
 
         grad = torch.is_grad_enabled()
-        self._last = weakref.ref(z, forget), weakref.ref(x, forget), logdet, grad, self._versions(z, x)
+        self._last = weakref.ref(z, forget), weakref.ref(x, forget), logdet, grad, self._states(z, x)
         return result
 
-    def _versions(self, z: Tensor, x: Tensor) -> list[tuple[int, int]]:
-        """Which changes in place, and which exchanges, would make another log-determinant of it."""
-        given = (z, x, *([] if self.context is None else [self.context]), *self.glow.parameters())
-        return [(id(t), -1 if t.is_inference() else t._version) for t in given]
+    def _states(self, z: Tensor, x: Tensor) -> tuple[list[int], list[int]]:
+        """Of all that the log-determinant depends on: which tensors, and how often each was written to."""
+        given = [z, x, *([] if self.context is None else [self.context]), *self.glow.parameters()]
+        return list(map(id, given)), versions(given)
 
     def _context(self, leading: Size) -> Tensor | None:
         """One context a row, for rows that are `leading` flattened."""

@@ -123,7 +123,7 @@ def _relu_vjp_(g: Tensor, activation: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(g, activation, 0, grad_input=g)
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often each was written to. Tensors of inference mode don't count that."""
     return [0 if t.is_inference() else t._version for t in tensors]
 
@@ -225,11 +225,11 @@ class LocalNets:
         # Full precision is what the network has without autocast, which on the CPU warns of it.
         lowered = self.dtype in (torch.bfloat16, torch.float16)
         autocast = torch.autocast(a.device.type, self.dtype if lowered else None, lowered, cache_enabled=False)
-        versions = _versions(given)
+        before = versions(given)
         with self.replays[k].again_or_first(), autocast:
             h = module(*given) if parameters is None else functional_call(module, parameters, given)
             h = ops.channels_last(h)
-        if _versions(given) != versions:
+        if versions(given) != before:
             raise RuntimeError(
                 "a coupling network must not work in place on its input, which the coupling passes on unchanged: the "
                 "network's first layer may be an activation with inplace=True"

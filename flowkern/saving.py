@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.prune import BasePruningMethod
+
+from flowkern import stored
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -80,7 +81,7 @@ def fill(module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
 
 def _check_plain(module: nn.Module, config: dict) -> None:
     for name, part in module.named_modules():
-        pruned = any(isinstance(hook, BasePruningMethod) for hook in part._forward_pre_hooks.values())
+        pruned = stored.pruned(part)
         changed = is_parametrized(part)
         made_by = type(part).__mro__[changed].__module__  # a parametrized module is of a class derived from its own
         # Networks and operators of one's own are made by their owner, parametrizations and all.

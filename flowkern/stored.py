@@ -17,7 +17,7 @@ def parameters(module: nn.Module, *names: str) -> list[Tensor]:
 
 
 def _other(module: nn.Module, name: str) -> Tensor:
-    if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+    if pruned(module):
         raise ValueError(
             f"{name} of an {type(module).__name__} is pruned, which is read and not called: make it final "
             f"(torch.nn.utils.prune.remove), or prune the coupling networks' kernels"
@@ -29,3 +29,8 @@ def hooked(module: nn.Module) -> bool:
     """Whether a hook waits for calls of the module: one that reads activations, or prunes or normalises weights."""
     return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks
                 or module._backward_hooks)
+
+
+def pruned(module: nn.Module) -> bool:
+    """Whether a hook of `torch.nn.utils.prune` is among them."""
+    return any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values())

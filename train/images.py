@@ -297,10 +297,10 @@ def _rgb_in(content: bytes) -> Image.Image:
         parts = [found.pixels] if found.alpha is None else [found.pixels, found.alpha]
         return to_rgb(_of_8_bits(np.concatenate(parts, axis=2)))
     with Image.open(io.BytesIO(content)) as image:
-        image.load()
         if is_16_bit_png(content) and not image.mode.startswith("I"):  # of colours Pillow keeps the upper bytes
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            image = _of_8_bits(tiff16.upright(imagecodecs.png_decode(content), orientation))
+            return to_rgb(_of_8_bits(tiff16.upright(imagecodecs.png_decode(content), orientation)))
+        image.load()
         return to_rgb(image)
 
 

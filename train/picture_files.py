@@ -93,8 +93,8 @@ def write(picture: Picture, source: Path, folder: Path) -> Path:
     suffix = f".{kept.lower()}"
     if kept == "PPM":  # its names say what is inside
         suffix = ".pgm" if picture.pixels.shape[2] == 1 else ".ppm"
-    own = Image.registered_extensions().get(source.suffix.lower()) == kept
-    if own and source.suffix.lower() in (suffix, ".pnm") or own and kept != "PPM":
+    fits = kept != "PPM" or source.suffix.lower() in (suffix, ".pnm")
+    if fits and Image.registered_extensions().get(source.suffix.lower()) == kept:
         suffix = source.suffix
     partial = folder / f".{secrets.token_hex(8)}.partial"  # whatever the length of its name
     try:
