@@ -6,6 +6,8 @@ all the same; the reason is kept in flowkern/_build_error.txt, where `python -m 
 Where nvcc is found the extension holds the CUDA kernels too. Without it, or if it fails, they are left out, and the
 extension knows why. FLOWKERN_CUDA=0 leaves them out, FLOWKERN_CUDA=1 makes their failure an error of the installation,
 FLOWKERN_CUDA_ARCHS (default "80 90") lists the GPUs' compute capabilities; newer GPUs run the last one's PTX.
+
+CXX names another compiler, CXXFLAGS adds to its flags.
 """
 
 import os
@@ -155,10 +157,11 @@ def compile_with(output: Path, cuda: Cuda | None, why_no_cuda: str) -> None:
         units += [(source, f"cuda.{source.stem}", "cuda", cuda.flags()) for source in kernels]
     host = f" -ccbin {shlex.join(compiler)}" if os.environ.get("CXX") and len(compiler) == 1 else ""
     link = "$cxx -bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "$cxx -shared"
+    more = " ".join(os.environ.get("CXXFLAGS", "").split()).replace("$", "$$")
     lines = [f"cxx = {shlex.join(compiler)}",
              f"nvcc = {shlex.quote(cuda.nvcc) + host if cuda else ''}",
              "rule compile",
-             f"  command = $cxx {FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
+             f"  command = $cxx {FLAGS} {more} $flags -MMD -MF $out.d -c $in -o $out",
              "  depfile = $out.d",
              "  deps = gcc",
              "rule cuda",

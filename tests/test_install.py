@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = ("CXX", "CUDACXX", "PYTHONPATH", "FLOWKERN_CPU_ISA", "FLOWKERN_BACKEND", "FLOWKERN_CUDA_ARCHS")
+SETTINGS = ("CXX", "CXXFLAGS", "CUDACXX", "PYTHONPATH", "FLOWKERN_CPU_ISA", "FLOWKERN_BACKEND", "FLOWKERN_CUDA_ARCHS")
+FAST = "-O0"  # to compile: a quarter of the time that optimised kernels take, which all other tests run
 
 
 def run(command, folder, **environment):
@@ -66,7 +67,7 @@ def installed(source, **environment):
 def built(tmp_path_factory):
     source = sources(tmp_path_factory.mktemp("with_compiler"))
     # By the name under which a later build finds the compiler, which then compiles nothing anew.
-    return source, installed(source, CXX="c++" if shutil.which("c++") else "")
+    return source, installed(source, CXX="c++" if shutil.which("c++") else "", CXXFLAGS=FAST)
 
 
 def test_wheel_with_a_compiler(built):
@@ -128,16 +129,23 @@ def test_install_without_a_compiler(tmp_path):
         python(target, "-c", call, FLOWKERN_BACKEND="cpp")
 
 
+def test_flags_of_the_environment_reach_the_compiler(built):
+    source, _ = built
+    run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], source, CXXFLAGS="-no-such-flag")
+    assert "no-such-flag" in report(source)
+
+
 def test_failed_rebuild_leaves_no_old_extension(built):
     source, _ = built
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     # The compiler that built Python may be on another machine.
     elsewhere = "import runpy, sys, sysconfig; sysconfig.get_config_vars()['CXX'] = 'no-such-compiler -pthread'; "
-    run([sys.executable, "-c", f"{elsewhere} sys.argv = {build[1:]}; runpy.run_path('setup.py')"], source)
+    setup = f"{elsewhere} sys.argv = {build[1:]}; runpy.run_path('setup.py')"
+    run([sys.executable, "-c", setup], source, CXXFLAGS=FAST)
     [made] = (source / "flowkern").glob("_C.*")
     other = made.with_name("_C.cpython-39-elsewhere.so")  # another Python's, from the same checkout
     other.touch()
     (source / "csrc" / "cpu" / "dispatch.cpp").write_text("#error broken on purpose\n")
-    run(build, source)
+    run(build, source, CXXFLAGS=FAST)
     assert list((source / "flowkern").glob("_C.*")) == [other]
     assert "broken on purpose" in report(source)
