@@ -1,7 +1,7 @@
 """`python -m bench.report`: Markdown tables and plots of a machine's stored figures, bench/results/<machine>-*.json.
 
---readme puts the training step's table and the machines' between the README's marks, and the plots into docs/. A row
-that failed its correctness check shows why, and no ratio.
+--readme puts the training step's most telling rows between the README's marks, and the plots into docs/. A row that
+failed its correctness check shows why, and no ratio.
 """
 
 import argparse
@@ -13,6 +13,9 @@ from bench.results import RESULTS, ROOT, machine
 
 MIB = 1 << 20
 TOPICS = ("models", "ops", "scaling")
+README_ROWS = ("PyTorch", "PyTorch, torch.compile", "PyTorch, checkpoint", "normflows", "memcnn", "flowkern store",
+               "flowkern recompute", "PyTorch, torch.compile, bf16 network", "flowkern recompute, bf16 network")
+README_PLOTS = ("bench-memory-depth", "bench-memory-time")
 START = "<!-- What follows is written by `python -m bench.report --readme`. -->"
 END = "<!-- End of what `python -m bench.report --readme` writes. -->"
 
@@ -186,14 +189,14 @@ def chosen(folder: Path, name: str | None) -> str:
     return name or machine()
 
 
-def readme_block(topics: dict[str, dict], plots_made: list[Path], folder: Path) -> str:
-    """The training step's table, its caption, all machines, and the pictures."""
+def readme_block(topics: dict[str, dict], plots_made: list[Path]) -> str:
+    """The training step's table, its caption, and pictures."""
     group, growth = topics["models"]["groups"]["train"], topics.get("scaling", {}).get("environment", {})
-    pictures = "\n".join(f"![]({p.relative_to(ROOT)})" for p in plots_made if p.is_relative_to(ROOT))
-    pictures += f"\n\nMemory and time against size were measured at commit {growth['commit']}." if growth else ""
-    machines = ("Speed-up over the fastest rival in single precision, in brackets over the fastest in bf16 where that "
-                f"was measured, by machine:\n\n{machines_table(folder)}")
-    parts = (model_table(group), model_caption(group, topics["models"]), notes(group), machines, pictures)
+    shown = {**group, "rows": [row for row in group["rows"] if row["name"] in README_ROWS]}
+    pictures = "\n".join(f"![]({p.relative_to(ROOT)})" for p in plots_made
+                         if p.is_relative_to(ROOT) and p.stem in README_PLOTS)
+    pictures += f"\n\nMemory against depth was measured at commit {growth['commit']}." if growth else ""
+    parts = (model_table(shown), model_caption(group, topics["models"]), notes(shown), pictures)
     return "\n\n".join(part for part in parts if part)
 
 
@@ -205,8 +208,8 @@ def with_block(text: str, block: str) -> str:
     return f"{before}{START}\n\n{block}\n\n{END}{rest.split(END, 1)[1]}"
 
 
-def page(topics: dict[str, dict]) -> str:
-    """Everything that is stored, as one page."""
+def page(topics: dict[str, dict], folder: Path) -> str:
+    """Everything that is stored of a machine, and all machines side by side, as one page."""
     parts = []
     for name, group in topics.get("models", {}).get("groups", {}).items():
         parts.append(f"## {name}\n\n{model_table(group)}\n\n{model_caption(group, topics['models'])}\n\n{notes(group)}")
@@ -214,6 +217,8 @@ def page(topics: dict[str, dict]) -> str:
         parts.append(f"## Pixel ops\n\n{ops_table(topics['ops'])}\n\n{where(topics['ops'])}")
     if "scaling" in topics:
         parts.append(f"## Growth\n\n{scaling_tables(topics['scaling']['groups'])}\n\n{where(topics['scaling'])}")
+    parts.append("## Machines\n\nSpeed-up over the fastest rival in single precision, in brackets over the fastest in "
+                 f"bf16 where that was measured.\n\n{machines_table(folder)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -235,9 +240,9 @@ def main() -> None:
     made = draw(topics, folder, "png" if arguments.png else "svg") if folder else []
     if arguments.readme:
         readme = ROOT / "README.md"
-        readme.write_text(with_block(readme.read_text(), readme_block(topics, made, arguments.results)))
+        readme.write_text(with_block(readme.read_text(), readme_block(topics, made)))
     else:
-        print(page(topics), end="")
+        print(page(topics, arguments.results), end="")
 
 
 if __name__ == "__main__":

@@ -328,10 +328,11 @@ def stored(tmp_path) -> Path:
 
 def test_report_of_stored_figures(stored):
     topics = report.load(stored, report.chosen(stored, "here-2"))
-    text = report.page(topics)
+    text = report.page(topics, stored)
     assert "| ours | fp32 | 250.0 ms" in text.replace("250 ms", "250.0 ms") and "| 2.00 |" in text
     assert "3.0 processes of others" in text and "commit" in text and "K=16" in text
     assert "| PyTorch | 200 | 400 | 800 | 0 + 1e+02 depth | 0% | +0% (+0% to +0%) |" in text.replace("-0%", "+0%")
+    assert "## Machines" in text and "| here-2\\* |" in text
     assert [p.suffix for p in report.draw(topics, stored)] == [".svg"] * 3
 
 
