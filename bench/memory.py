@@ -90,10 +90,6 @@ class Events:
         """Sum of the bytes of some allocations."""
         return int(self.bytes[list(allocations)].sum())
 
-    def largest(self, at: str | None = None, count: int = 10) -> list[int]:
-        """Sizes of the largest allocations alive at a mark or at the end, for finding out what is held."""
-        return sorted((int(self.bytes[i]) for i in self.alive(at)), reverse=True)[:count]
-
     def _moment(self, mark: str | None) -> int:
         return len(self.bytes) if mark is None else self._marks[mark]
 

@@ -95,7 +95,8 @@ def _audit(glow: Glow, x: Tensor) -> Audit:
     own.memory_budget, own.memory = None, "checkpoint"
     stored = _gradients(own, x)
     with evaluating(glow):
-        states = [(level, x, _drift(glow, level, x), _smallest_scale(level.steps, x)) for level, x in _states(glow, x)]
+        states = [(level, x, _drift(glow, level, x), _smallest_scale(level.steps, x, glow.backend))
+                  for level, x in _states(glow, x)]
     own.compute_dtype, own.backend = None, "auto"   # not every backend computes in double precision
     with use_backend("auto"):
         exact = _gradients(own.double(), x.double())
@@ -103,7 +104,7 @@ def _audit(glow: Glow, x: Tensor) -> Audit:
     for i, (level, state, off, smallest) in enumerate(states):
         levels.append(LevelAudit(
             level=i + 1, steps=len(level.steps), channels=state.shape[1], reconstruction=off,
-            smallest_scale=smallest, condition=_condition(level.steps),
+            smallest_scale=smallest, condition=_condition(level.steps, glow.backend),
             gradient=_error(recomputed[i], exact[i]), stored_gradient=_error(stored[i], exact[i])))
     return Audit(tuple(levels), _finite((back - x).abs().amax()),
                  _error(sum(recomputed, []), sum(exact, [])), _error(sum(stored, []), sum(exact, [])))
@@ -161,23 +162,23 @@ def _drift(glow: Glow, level, x: Tensor) -> float:
 
 
 @torch.no_grad()
-def _smallest_scale(steps, x: Tensor) -> float:
+def _smallest_scale(steps, x: Tensor, backend: str) -> float:
     smallest = 0.0      # of log s
-    matrix, offset, _, _ = compose(steps)
+    matrix, offset, _, _ = compose(steps, backend)
     for k, step in enumerate(steps):
         coupling = step.coupling
-        x = ops.channel_mix(x, matrix[k], offset[k])
+        x = ops.channel_mix(x, matrix[k], offset[k], backend=backend)
         h = coupling.net(x[:, : x.shape[1] // 2])
         if coupling.scale != "additive":
             log_s = reference.log_scale(h.chunk(2, dim=1)[0], coupling.scale, coupling.alpha).amin().item()
             smallest = log_s if k == 0 else min(smallest, log_s)
-        x, _ = ops.couple(x, h, coupling.scale, coupling.alpha)
+        x, _ = ops.couple(x, h, coupling.scale, coupling.alpha, backend=backend)
     return math.exp(smallest)
 
 
 @torch.no_grad()
-def _condition(steps) -> float:
-    return _finite(torch.linalg.cond(compose(steps)[0].double()).amax())
+def _condition(steps, backend: str) -> float:
+    return _finite(torch.linalg.cond(compose(steps, backend)[0].double()).amax())
 
 
 def _gradients(glow: Glow, x: Tensor) -> list[list[Tensor]]:

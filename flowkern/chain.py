@@ -469,7 +469,7 @@ def chain(
     gradient of their own; nets: K coupling networks, of a state and, if given, a context (N, ...). Returns the
     state and the couplings' log-determinant (N,) in nats; the mixes' own log-determinants are constants of x that the
     caller adds. kept_steps: how many steps "recompute" stores, the last ones to run. compute_dtype is the networks'
-    precision (default: autocast's, else the state's). Raises ValueError or TypeError for options that are none.
+    precision (default: autocast's, else the state's). Raises ValueError or TypeError for invalid options.
     """
     choice(memory, "memory", MEMORY_MODES)
     anchors = 0 if anchor_every is None else positive_int(anchor_every, "anchor_every")

@@ -19,7 +19,7 @@ def positive_int(value, name: str) -> int:
 
 
 def choice(value, name: str, choices: Sequence[str]) -> str:
-    """The value. Raises ValueError for one that is none of the choices."""
+    """The value. Raises ValueError for one that is not among the choices."""
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
     return value

@@ -218,83 +218,9 @@ def compose_vjp(lower: Tensor, upper: Tensor, log_s: Tensor, log_scale: Tensor, 
     return results
 
 
-class Folded:
-    """A coupling network's sizes, and its folded weights as the native loops read them, packed when first wanted:
-    stored activations need them in forward alone.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype):
-        self.dtype = dtype
-        self.hidden, self.few = parameters[0].shape[:2]
-        self.out = len(parameters[6])
-        self._parameters = parameters
-        self._packed: dict[tuple[int, int], Tensor] = {}
-
-    def packed(self, height: int, width: int) -> Tensor:
-        """For images of this size."""
-        if (packed := self._packed.get((height, width))) is None:
-            sizes = _TYPES[self.dtype], self.few, self.hidden, self.out, height, width
-            packed = self._parameters[0].new_empty(_native().network_packed_size(*sizes))
-            self._packed[height, width] = packed
-            addresses, strides, _owners = _addresses(self._parameters)
-            _native().network_fold(torch.get_num_threads(), *sizes, addresses, strides, packed.data_ptr())
-        return packed
-
-
-def network_fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> Folded | tuple[Tensor, ...]:
-    """As `flowkern.network.fold`. Where this processor has no fast loops for `dtype`, that function's own result, on
-    which the others leave the work to PyTorch's convolutions.
-
-    `chain` folds in its own loop: this and the next three are for networks that Python runs one by one.
-    """
-    native = all(network_tiled(p.dtype, dtype) for p in parameters)
-    return Folded(parameters, dtype) if native else network.fold(parameters, dtype)
-
-
 def network_tiled(parameters_dtype: torch.dtype, dtype: torch.dtype) -> bool:
     """Whether the native loops run, whose hidden gradients are a chunk of pixels at a time."""
     return parameters_dtype == torch.float32 and dtype in _TYPES and _native().network_runs(_TYPES[dtype])
-
-
-def network_trace(folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """As `flowkern.network.trace`: a (N, C/2, H, W) -> h and, to `keep`, the hidden activations."""
-    if not isinstance(folded, Folded):
-        return network.trace(folded, a, keep)
-    n, _, height, width = a.shape
-
-    def empty(channels: int) -> Tensor:
-        return a.new_empty((n, height, width, channels), dtype=folded.dtype).permute(0, 3, 1, 2)
-
-    h, kept = empty(folded.out), [empty(folded.hidden) for _ in range(2 * keep)]
-    if a.numel():
-        a = _image(a)
-        hidden = [k.data_ptr() for k in kept] or [0, 0]
-        _native().network_trace(torch.get_num_threads(), _TYPES[folded.dtype], n, height, width, folded.few,
-                                folded.hidden, folded.out, folded.packed(height, width).data_ptr(), a.data_ptr(),
-                                _strides(a), h.data_ptr(), *hidden)
-    return h, kept
-
-
-def network_vjp(parameters: Sequence[Tensor], folded, a: Tensor, hidden: list[Tensor], dh: Tensor,
-                need: Sequence[bool], da: Tensor) -> list[Tensor | None]:
-    """As `flowkern.network.vjp`: gradients of the nine parameters where `need` says so, and of a, added to `da`."""
-    if not isinstance(folded, Folded):
-        return network.vjp(parameters, folded, a, hidden, dh, need, da)
-    gradients = [torch.empty_like(p) if needed else None for p, needed in zip(parameters, need, strict=True)]
-    h1, h2 = hidden
-    hidden.clear()
-    if not a.numel():
-        return [g if g is None else g.zero_() for g in gradients]
-    n, _, height, width = a.shape
-    through = da if _is_image(da) else torch.zeros_like(da, dtype=torch.float32, memory_format=torch.channels_last)
-    a, h1, h2, dh = _image(a), channels_last(h1), channels_last(h2), channels_last(dh)
-    weights, strides, _owners = _addresses(parameters)
-    _native().network_vjp(torch.get_num_threads(), _TYPES[folded.dtype], n, height, width, folded.few, folded.hidden,
-                          folded.out, weights, strides, *_addresses(gradients)[:2], a.data_ptr(), _strides(a),
-                          through.data_ptr(), _strides(through), h1.data_ptr(), h2.data_ptr(), dh.data_ptr())
-    if through is not da:
-        da.add_(through)
-    return gradients
 
 
 def chain(x: Tensor, matrix: Tensor, offset: Tensor, inverse: Tensor, *, parameters: Sequence[Tensor], reverse: bool,
@@ -398,5 +324,5 @@ def _strides(x: Tensor) -> list[int]:
 
 
 register(Backend("cpp", devices=("cpu",), probe=probe, load=lambda: sys.modules[__name__],
-                 preferred={"cpu": (*OPS, "compose", "compose_vjp", "squeeze_mix", "network_fold", "network_trace",
-                                    "network_vjp", "network_tiled", "chain", "chain_vjp")}))
+                 preferred={"cpu": (*OPS, "compose", "compose_vjp", "squeeze_mix", "network_tiled", "chain",
+                                    "chain_vjp")}))

@@ -260,7 +260,7 @@ class Glow(nn.Module):
     def set_options(self, **options) -> None:
         """Set how the model runs, by the names of `OPTIONS`: memory, backend and the like, which are not saved with it.
 
-        Raises TypeError for another name, and what each of them raises for a value that is none.
+        Raises TypeError for another name, and what each of them raises for an invalid value.
         """
         for name in options:
             if name not in OPTIONS:
@@ -438,7 +438,7 @@ class Glow(nn.Module):
         check_finite.
 
         Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit the
-        configuration, TypeError or ValueError for options that are none or out of range. A Glow with its own coupling
+        configuration, TypeError or ValueError for unknown options or values out of range. A Glow with its own coupling
         network wants the same `network` again.
         """
         config, weights = saving.read(path, "Glow")

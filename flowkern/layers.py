@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from flowkern import backend as backends
 from flowkern import ops, reference, stored, transforms
 from flowkern.chain import as_state, chain, reads_blocks
-from flowkern.checks import refuse_non_finite
+from flowkern.checks import choice, refuse_non_finite
 from flowkern.layout import channels_last_outside_vmap
-from flowkern.mix import compose, mixes, stacked
+from flowkern.mix import compose, factors, mixes
 from flowkern.prior import Prior
 
 MIN_STD = 1e-3  # an (almost) constant channel must not be scaled up without bound at initialisation
@@ -169,6 +169,7 @@ class CouplingNet(nn.Module):
         self.norm2.initialize(F.conv2d(h, self.weight2))
 
     def forward(self, a: Tensor) -> Tensor:
+        stored.refuse_pruned(self.norm1, self.norm2)
         return reference.coupling_network(a, self)
 
 
@@ -181,8 +182,7 @@ class AffineCoupling(nn.Module):
 
     def __init__(self, net: nn.Module, scale: str = "softclamp", alpha: float = 1.0):
         super().__init__()
-        if scale not in reference.SCALES:
-            raise ValueError(f"unknown scale {scale!r}; choose one of {', '.join(map(repr, reference.SCALES))}")
+        choice(scale, "scale", reference.SCALES)
         if scale == "softclamp" and not alpha > 0:
             raise ValueError(f"the soft clamp wants alpha > 0, got {alpha!r}")
         self.net = net
@@ -310,11 +310,7 @@ def plain_chain(steps, x, matrix, offset, inverse, context: Tensor | None, rever
 
 def _plain_mixes(steps):
     """`compose` as plain PyTorch."""
-    parameters = [
-        p for s in steps for p in (s.conv.lower, s.conv.upper, s.conv.log_s, s.actnorm.log_scale, s.actnorm.bias)
-    ]
-    sign, permutation = (torch.stack([getattr(s.conv, name) for s in steps]) for name in ("sign", "permutation"))
-    return mixes(*stacked(parameters), sign, permutation)
+    return mixes(*factors(steps))
 
 
 def _check_plain(

@@ -15,24 +15,33 @@ from flowkern import ops, stored
 
 PER_STEP = 5  # lower, upper, log_s, log_scale, bias
 
+
 def compose(steps, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The mixes of K `StepOfFlow`s of C channels: M (K, C, C), m (K, C), M^-1 (K, C, C) and sum_k log|det M_k|
     (scalar).
 
     Differentiable, M^-1 excepted: gradients of the inverse direction are expressed through M and m too.
     """
-    convs, norms = [s.conv for s in steps], [s.actnorm for s in steps]
-    sign, permutation = (torch.stack([getattr(conv, name) for conv in convs]) for name in ("sign", "permutation"))
-    parameters = [
-        p for conv, norm in zip(convs, norms, strict=True)
-        for p in (
-            *stored.parameters(conv, "lower", "upper", "log_s"), *stored.parameters(norm, "log_scale", "bias"))
-    ]
+    parameters, (sign, permutation) = _parameters(steps), _fixed(steps)
     name = backends.resolve(sign.device, backend)
     # Without gradients the Function is left out: torch.compile binds the arguments of a variadic one wrongly there.
     if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
         return _Compose.apply(sign, permutation, name, *parameters)
     return ops.raw.compose(*stacked(parameters), sign, permutation, name)
+
+
+def factors(steps) -> list[Tensor]:
+    """The arguments of `mixes`: what K steps store, stacked. Raises ValueError where a parameter is pruned."""
+    return [*stacked(_parameters(steps)), *_fixed(steps)]
+
+
+def _parameters(steps) -> list[Tensor]:
+    return [p for step in steps for p in (*stored.parameters(step.conv, "lower", "upper", "log_s"),
+                                          *stored.parameters(step.actnorm, "log_scale", "bias"))]
+
+
+def _fixed(steps) -> list[Tensor]:
+    return [torch.stack([getattr(step.conv, name) for step in steps]) for name in ("sign", "permutation")]
 
 
 def stacked(parameters) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from flowkern import backend as backends
 from flowkern import reference, transforms
+from flowkern.checks import choice
 from flowkern.layout import channels_last, empty_channels_last, in_order_of
 
 LIBRARY = torch.library.Library("flowkern", "DEF")
@@ -383,9 +384,8 @@ def _check_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> None:
 
 
 def check_coupling(x: Tensor, h: Tensor, scale: str) -> None:
-    """Raises ValueError for a scale map that is none, and an h that is not one for this state."""
-    if scale not in ("softclamp", "sigmoid", "additive"):
-        raise ValueError(f"unknown scale {scale!r}; choose 'softclamp', 'sigmoid' or 'additive'")
+    """Raises ValueError for an unknown scale map, and an h that does not fit this state."""
+    choice(scale, "scale", reference.SCALES)
     n, channels, *size = x.shape
     wanted = (n, channels // 2 if scale == "additive" else channels, *size)
     if channels % 2 or tuple(h.shape) != wanted:

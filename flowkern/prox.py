@@ -75,7 +75,7 @@ class GlowProx(nn.Module):
         """x (N, C, H, W) -> (N, C, H, W). scale: a factor of lambda, >= 0: a number or a tensor of one, or one an image
         (N,). return_log_prob: return log p(x) (N,) in nats under the flow as well, which f has found on the way.
 
-        Raises ValueError for a scale that is none, and what the Glow raises for images that are none.
+        Raises ValueError for an invalid scale, and what the Glow raises for invalid images.
         """
         lam = self.lam
         if scale is not None:

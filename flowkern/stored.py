@@ -17,12 +17,18 @@ def parameters(module: nn.Module, *names: str) -> list[Tensor]:
 
 
 def _other(module: nn.Module, name: str) -> Tensor:
-    if pruned(module):
-        raise ValueError(
-            f"{name} of an {type(module).__name__} is pruned, which is read and not called: make it final "
-            f"(torch.nn.utils.prune.remove), or prune the coupling networks' kernels"
-        )
+    refuse_pruned(module)
     return getattr(module, name)
+
+
+def refuse_pruned(*modules: nn.Module) -> None:
+    """Raises ValueError where a module whose parameters are read, and that nobody calls, is pruned."""
+    for module in modules:
+        if pruned(module):
+            raise ValueError(
+                f"a parameter of an {type(module).__name__} is pruned, which is read and not called: make it final "
+                f"(torch.nn.utils.prune.remove), or prune the coupling networks' kernels"
+            )
 
 
 def hooked(module: nn.Module) -> bool:

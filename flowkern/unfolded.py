@@ -171,7 +171,7 @@ class Unfolded(nn.Module):
         fold under its flow. Trained along with a small weight it keeps each flow a density; the error alone does not,
         as it stays the same when a flow scales its latents and its inverse scales them back.
 
-        Raises ValueError for a y or sigma that does not fit, TypeError for an operator that is none, or that exact
+        Raises ValueError for a y or sigma that does not fit, TypeError for what is no operator, or one that exact
         consistency can't use, and for return_log_prob with proxes that have no density.
         """
         operator = self.operator if operator is None else operator
@@ -240,7 +240,7 @@ class Unfolded(nn.Module):
         """Load what `save_pretrained` wrote. options: of the proxes' networks (for a Glow: memory, backend, ...).
 
         Raises FileNotFoundError for a missing file, ValueError for a truncated one or one whose tensors don't fit,
-        TypeError or ValueError for options that are none or out of range.
+        TypeError or ValueError for unknown options or values out of range.
         """
         config, weights = saving.read(path, "Unfolded")
         try:

@@ -15,6 +15,7 @@ from flowkern import reference
 from flowkern.layers import ActNorm
 from flowkern.layout import channels_last_outside_vmap
 from flowkern.prior import edge_term
+from flowkern.stored import refuse_pruned
 
 CHOICES = {
     "edge": (None, "ones", "indicator"),
@@ -151,6 +152,7 @@ class VariantNet(nn.Module):
         self.norm2.initialize(F.conv2d(h, self.weight2))
 
     def forward(self, a: Tensor, context: Tensor | None = None) -> Tensor:
+        refuse_pruned(self.norm1, self.norm2)
         # ActNorms and the last scale are folded into the convolutions: fewer hidden activations for autograd to keep.
         e1, e2, e3 = torch.exp(self.norm1.log_scale), torch.exp(self.norm2.log_scale), torch.exp(3 * self.logs)
         h = self._activation(self._first(a, context, e1, self.norm1.bias))

@@ -23,6 +23,17 @@ def backend(request):
     return request.param
 
 
+@pytest.fixture(params=["amx", "avx512bf16", "avx512", "avx2"])
+def wide_isa(request):
+    """Each instruction set that has native coupling networks and that this machine has, in use."""
+    from helpers import instruction_set
+
+    if request.param not in flowkern.cpp.build_config()["isa_supported"]:
+        pytest.skip(f"this machine has no {request.param}")
+    with instruction_set(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of pictures to train on, see `train_cases`."""

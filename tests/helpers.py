@@ -75,6 +75,22 @@ def gradients(function, x, parameters, seed=1):
     return torch.autograd.grad((out * w).sum() + (logdet * v).sum(), [x, *parameters])
 
 
+def kept_bytes(evaluate, n):
+    """Bytes that autograd keeps while `evaluate` runs and that grow with its batch of n, counted once per storage. n
+    divides no other size.
+    """
+    storages = {}
+
+    def pack(tensor):
+        if tensor.numel() and tensor.untyped_storage().nbytes() % (n * tensor.element_size()) == 0:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        evaluate()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def footprints_of(function, cases: dict) -> dict:
     """Name -> what `bench.memory.measure` of `function` gives for its case: in two processes at a time, for much of a
     counted step is Python.

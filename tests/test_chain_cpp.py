@@ -2,23 +2,16 @@
 
 import itertools
 
+import native_network
 import pytest
 import torch
-from helpers import instruction_set
 
 from flowkern import backend as backends
 from flowkern import chain, cpp
 
+pytestmark = pytest.mark.usefixtures("wide_isa")
 SETTINGS = list(itertools.product(("recompute", "store", "checkpoint"), (False, True)))
 NETWORKS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@pytest.fixture(autouse=True, params=["amx", "avx512bf16", "avx512", "avx2"])
-def isa(request):
-    if request.param not in cpp.build_config()["isa_supported"]:
-        pytest.skip(f"this machine has no {request.param}")
-    with instruction_set(request.param):
-        yield request.param
 
 
 def level(steps, scale, hidden=(9, 20, 12, 33), n=2, channels=6, size=(6, 5)):
@@ -38,8 +31,7 @@ def level(steps, scale, hidden=(9, 20, 12, 33), n=2, channels=6, size=(6, 5)):
 
 def both(run, default, *arguments, **options):
     """What a native loop and the default make of the same."""
-    table = backends.table(torch.device("cpu"), "cpp")
-    return [f(*arguments, **options, table=table) for f in (run, backends.default(default))]
+    return [f(*arguments, **options, table=native_network.table()) for f in (run, backends.default(default))]
 
 
 def assert_same(mine, theirs):
@@ -74,7 +66,7 @@ def test_equal_to_the_ops_one_by_one(dtype, scale, steps):
         boundary, cotangent = (out if memory == "recompute" else x), torch.randn_like(x)
         mine, theirs = (
             f(boundary, cotangent, logdet, [list(k) for k in kept], *mixes, need=need, **options,
-              table=backends.table(x.device, "cpp"))
+              table=native_network.table())
             for f in (cpp.chain_vjp, backends.default("chain_vjp"))
         )
         assert_same([*mine[:3], *mine[3]], [*theirs[:3], *theirs[3]])
@@ -114,7 +106,7 @@ def test_recomputed_images_in_portions(dtype, case):
             mine, again = (cpp.chain_vjp(*given, [list(k) for k in kept], *mixes, table=None, **options)
                            for _ in range(2))
             theirs = backends.default("chain_vjp")(*given, [list(k) for k in kept], *mixes, **options,
-                                                   table=backends.table(x.device, "cpp"))
+                                                   table=native_network.table())
             assert_same([*mine[:3], *mine[3]], [*again[:3], *again[3]])
             assert torch.equal(mine[0], theirs[0]) and (memory != "recompute" or torch.equal(mine[4], theirs[4]))
             for a, b in zip([*mine[1:3], *mine[3]], [*theirs[1:3], *theirs[3]], strict=True):

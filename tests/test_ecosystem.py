@@ -411,13 +411,19 @@ def test_a_repository_is_fetched_by_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("of", ["norm1", "conv", "actnorm"])
 def test_what_is_read_and_not_called_is_not_pruned(of):
     """Its mask would be applied by a call, and what was there before would be used in silence."""
-    glow, x = glow_of(), images()
+    glow, x = glow_of(memory="store", backend="reference"), images()
     step = glow.levels[0].steps[0]
-    part = step.coupling.net.norm1 if of == "norm1" else getattr(step, of)
-    prune.l1_unstructured(part, "lower" if of == "conv" else "bias", 0.5)
-    with pytest.raises(ValueError, match=r"of an \w+ is pruned, which is read and not called: make it final"):
+    part, name = step.coupling.net.norm1 if of == "norm1" else getattr(step, of), "lower" if of == "conv" else "bias"
+    prune.l1_unstructured(part, name, 0.5)
+    refusal = r"of an \w+ is pruned, which is read and not called: make it final"
+    with pytest.raises(ValueError, match=refusal):
         glow.log_prob(x)
-    prune.remove(part, "lower" if of == "conv" else "bias")
+    with pytest.raises(ValueError, match=refusal):
+        torch.func.vmap(lambda image: glow.log_prob(image[None])[0])(x)
+    glow.set_options(memory="recompute", backend="auto")
+    with pytest.raises(ValueError, match=refusal):
+        glow.log_prob(x)
+    prune.remove(part, name)
     assert glow.log_prob(x).isfinite().all()
 
 

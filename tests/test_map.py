@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import flowkern
 from flowkern import operators
 from flowkern.map import _LBFGS, _Adam, map_estimate
-from tests.helpers import small_glow
+from tests.helpers import kept_bytes, small_glow
 
 GAMMA = 0.05
 
@@ -235,24 +236,12 @@ def test_runs_where_gradients_are_off(context):
     assert torch.equal(got, expected)
 
 
-def kept_bytes(glow, y):
-    """Bytes that autograd keeps from one evaluation and that grow with the batch, counted once per storage."""
-    storages = {}
-
-    def pack(tensor):
-        if tensor.numel() and tensor.untyped_storage().nbytes() % (len(y) * tensor.element_size()) == 0:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        map_estimate(glow, y, GAMMA, steps=1)
-    return sum(storage.nbytes() for storage in storages.values())
-
-
 def test_memory_does_not_grow_with_depth():
     y = noisy_images(37)  # 37 divides no other size here
     kept = {
-        (memory, depth): kept_bytes(small_glow(depth=depth, memory=memory), y)
+        (memory, depth): kept_bytes(
+            partial(map_estimate, small_glow(depth=depth, memory=memory), y, GAMMA, steps=1), len(y)
+        )
         for memory in ("recompute", "store")
         for depth in (2, 8)
     }

@@ -1,8 +1,9 @@
 """The native coupling network against PyTorch's forms, with budgets from the data, for each instruction set."""
 
+import native_network
 import pytest
 import torch
-from helpers import gradients, instruction_set, relative, small_glow
+from helpers import gradients, relative, small_glow
 from network_cases import (
     DOUBLE,
     DTYPES,
@@ -23,7 +24,8 @@ from network_cases import (
 import flowkern
 from flowkern import cpp
 
-CPP = Forms(cpp.network_fold, cpp.network_trace, cpp.network_vjp)
+CPP = Forms(native_network.Folded, native_network.trace, native_network.vjp)
+pytestmark = pytest.mark.usefixtures("wide_isa")
 # Bands of several rows and of one, chunks of pixels that end within a row, more hidden channels than a panel has.
 LARGE = {
     "bands": (2, 12, 40, 30, 20, 12),
@@ -59,24 +61,12 @@ WINOGRAD = {
 }
 
 
-@pytest.fixture(autouse=True, params=["amx", "avx512bf16", "avx512", "avx2"])
-def isa(request):
-    if request.param not in cpp.build_config()["isa_supported"]:
-        pytest.skip(f"this machine has no {request.param}")
-    with instruction_set(request.param):
-        yield request.param
-
-
-def native(dtype):
-    return isinstance(cpp.network_fold(parameters(2, 3, 4), dtype), cpp.Folded)
-
-
 def test_which_precisions_are_native():
-    assert native(FLOAT) and native(torch.bfloat16)
-    assert not native(torch.float16) and not native(DOUBLE)
+    assert cpp.network_tiled(FLOAT, FLOAT) and cpp.network_tiled(FLOAT, torch.bfloat16)
+    assert not cpp.network_tiled(FLOAT, torch.float16) and not cpp.network_tiled(DOUBLE, DOUBLE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_against_pytorch(dtype):
     compare(CPP, SHAPES.values(), DTYPES[dtype])
 
@@ -140,7 +130,7 @@ def test_the_process_may_have_another_default_dtype(dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert cpp.network_fold(weights, dtype).packed(4, 4).dtype == torch.float32
+        assert native_network.Folded(weights, dtype).packed(4, 4).dtype == torch.float32
     finally:
         torch.set_default_dtype(before)
 

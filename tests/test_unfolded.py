@@ -4,9 +4,11 @@ measurements, and its choices and errors.
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
+from helpers import kept_bytes
 from torch import nn
 from unfolded_cases import EXACT, MEASUREMENTS, Bands, Mask, kernel, make_glow, make_net, measured, pixels
 
@@ -373,26 +375,14 @@ def test_other_sizes_and_empty_batches():
     assert net(y[:0]).shape == (0, 3, 12, 4)
 
 
-def kept_bytes(net, y):
-    """Bytes that autograd keeps for backward and that grow with the batch, counted once per storage."""
-    storages = {}
-
-    def pack(tensor):
-        if tensor.numel() and tensor.untyped_storage().nbytes() % (len(y) * tensor.element_size()) == 0:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        net(y)
-    return sum(storage.nbytes() for storage in storages.values())
-
-
 def test_memory_does_not_grow_with_depth():
     y = torch.rand(37, 3, 8, 8)  # 37 divides no other size here
+
+    def net(memory, depth):
+        return flowkern.Unfolded(flowkern.GlowProx(make_glow(depth=depth, dtype=torch.float32, memory=memory)), folds=2)
+
     kept = {
-        (memory, depth): kept_bytes(
-            flowkern.Unfolded(flowkern.GlowProx(make_glow(depth=depth, dtype=torch.float32, memory=memory)), folds=2), y
-        )
+        (memory, depth): kept_bytes(partial(net(memory, depth), y), len(y))
         for memory in ("recompute", "store")
         for depth in (2, 8)
     }

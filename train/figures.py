@@ -43,13 +43,14 @@ def denoised(path: Path, found: Evaluation, sigmas: list[float] | None = None) -
     plt.close(figure)
 
 
-def reconstructed(path: Path, found: Evaluation, sigma: float | None = None) -> None:
-    """For each image a row of truth, measurement and every method's estimate with its PSNR, and a row of their errors.
+def reconstructed(path: Path, found: Evaluation) -> None:
+    """For each image a row of truth, measurement and every method's estimate with its PSNR, and a row of their errors:
+    at the evaluation's highest noise level.
 
-    sigma: default the highest of the evaluation. Errors are absolute, averaged over the colours, on a scale that all
+    Errors are absolute, averaged over the colours, on a scale that all
     share; larger ones than it shows are at its end.
     """
-    sigma = max(found.sigmas) if sigma is None else sigma
+    sigma = max(found.sigmas)
     labels = [f"σ = {noise(sigma)}", *[""] * (len(found.clean) - 1)]
     panels(path, [(label, found, sigma, image) for image, label in enumerate(labels)])
 

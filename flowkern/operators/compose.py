@@ -13,7 +13,7 @@ class Compose(Operator):
     operators: one or more objects with `forward` and `adjoint`, of this package or the user's own. There is no
     `normal_inverse` or `prox`, and `config` only if all of them have one and none that learns is there twice.
 
-    Raises ValueError without operators, TypeError for something that is none.
+    Raises ValueError without operators, TypeError for what is no operator.
     """
 
     def __init__(self, *operators):
