@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from flowkern import ops
-from flowkern.replay import Applied, Autocast, Replay, add_gradient, check_parameters, refuse_replica
+from flowkern.replay import (
+    Applied,
+    Autocast,
+    Replay,
+    add_gradient,
+    check_parameters,
+    refuse_replica,
+    refuse_shards,
+)
 
 
 def unfold(
@@ -69,6 +77,7 @@ class _Fold:
     ):
         for module in modules:
             refuse_replica(module)
+            refuse_shards(module)
         self.applied = Applied(partial(fold, k), modules)
         self.replay = Replay(self.applied, device)
         # Where modules keep them: what is put there in a tensor's place is what they use.

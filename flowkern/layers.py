@@ -56,8 +56,11 @@ class ActNorm(nn.Module):
             self._known = bool(self.initialized)
         return self._known
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        own = [state_dict.get(prefix + name) for name in ("log_scale", "bias")]
+        if prefix + "initialized" not in state_dict and all(t is not None and bool(t.any()) for t in own):
+            self.initialized.fill_(True)  # averages, and others' lists of parameters, leave out what is no parameter
         self._known = bool(self.initialized)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from flowkern import backend, ops
 from flowkern.layout import in_order_of
-from flowkern.replay import Replay, check_parameters, refuse_replica
+from flowkern.replay import Replay, check_parameters, refuse_replica, refuse_shards
 
 PARAMETERS = 9
 
@@ -176,6 +176,7 @@ class LocalNets:
     def __init__(self, modules: Sequence[nn.Module], dtype: torch.dtype | None, device: torch.device, context=None):
         for module in modules:
             refuse_replica(module)
+            refuse_shards(module)
         self.modules = modules
         self.dtype = dtype
         self.context = None if context is None else context.detach()

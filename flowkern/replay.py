@@ -5,6 +5,7 @@ running statistics must be updated once). What measures a model or searches thro
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -144,6 +145,18 @@ def refuse_replica(module: nn.Module) -> None:
         raise RuntimeError(
             f"{type(module).__name__} does not run under nn.DataParallel, whose replicas have no parameters of their "
             "own; wrap it in torch.nn.parallel.DistributedDataParallel"
+        )
+
+
+def refuse_shards(module: nn.Module) -> None:
+    """Raise RuntimeError for parameters that fully_shard has cut: a call uses what they are put together to, and they
+    would go without gradients.
+    """
+    tensor = sys.modules.get("torch.distributed.tensor")  # which takes long to import; without it there are no shards
+    if tensor is not None and any(isinstance(p, tensor.DTensor) for p in module.parameters()):
+        raise RuntimeError(
+            f"a {type(module).__name__} that is sharded by itself would lose its gradients here: call fully_shard for "
+            "the whole model alone"
         )
 
 

@@ -9,7 +9,7 @@ from torch.autograd import Function
 from flowkern import ops, transforms
 from flowkern.chain import MEMORY_MODES
 from flowkern.checks import choice, positive_int
-from flowkern.replay import Autocast, Replay, add_gradient, check_parameters, refuse_replica
+from flowkern.replay import Autocast, Replay, add_gradient, check_parameters, refuse_replica, refuse_shards
 
 
 class ReversibleSequence(nn.Module):
@@ -73,6 +73,7 @@ class ReversibleSequence(nn.Module):
     def _run(self, x: Tensor, reverse: bool, want_logdet: bool) -> tuple[Tensor, Tensor]:
         if self.memory != "store" and torch.is_grad_enabled():
             refuse_replica(self)
+            refuse_shards(self)
         order = [_Step(s, x.device, reverse, want_logdet) for s in (reversed(self.steps) if reverse else self.steps)]
         parameters = [p for p in self.parameters() if p.requires_grad]
         needed = torch.is_grad_enabled() and (x.requires_grad or parameters)

@@ -471,3 +471,17 @@ def test_a_learned_prior_s_moments_keep_their_precision_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = prior(x, kept)
     assert torch.equal(found[0], z) and torch.equal(found[1], logdet)
+
+
+def test_parameters_that_are_loaded_without_the_flag_are_not_initialised_again():
+    """As averages of weights and optimizers' copies are, which hold no buffers."""
+    trained, fresh = (small_glow(seed=seed, dtype=torch.float32) for seed in (0, 1))
+    for net in (fresh, flowkern.Glow((2, 8, 8), levels=2, depth=3, hidden=5)):
+        net.load_state_dict(dict(trained.named_parameters()), strict=False)
+        assert net.is_initialized
+        net.log_prob(torch.rand(4, 2, 8, 8))
+        for p, q in zip(net.parameters(), trained.parameters(), strict=True):
+            assert torch.equal(p, q)
+    untouched = flowkern.Glow((2, 8, 8), levels=1, depth=1, hidden=4)
+    untouched.load_state_dict(dict(untouched.named_parameters()), strict=False)
+    assert not untouched.is_initialized

@@ -1,8 +1,10 @@
 """Table 1 and the ablations end to end: several small runs in one folder, interrupted, continued, compared."""
 
 import json
+import math
 from dataclasses import replace
 from statistics import mean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -276,3 +278,12 @@ def test_the_best_loss_is_the_lowest(tmp_path):
     (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
     found = report.training(folder.Folder(tmp_path))["unfolded"]
     assert (found["best_val_loss"], found["val_loss"]) == (1, 2)
+
+
+def test_a_trial_whose_losses_could_not_be_written_is_not_chosen(tmp_path):
+    """A full disk leaves out rows of metrics.csv."""
+    where = folder.Folder(tmp_path)
+    where.metrics.write_text(",".join(callbacks.COLUMNS) + "\n")
+    tried = SimpleNamespace(network=None, attempt=lambda *_, **__: SimpleNamespace(folder=where))
+    settings = SimpleNamespace(trial_lrs=[0.1], seeds=[0], trial_steps=1, steps=1)
+    assert table1._trials(tried, settings, "glow", {}) == {0.1: math.inf}

@@ -301,7 +301,7 @@ def test_an_interruption_is_one_sentence(capsys):
 
     for prepare in (interrupted, lambda: interrupted):
         assert command_module.run(prepare) == 130
-        assert capsys.readouterr().err == "interrupted; training that has begun is continued by the same command\n"
+        assert capsys.readouterr().err == "interrupted; what has begun is continued by the same command\n"
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(capsys):

@@ -211,6 +211,14 @@ def test_what_is_no_run_is_neither_continued_nor_written_over(pictures, tmp_path
     for name in ("file", "folder"):
         with pytest.raises(FileExistsError, match=f"{name} exists, is not empty and holds no unfinished run: pass an"):
             run.prepare(tiny(pictures, tmp_path / name))
+    (tmp_path / "folder" / "thesis.tex").rename(tmp_path / "folder" / "table.md")
+    with pytest.raises(FileExistsError, match="holds no unfinished run"):
+        folder.fresh(str(tmp_path / "folder"), "evaluate")
+    (tmp_path / "folder" / ".lock").touch()  # it was an evaluation's, on a disk that was full
+    assert folder.fresh(str(tmp_path / "folder"), "evaluate").path == tmp_path / "folder"
+    (tmp_path / "folder" / "results.json").touch()
+    with pytest.raises(FileExistsError, match="holds no unfinished run"):
+        folder.fresh(str(tmp_path / "folder"), "evaluate")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("- not\n- settings\n")
     with pytest.raises(ValueError, match="other/config.yaml does not hold the settings of a run") as caught:

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import distributed
@@ -80,14 +81,22 @@ def assert_same_metrics(a, b):
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def torchrun(*command):
+def torchrun(*command, ended_at=None):
+    """The command by two processes. ended_at: a file at which the launcher is told to end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root = str(Path(__file__).parent.parent)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    return subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=240, env=environment, cwd=root)
+    with subprocess.Popen([*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env=environment, cwd=root) as process:  # fmt: skip
+        while ended_at is not None and not ended_at.exists() and process.poll() is None:
+            time.sleep(0.05)
+        if ended_at is not None:
+            process.terminate()
+        out, error = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +151,17 @@ def test_the_command_under_torchrun_and_its_mistakes(pictures, tmp_path):
     refused = torchrun(*command, "--batch", "3", "--out", str(tmp_path / "odd"))
     assert refused.returncode != 0 and not (tmp_path / "odd").exists()
     assert refused.stderr.count("error: a batch of 3 can't be divided among 2 processes in 1 parts each") == 1
+
+
+def test_told_to_end_all_processes_end_after_the_same_step(pictures, tmp_path):
+    """The launcher passes SIGTERM on to all, and kills after half a minute."""
+    options = {k: v for k, v in settings(pictures, tmp_path / "run").items() if k not in ("tensorboard", "references")}
+    options |= {"steps": 100_000, "checkpoint_steps": 1, "prior_steps": 1}
+    words = [w for name, value in options.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+    state = tmp_path / "run" / "checkpoints" / "unfolded-last.ckpt"
+    done = torchrun("-m", "train.unfolded", "--preset", "paper", "--no-tensorboard", *words, ended_at=state)
+    assert done.stderr.count(f"interrupted, states are in {tmp_path / 'run'}: the same command continues") == 1
+    assert "SIGKILL" not in done.stderr and "forcefully" not in done.stderr and state.exists()
 
 
 def test_batch_norm_over_processes_has_the_statistics_of_the_whole_batch(monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import os
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -47,6 +49,26 @@ class ProgressBar(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
         super().on_train_epoch_start(trainer, stage)
         self.train_progress_bar.set_description(f"{stage.name}, epoch {trainer.current_epoch}")
+
+
+class Termination(L.Callback):
+    """SIGTERM ends all of several processes after the same batch. Lightning's handler talks to the others from within
+    the signal, where they may be waiting for something else.
+    """
+
+    def __init__(self):
+        self._asked = False
+
+    def on_train_start(self, trainer: L.Trainer, stage: L.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._ask)  # Lightning puts back what was there before
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, stage: L.LightningModule, *_) -> None:
+        asked = torch.tensor(int(self._asked), device=stage.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        trainer._signal_connector.received_sigterm = bool(asked)
 
 
 class _Nowhere:

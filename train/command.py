@@ -33,7 +33,7 @@ def run(prepare: Callable[[], Callable[[], object]]) -> int:
         return 0
     except KeyboardInterrupt:
         if ranks.is_first():
-            print("interrupted; training that has begun is continued by the same command", file=sys.stderr)
+            print("interrupted; what has begun is continued by the same command", file=sys.stderr)
         return 130
     finally:
         ranks.stop()

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from train import checkpoints, ranks
 from train.batchnorm import SyncAnywhere
-from train.callbacks import Events, ProgressBar, Recorder
+from train.callbacks import Events, ProgressBar, Recorder, Termination
 from train.data import Data, training_loader, validation_loader
 from train.drift import DriftWatch
 from train.folder import Folder
@@ -51,6 +51,7 @@ def fit(stage: PriorStage | UnfoldedStage, data: Data, folder: Folder) -> None:
             *([ProgressBar()] if bar else []),
             Patience("val_loss", patience=config.patience, check_on_train_epoch_end=False),
             *saving,
+            *([Termination()] if ranks.count() > 1 else []),
         ],
         enable_progress_bar=bar,
         enable_model_summary=False,

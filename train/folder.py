@@ -189,9 +189,10 @@ def differences(config: Config, folder: Folder) -> list[str]:
 
 
 def _is_beginning(path: Path) -> bool:
-    """Whether this is what a run leaves that was ended while its folder was made."""
+    """Whether this is what a run leaves that was ended while its folder was made, or an evaluation before its end."""
     empty = path.name == "checkpoints" and path.is_dir() and not any(path.iterdir())
-    return empty or path.name in (".lock", "pictures.json") or path.suffix == ".partial"
+    shown = path.name in ("denoised.png", "reconstructed.png", "table.md") and path.with_name(".lock").exists()
+    return empty or shown or path.name in (".lock", "pictures.json") or path.suffix == ".partial"
 
 
 def _latest(kind: str) -> tuple[int, Path | None]:

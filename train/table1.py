@@ -54,7 +54,9 @@ def _trials(campaign, settings: "Config", prox: str, options: dict) -> dict[floa
     for lr in settings.trial_lrs:
         changes = {"seed": settings.seeds[0], "lr": lr, "steps": settings.trial_steps or settings.steps}
         tried = campaign.attempt(campaign.network, f"trial-{prox}-lr{lr:g}", **changes, **options)
-        losses[lr] = report.training(tried.folder)["unfolded"]["best_val_loss"] if tried else float("inf")
+        # Where its rows could not be written, there is no loss that it could be chosen by.
+        found = report.training(tried.folder).get("unfolded", {}) if tried else {}
+        losses[lr] = found.get("best_val_loss", float("inf"))
     return losses
 
 
