@@ -93,18 +93,19 @@ def _couple_vjp_kernel(
         raw = tl.load(h + state, mask=inside).to(tl.float32)
         t = tl.load(h + state + H, mask=inside).to(tl.float32)
         gl = tl.load(glogdet + sample)
-        _, s, inverse_s, slope = scale_terms(raw, alpha, SCALE)
+        # Divisions, as in the reference: 1 / s overflows where x / s does not.
+        _, s, _, slope = scale_terms(raw, alpha, SCALE)
         if INVERSE:
             # The map is before -> before / s - t.
-            quotient = b * inverse_s if GIVEN_INPUT else b + t
+            quotient = b / s if GIVEN_INPUT else b + t
             before = quotient * s
-            db = gb * inverse_s
+            db = gb / s
             dt = -gb
             dlog_s = -(gb * quotient + gl)
         else:
             # The map is before -> (before + t) s.
             after = (b + t) * s if GIVEN_INPUT else b
-            before = b * inverse_s - t
+            before = b / s - t
             db = gb * s
             dt = db
             dlog_s = gb * after + gl

@@ -16,14 +16,16 @@ def rectified(x):
 
 @triton.jit
 def exponential(x):
-    """e^x to about two units in the last place over the whole range: the hardware's exp2 alone loses digits for large
-    arguments, because x / ln 2 is rounded before it is raised."""
+    """e^x to about two units in the last place over the whole range, with gradual underflow: the hardware's exp2 alone
+    loses digits for large arguments, because x / ln 2 is rounded before it is raised."""
     x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.minimum(x, 89.0, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     # ln 2 in two parts, the first with few bits so that its multiples are exact.
     r = (x - n * 0.693359375) + n * 2.12194440e-4
-    return tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
+    # 2^n in two factors: n runs from -150 to 128, and the hardware's exp2 gives zero below 2^-126.
+    half = tl.floor(n * 0.5)
+    return tl.exp2(r * 1.4426950408889634) * tl.exp2(half) * tl.exp2(n - half)
 
 
 @triton.jit

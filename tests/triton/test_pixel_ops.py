@@ -54,6 +54,15 @@ def test_tensors_on_different_devices(op):
         getattr(KERNELS, op)(*args)
 
 
+@pytest.mark.parametrize("b", [0.0, 1e-4])
+@pytest.mark.parametrize("inverse, given", [(False, False), (False, True), (True, False), (True, True)])
+def test_quotients_by_a_subnormal_scale(b, inverse, given):
+    """1 / s overflows where b / s does not."""
+    x, h = torch.full((1, 2, 1, 1), b), torch.tensor([-95.0, 0.0]).view(1, 2, 1, 1)
+    args = (x, x, h, torch.ones(1), "sigmoid", 1.0, inverse, given)
+    torch.testing.assert_close(KERNELS.couple_vjp(*args), reference.couple_vjp(*args), rtol=1e-3, atol=0)
+
+
 def test_doubles_are_refused():
     with pytest.raises(RuntimeError, match="backend 'triton' computes states in float32, got float64"):
         backends.table(torch.device("cpu"), "triton", torch.float64)
