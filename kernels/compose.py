@@ -14,6 +14,7 @@ from torch import Tensor
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import on_device_of
 from flowkern.kernels.mix import REPRESENTATIVE
+from flowkern.layout import check_alike, check_permutation
 
 COLUMNS = 8  # of a matrix in one program
 SUMMED = 256  # log-determinants added at a time
@@ -184,6 +185,13 @@ def _compose_vjp_kernel(
     tl.store(dlower + there, tl.where(below, d_low, 0.0).to(dlower.dtype.element_ty), mask=inside)
 
 
+def _dense(op: str, permutation: Tensor, *parameters: Tensor) -> list[Tensor]:
+    """What the kernels read by its address: the parameters and the permutation, row after row."""
+    check_alike(op, *parameters)
+    check_permutation(op, permutation, parameters[0])
+    return [t.contiguous() for t in (*parameters, permutation)]
+
+
 def _grid(lower: Tensor) -> tuple[int, int, int]:
     """Programs along steps and columns, and the rows of a block."""
     steps, channels, _ = lower.shape
@@ -197,11 +205,12 @@ def warps(channels: int) -> int:
 
 def compose(lower, upper, log_s, log_scale, bias, sign, permutation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `flowkern.mix.mixes`: M (K, C, C), m (K, C), M^-1 (K, C, C) and the sum of log|det M_k|."""
+    parameters = _dense("compose", permutation, lower, upper, log_s, log_scale, bias, sign)
     steps, blocks, rows = _grid(lower)
     matrix, inverse, offset, logdet = (lower.new_empty(s) for s in (lower.shape, lower.shape, log_s.shape, ()))
     with on_device_of(lower):
         _compose_kernel[(steps, blocks)](
-            lower, upper, log_s, log_scale, bias, sign, permutation, matrix, offset, inverse, logdet, log_s.numel(),
+            *parameters, matrix, offset, inverse, logdet, log_s.numel(),
             C=lower.shape[1], ROWS=rows, COLUMNS=COLUMNS, SUMMED=SUMMED, num_warps=warps(lower.shape[1]),
         )  # fmt: skip
     return matrix, offset, inverse, logdet
@@ -211,11 +220,13 @@ def compose_vjp(
     lower, upper, log_s, log_scale, bias, sign, permutation, dmatrix, doffset, dlogdet
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `flowkern.mix.mixes_vjp`: gradients of lower, upper, log_s, log_scale and bias."""
+    parameters = _dense("compose_vjp", permutation, lower, upper, log_s, log_scale, bias, sign)
+    check_alike("compose_vjp", lower, dmatrix, doffset, dlogdet)
     steps, blocks, rows = _grid(lower)
     found = tuple(p.new_empty(p.shape) for p in (lower, upper, log_s, log_scale, bias))
     with on_device_of(lower):
         _compose_vjp_kernel[(steps, blocks)](
-            lower, upper, log_s, log_scale, bias, sign, permutation, dmatrix, doffset, dlogdet, *found,
+            *parameters, dmatrix.contiguous(), doffset.contiguous(), dlogdet, *found,
             C=lower.shape[1], ROWS=rows, COLUMNS=COLUMNS, num_warps=warps(lower.shape[1]),
         )  # fmt: skip
     return found

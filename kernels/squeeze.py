@@ -21,6 +21,7 @@ from flowkern.kernels.mix import (
     usual,
     warps,
 )
+from flowkern.layout import check_alike
 
 
 @triton.jit
@@ -66,6 +67,7 @@ def squeeze_mix(blocks: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 
     Returns (N, C, H, W), channels-last.
     """
+    check_alike("squeeze_mix", blocks, matrix, offset)
     n, _, _, _, height, width = blocks.shape
     c = len(offset)
     if c > MOST_CHANNELS:

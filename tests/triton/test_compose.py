@@ -38,6 +38,26 @@ def test_compose_and_its_derivative_are_exact_to_rounding(steps, channels):
         torch.testing.assert_close(got, w.float(), rtol=2e-7, atol=1e-6)
 
 
+def test_operands_in_any_memory_order():
+    tensors = parameters(2, 4)
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [torch.randn(s, generator=generator) for s in ((2, 4, 4), (2, 4), ())]
+    strided = [t.mT.contiguous().mT for t in (*tensors, *cotangents[:2])]
+    given, like = strided[:7], (*strided, cotangents[2])
+    assert not (given[0].is_contiguous() or given[2].is_contiguous())
+    torch.testing.assert_close(KERNELS.compose(*given), KERNELS.compose(*tensors), rtol=0, atol=0)
+    wanted = KERNELS.compose_vjp(*tensors, *cotangents)
+    torch.testing.assert_close(KERNELS.compose_vjp(*like), wanted, rtol=0, atol=0)
+
+
+def test_wrong_operands():
+    tensors = list(parameters(1, 4))
+    with pytest.raises(ValueError, match="compose: the permutation must be int64 on cpu, got torch.int32 on cpu"):
+        KERNELS.compose(*tensors[:-1], tensors[-1].int())
+    with pytest.raises(ValueError, match="compose_vjp: expected torch.float32 on cpu throughout, got torch.float64"):
+        KERNELS.compose_vjp(*tensors, torch.zeros(1, 4, 4).double(), torch.zeros(1, 4), torch.zeros(()))
+
+
 def test_the_model_uses_it():
     steps = [StepOfFlow(4, hidden=2) for _ in range(2)]
     matrix, offset, inverse, logdet = compose(steps, "triton")

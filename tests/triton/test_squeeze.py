@@ -27,6 +27,11 @@ def test_an_empty_batch():
     assert got.shape == (0, 12, 2, 2)
 
 
+def test_wrong_operands():
+    with pytest.raises(ValueError, match="squeeze_mix: expected torch.float32 on cpu throughout, got torch.float64"):
+        KERNELS.squeeze_mix(layers.blocks(torch.zeros(1, 1, 2, 2)), torch.eye(4).double(), torch.zeros(4))
+
+
 @pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
 def test_a_glow_squeezes_an_image_only_to_keep_it(memory, monkeypatch):
     glow = small_glow((1, 8, 8), levels=2, depth=1, hidden=3, dtype=torch.float32, backend="triton", memory=memory)
