@@ -4,7 +4,7 @@ A backend is a set of functions with the names and signatures of the pixel ops i
 itself once, with a probe that says whether it can run here and, if not, why; nothing else in the package names it.
 
 Two liberties that a backend's functions have, and one duty: the log-determinant may come as partial sums (N, parts)
-instead of (N,), and the caller adds them up; `mix_vjp` writes its two reductions into the pair `into`, if given.
+instead of (N,), and the caller adds them up; `mix_vjp` writes its two reductions into the dense pair `into`, if given.
 Beyond the pixel ops a backend may bring its own composition of the mixes, its own coupling network (and whether that
 one's working memory is a tile), a first mix that reads an unsqueezed image and the loop over a level's steps
 (`OPTIONAL`), for which plain PyTorch serves otherwise.

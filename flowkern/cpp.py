@@ -17,7 +17,14 @@ from torch import Tensor
 
 from flowkern import backend, network
 from flowkern.backend import OPS, Backend, register
-from flowkern.layout import channels_last, check_alike, check_permutation, empty_channels_last, in_order_of
+from flowkern.layout import (
+    channels_last,
+    check_alike,
+    check_permutation,
+    empty_channels_last,
+    in_order_of,
+    sums_of_mix,
+)
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
@@ -143,11 +150,11 @@ def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alp
 def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset: Tensor,
             inverse: bool = False, given_input: bool = False,
             into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_alike("mix_vjp", v, g, matrix, inverse_matrix, offset, *(into or ()))
+    dmatrix, doffset = sums_of_mix(v, into)
+    check_alike("mix_vjp", v, g, matrix, inverse_matrix, offset, dmatrix, doffset)
     n, c, height, width = v.shape
     v, g, offset = channels_last(v), channels_last(g), offset.contiguous()
     rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
-    dmatrix, doffset = into or (v.new_empty((c, c)), v.new_empty(c))
     dv = empty_channels_last(v)
     _native().mix_vjp(torch.get_num_threads(), _TYPES[v.dtype], n * height * width, c, inverse, given_input,
                       v.data_ptr(), g.data_ptr(), matrix.data_ptr(), *matrix.stride(), inverse_matrix.data_ptr(),

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from flowkern import backend, cpp, triton  # noqa: F401  registers first: "auto" prefers a later one
-from flowkern.layout import channels_last, check_alike, check_permutation, empty_channels_last, in_order_of
+from flowkern.layout import (
+    channels_last,
+    check_alike,
+    check_permutation,
+    empty_channels_last,
+    in_order_of,
+    sums_of_mix,
+)
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _SCALES = {"softclamp": 0, "sigmoid": 1, "additive": 2}
@@ -127,10 +134,8 @@ def couple_vjp(v: Tensor, g: Tensor, h: Tensor, glogdet: Tensor, scale: str, alp
 def mix_vjp(v: Tensor, g: Tensor, matrix: Tensor, inverse_matrix: Tensor, offset: Tensor,
             inverse: bool = False, given_input: bool = False,
             into: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dmatrix, doffset = into or (v.new_empty(v.shape[1], v.shape[1]), v.new_empty(v.shape[1]))
+    dmatrix, doffset = sums_of_mix(v, into)
     check_alike("mix_vjp", v, g, matrix, inverse_matrix, offset, dmatrix, doffset)
-    if not (dmatrix.is_contiguous() and doffset.is_contiguous()):
-        raise ValueError("mix_vjp: `into` must be dense tensors")
     n, c, height, width = v.shape
     v, g, offset = _rows(v), _rows(g), offset.contiguous()
     rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)

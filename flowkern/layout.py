@@ -53,6 +53,15 @@ def check_alike(op: str, state: Tensor, *others: Tensor, h: Tensor | None = None
         )
 
 
+def sums_of_mix(state: Tensor, into: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Where `mix_vjp` writes dM and dm: `into`, or new tensors. Raises ValueError unless they are dense."""
+    channels = state.shape[1]
+    dmatrix, doffset = into or (state.new_empty((channels, channels)), state.new_empty(channels))
+    if not (dmatrix.is_contiguous() and doffset.is_contiguous()):
+        raise ValueError("mix_vjp: `into` must be dense tensors")
+    return dmatrix, doffset
+
+
 def check_permutation(op: str, permutation: Tensor, state: Tensor) -> None:
     """Raises ValueError unless a permutation of channels is int64 and where the state is."""
     if permutation.dtype != torch.int64 or permutation.device != state.device:

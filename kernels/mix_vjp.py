@@ -14,7 +14,7 @@ from torch import Tensor
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import cover, on_device_of
 from flowkern.kernels.mix import DEPTH, channel_mix, columns, usual
-from flowkern.layout import channels_last, check_alike, empty_channels_last
+from flowkern.layout import channels_last, check_alike, empty_channels_last, sums_of_mix
 
 FUSED_CHANNELS = 64  # up to which one program holds all of dM
 EDGE = 64  # of a block of dM in the separate kernel
@@ -157,11 +157,11 @@ def mix_vjp(
     given_input: bool = False,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_alike("mix_vjp", v, g, matrix, inverse_matrix, offset, *(into or ()))
+    dmatrix, doffset = sums_of_mix(v, into)
+    check_alike("mix_vjp", v, g, matrix, inverse_matrix, offset, dmatrix, doffset)
     n, c, height, width = v.shape
     pixels = n * height * width
     v, g, offset = channels_last(v), channels_last(g), offset.contiguous()
-    dmatrix, doffset = into or (v.new_empty((c, c)), v.new_empty(c))
     block = fused_pixels(c, inverse, given_input) if c <= FUSED_CHANNELS else SEPARATE_PIXELS
     run = _run(pixels, block)
     programs = triton.cdiv(pixels, block * run)

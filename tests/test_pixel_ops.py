@@ -107,6 +107,13 @@ def test_any_layout_of_the_operands(implementation):
                 torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_reductions_go_to_dense_memory(implementation):
+    make = Inputs((1, 4, 2, 2), FLOAT, FLOAT)
+    for into in ((torch.empty(4, 4).T, torch.empty(4)), (torch.empty(4, 4), torch.empty(8)[::2])):
+        with pytest.raises(ValueError, match="mix_vjp: `into` must be dense tensors"):
+            implementation.mix_vjp(make.state(), make.state(), *make.mix(), into=into)
+
+
 @pytest.mark.parametrize(("scale", "alpha"), [*((scale, 1.0) for scale in SCALES), ("softclamp", 100.0)])
 @pytest.mark.parametrize("raw", [-200.0, -88.5, -30.0, 0.0, 1e-30, 30.0, 200.0, float("inf"), float("nan")])
 def test_special_raw_values(implementation, scale, alpha, raw):

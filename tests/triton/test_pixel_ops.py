@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pixel_cases import COUPLINGS, FLOAT, SPREADS, arguments, compare, results
+from pixel_cases import COUPLINGS, FLOAT, SPREADS, Inputs, arguments, compare, results
 
 from flowkern import backend as backends
 from flowkern import reference
@@ -52,6 +52,12 @@ def test_tensors_on_different_devices(op):
     args = [a.to("meta") if i == 1 else a for i, a in enumerate(args)]
     with pytest.raises(ValueError, match=f"{op}: .* on cpu.*, got torch.float32 on meta"):
         getattr(KERNELS, op)(*args)
+
+
+def test_reductions_go_to_dense_memory():
+    make = Inputs((1, 4, 2, 2), FLOAT, FLOAT)
+    with pytest.raises(ValueError, match="mix_vjp: `into` must be dense tensors"):
+        KERNELS.mix_vjp(make.state(), make.state(), *make.mix(), into=(torch.empty(4, 4).T, torch.empty(4)))
 
 
 @pytest.mark.parametrize("b", [0.0, 1e-4])
