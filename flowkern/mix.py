@@ -114,14 +114,14 @@ ops.define(
     f"compose({_PARAMETERS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _run("compose"),
     lambda lower, upper, log_s, *_: (
-        torch.empty_like(lower), torch.empty_like(log_s), torch.empty_like(lower), lower.new_empty(())
+        *(p.new_empty(p.shape) for p in (lower, log_s, lower)), lower.new_empty(())
     ),
 )
 ops.define(
     f"compose_vjp({_PARAMETERS}, Tensor dmatrix, Tensor doffset, Tensor dlogdet, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run("compose_vjp"),
-    lambda *args: tuple(torch.empty_like(p) for p in args[:5]),
+    lambda *args: tuple(p.new_empty(p.shape) for p in args[:5]),
 )
 
 

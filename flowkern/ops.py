@@ -133,8 +133,8 @@ _define_pixel_op(
     lambda v, g, matrix, inverse_matrix, offset, inverse, given_input: (
         _rebuilt(v, given_input),
         empty_channels_last(v),
-        torch.empty_like(matrix),
-        torch.empty_like(offset),
+        matrix.new_empty(matrix.shape),
+        offset.new_empty(offset.shape),
     ),
 )
 _define_pixel_op("shrink", "Tensor z, Tensor lam", 1, lambda z, lam: torch.empty_like(z))

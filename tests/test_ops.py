@@ -143,6 +143,20 @@ def test_gradients_are_laid_out_as_the_fake_kernels_promise(backend):
         torch.library.opcheck(getattr(torch.ops.flowkern, op).default, (*args, backend), test_utils="test_faketensor")
 
 
+def test_reductions_are_laid_out_as_the_fake_kernels_promise(backend):
+    """However the parameters lie in memory."""
+    torch.manual_seed(0)
+    x, g, (matrix, offset) = state(2, 4, 3, 5), state(2, 4, 3, 5), mix()
+    check = partial(torch.library.opcheck, test_utils="test_faketensor")
+    for inverse in (False, True):
+        check(torch.ops.flowkern.mix_vjp.default, (x, g, matrix.T, matrix.T, offset, inverse, False, backend))
+    lower, upper = torch.randn(2, 2, 4, 4).mT
+    log_s, log_scale, bias, sign = torch.ones(4, 4, 2).mT
+    parameters = lower, upper, log_s, log_scale, bias, sign, torch.arange(4).repeat(2, 1)
+    check(torch.ops.flowkern.compose.default, (*parameters, backend))
+    check(torch.ops.flowkern.compose_vjp.default, (*parameters, lower, bias, torch.tensor(1.0), backend))
+
+
 def test_second_derivatives_of_a_folds_steps():
     x, y = (state(1, 4, 2, 2, dtype=torch.float64, grad=True) for _ in range(2))
     for shape in ((), (1,)):
