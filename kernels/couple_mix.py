@@ -9,8 +9,8 @@ from torch import Tensor
 from flowkern.kernels.case import Case
 from flowkern.kernels.couple import NETWORK_TYPES, couple
 from flowkern.kernels.formulas import scale_terms
-from flowkern.kernels.launch import cover, on_device_of
-from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, channel_mix, columns, usual
+from flowkern.kernels.launch import cover, on_device_of, shared_memory
+from flowkern.kernels.mix import DEPTH, REPRESENTATIVE, channel_mix, columns, fits, usual
 from flowkern.layout import channels_last, check_alike, empty_channels_last
 from flowkern.reference import SCALES
 
@@ -73,6 +73,9 @@ def _couple_mix_kernel(
     tl.store(logdet + program, -log_sum if INVERSE else log_sum)
 
 
+PRODUCTS = 2  # that a turn of the loop adds, one for each half of the channels
+
+
 def _blocks(pixels: int, channels: int) -> tuple[int, int]:
     """Pixels of a block and blocks of a sample."""
     block = min(max(16, 2048 // cover(channels)), cover(pixels))
@@ -83,14 +86,10 @@ def warps(channels: int) -> int:
     return 4 if channels <= 64 else 8
 
 
-# With more, a block of all output channels and its products is larger than shared memory.
-MOST_CHANNELS = 512
-
-
 def _run(x: Tensor, h: Tensor, matrix: Tensor, offset: Tensor, scale: str, alpha: float, inverse: bool):
     check_alike("mix_couple" if inverse else "couple_mix", x, matrix, offset, h=h)
     n, c, height, width = x.shape
-    if c > MOST_CHANNELS:
+    if not fits(c, shared_memory(x.device), PRODUCTS):
         x, logdet = couple(x, h, scale, alpha, inverse)
         return channel_mix(x, matrix, offset, inverse), logdet
     pixels = height * width

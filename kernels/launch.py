@@ -23,6 +23,14 @@ def cover(size: int) -> int:
 
 
 @functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may use: 64 KiB on AMD's chips, 99 to 227 on NVIDIA's."""
+    if device.type == "cpu":
+        return 227 << 10  # interpreted: as where block sizes were chosen
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+@functools.cache
 def generation(device: torch.device) -> int:
     """80 or 90 where the device is of the kind that block sizes were chosen for, else 0."""
     if device.type == "cpu":

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowkern import reference
 from flowkern.kernels.case import Case
-from flowkern.kernels.launch import cover, on_device_of
+from flowkern.kernels.launch import cover, on_device_of, shared_memory
 from flowkern.layout import channels_last, check_alike, empty_channels_last
 
 DEPTH = 16  # channels of one partial product: longer ones spill, because fp32 products keep their operands in registers
@@ -61,15 +61,18 @@ def warps(channels: int) -> int:
     return 4 if 64 < channels <= 128 else 8
 
 
-# With more, a block of all output channels is larger than shared memory.
-MOST_CHANNELS = 1024
+def fits(channels: int, shared: int, products: int = 1) -> bool:
+    """Whether a block of all output channels fits into `shared` bytes: of every product that a turn of the loop adds,
+    two buffers of DEPTH columns of the matrix, and at most 6 KiB of the 16 pixels that are left beyond 64 channels.
+    """
+    return products * (2 * DEPTH * cover(channels) * 4 + (6 << 10)) <= shared
 
 
 def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool = False) -> Tensor:
     """As the reference; without an offset, the product alone."""
     check_alike("channel_mix", x, matrix, *(() if offset is None else (offset,)))
     n, c, height, width = x.shape
-    if c > MOST_CHANNELS:
+    if not fits(c, shared_memory(x.device)):
         return reference.channel_mix(x, matrix, matrix.new_zeros(c) if offset is None else offset, inverse)
     x, y = channels_last(x), empty_channels_last(x)
     pixels = n * height * width

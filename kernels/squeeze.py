@@ -10,14 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from flowkern.kernels.case import Case
-from flowkern.kernels.launch import cover, on_device_of
+from flowkern.kernels.launch import cover, on_device_of, shared_memory
 from flowkern.kernels.mix import (
     DEPTH,
-    MOST_CHANNELS,
     REPRESENTATIVE,
     block_pixels,
     channel_mix,
     columns,
+    fits,
     usual,
     warps,
 )
@@ -70,7 +70,7 @@ def squeeze_mix(blocks: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     check_alike("squeeze_mix", blocks, matrix, offset)
     n, _, _, _, height, width = blocks.shape
     c = len(offset)
-    if c > MOST_CHANNELS:
+    if not fits(c, shared_memory(blocks.device)):
         return channel_mix(blocks.flatten(1, 3), matrix, offset)
     y = blocks.new_empty((n, height, width, c)).permute(0, 3, 1, 2)
     pixels = n * height * width

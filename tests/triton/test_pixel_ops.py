@@ -1,5 +1,7 @@
 """Every pixel op's kernel against the specification, as other backends are tested, at sizes an interpreter bears."""
 
+import importlib
+
 import pytest
 import torch
 from pixel_cases import COUPLINGS, FLOAT, SPREADS, Inputs, arguments, compare, results
@@ -30,6 +32,16 @@ def test_many_channels(op):
 
 @pytest.mark.parametrize("op, channels", [("channel_mix", 1028), ("couple_mix", 516), ("mix_couple", 516)])
 def test_more_channels_than_a_block_has_room_for(op, channels):
+    compare(KERNELS, op, "fp32", 1.0, ((1, channels, 1, 2),))
+
+
+@pytest.mark.parametrize("op, channels", [("channel_mix", 258), ("couple_mix", 130), ("mix_couple", 130)])
+def test_chips_of_little_shared_memory(op, channels, monkeypatch):
+    """On AMD's, of 64 KiB, a block of all channels doesn't fit."""
+    mix, couple_mix = (importlib.import_module(f"flowkern.kernels.{name}") for name in ("mix", "couple_mix"))
+    for module in (mix, couple_mix):
+        monkeypatch.setattr(module, "shared_memory", lambda device: 64 << 10)
+    monkeypatch.delattr(*(mix, "_mix_kernel") if op == "channel_mix" else (couple_mix, "_couple_mix_kernel"))
     compare(KERNELS, op, "fp32", 1.0, ((1, channels, 1, 2),))
 
 
