@@ -114,6 +114,15 @@ class InvertibleConv1x1(nn.Module):
         self.register_buffer("sign", diagonal.sign().to(dtype))
         self.register_buffer("permutation", p.argmax(dim=1))  # row i of W is row permutation[i] of L U
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        given = state_dict.get(f"{prefix}permutation")
+        if given is not None and given.shape == self.permutation.shape and not given.is_meta:
+            # Kernels take its numbers for places in memory.
+            if given.sort().values.tolist() != list(range(len(given))):
+                errors.append(f"{prefix}permutation must hold each of 0 ... {len(given) - 1} once")
+                return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
     def weight(self) -> Tensor:
         """W, (C, C), in the parameters' precision."""
         with torch.autocast(self.lower.device.type, enabled=False):

@@ -453,6 +453,20 @@ def test_a_deeper_glow_that_starts_from_trained_steps_keeps_them():
     assert new.actnorm.log_scale.abs().sum() > 0
 
 
+@pytest.mark.parametrize("permutation", [[0, 1, 2, 4], [0, 1, 2, 2], [-1, 0, 1, 2]])
+def test_a_loaded_permutation_is_one(permutation):
+    step = StepOfFlow(4, hidden=6)
+    weights = {name: value.clone() for name, value in step.state_dict().items()}
+    kept = step.conv.permutation.clone()
+    weights["conv.permutation"].copy_(torch.tensor(permutation))
+    with pytest.raises(RuntimeError, match=r"conv.permutation must hold each of 0 ... 3 once"):
+        step.load_state_dict(weights)
+    assert torch.equal(step.conv.permutation, kept)
+    weights["conv.permutation"].copy_(torch.tensor([3, 0, 2, 1]))
+    step.load_state_dict(weights)
+    assert step.conv.permutation.tolist() == [3, 0, 2, 1]
+
+
 def test_a_glow_does_not_initialise_itself_among_several_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
