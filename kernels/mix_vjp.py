@@ -19,8 +19,8 @@ from flowkern.layout import channels_last, check_alike, empty_channels_last, sum
 FUSED_CHANNELS = 64  # up to which one program holds all of dM
 EDGE = 64  # of a block of dM in the separate kernel
 SEPARATE_PIXELS = 32
-PROGRAMS = 528  # enough to fill a large GPU four times over
-RUNS = (1, 4, 16)  # blocks of pixels that one program may add up
+MOST_PARTS = 2048  # a fourth of them fills a large GPU four times over
+MOST_NUMBERS = 1 << 22  # of all parts together: 16 MiB
 
 
 @triton.jit
@@ -142,9 +142,15 @@ def _total_kernel(partial, dmatrix, doffset, programs, C: tl.constexpr, ROWS: tl
     tl.store(doffset + c - C * C, total, mask=(c >= C * C) & (c < size))
 
 
-def _run(pixels: int, block: int) -> int:
-    """Blocks of pixels per program: as many as leave the device filled."""
-    return max(run for run in RUNS if run == 1 or triton.cdiv(pixels, block * run) >= PROGRAMS)
+def runs(pixels: int, block: int, channels: int) -> tuple[int, int]:
+    """How many blocks of pixels one program adds up, and into how many parts that splits the sums: not more than keep
+    the device filled, nor than fit into 16 MiB. Blocks are a power of four, each of which is compiled once.
+    """
+    most = max(1, min(MOST_PARTS, MOST_NUMBERS // (channels * (channels + 1))))
+    run = 1
+    while triton.cdiv(pixels, run * block) > most:
+        run *= 4
+    return run, triton.cdiv(pixels, run * block)
 
 
 def mix_vjp(
@@ -163,8 +169,7 @@ def mix_vjp(
     pixels = n * height * width
     v, g, offset = channels_last(v), channels_last(g), offset.contiguous()
     block = fused_pixels(c, inverse, given_input) if c <= FUSED_CHANNELS else SEPARATE_PIXELS
-    run = _run(pixels, block)
-    programs = triton.cdiv(pixels, block * run)
+    run, programs = runs(pixels, block, c)
     partial = v.new_empty((programs, c * c + c))
     rebuilt = v.new_empty(0) if given_input else empty_channels_last(v)
     with on_device_of(v):

@@ -66,6 +66,22 @@ def test_tensors_on_different_devices(op):
         getattr(KERNELS, op)(*args)
 
 
+@pytest.mark.parametrize("shape", [(2, 12, 7, 40), (1, 72, 11, 12)])
+def test_sums_in_few_parts(shape, monkeypatch):
+    mix_vjp = importlib.import_module("flowkern.kernels.mix_vjp")
+    monkeypatch.setattr(mix_vjp, "MOST_PARTS", 3)
+    compare(KERNELS, "mix_vjp", "fp32", 1.0, (shape,))
+
+
+def test_parts_of_sums_are_bounded():
+    """However many pixels: where a program added up a given number of them, its parts outgrew the states."""
+    runs = importlib.import_module("flowkern.kernels.mix_vjp").runs
+    for pixels, block, channels in ((1, 32, 12), (65536, 32, 192), (65536, 32, 3000), (1 << 24, 16, 48), (0, 32, 4)):
+        run, parts = runs(pixels, block, channels)
+        assert (parts - 1) * run * block < max(1, pixels) <= max(1, parts * run * block)
+        assert parts <= 2048 and (parts <= 1 or parts * (channels**2 + channels) * 4 <= 16 << 20)
+
+
 def test_reductions_go_to_dense_memory():
     make = Inputs((1, 4, 2, 2), FLOAT, FLOAT)
     with pytest.raises(ValueError, match="mix_vjp: `into` must be dense tensors"):
