@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flowkern import backend
 from flowkern.kernels.case import Case
 from flowkern.kernels.launch import on_device_of
 from flowkern.kernels.mix import REPRESENTATIVE
 from flowkern.layout import check_alike, check_permutation
 
 COLUMNS = 8  # of a matrix in one program
+MOST_CHANNELS = 192  # with more, a program's columns no longer fit its registers
 SUMMED = 256  # log-determinants added at a time
 
 
@@ -204,7 +206,11 @@ def warps(channels: int) -> int:
 
 
 def compose(lower, upper, log_s, log_scale, bias, sign, permutation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `flowkern.mix.mixes`: M (K, C, C), m (K, C), M^-1 (K, C, C) and the sum of log|det M_k|."""
+    """As `flowkern.mix.mixes`: M (K, C, C), m (K, C), M^-1 (K, C, C) and the sum of log|det M_k|; above 192
+    channels that itself.
+    """
+    if log_s.shape[1] > MOST_CHANNELS:
+        return backend.default("compose")(lower, upper, log_s, log_scale, bias, sign, permutation)
     parameters = _dense("compose", permutation, lower, upper, log_s, log_scale, bias, sign)
     steps, blocks, rows = _grid(lower)
     matrix, inverse, offset, logdet = (lower.new_empty(s) for s in (lower.shape, lower.shape, log_s.shape, ()))
@@ -220,6 +226,9 @@ def compose_vjp(
     lower, upper, log_s, log_scale, bias, sign, permutation, dmatrix, doffset, dlogdet
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `flowkern.mix.mixes_vjp`: gradients of lower, upper, log_s, log_scale and bias."""
+    if log_s.shape[1] > MOST_CHANNELS:
+        default = backend.default("compose_vjp")
+        return default(lower, upper, log_s, log_scale, bias, sign, permutation, dmatrix, doffset, dlogdet)
     parameters = _dense("compose_vjp", permutation, lower, upper, log_s, log_scale, bias, sign)
     check_alike("compose_vjp", lower, dmatrix, doffset, dlogdet)
     steps, blocks, rows = _grid(lower)

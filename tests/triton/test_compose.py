@@ -38,6 +38,14 @@ def test_compose_and_its_derivative_are_exact_to_rounding(steps, channels):
         torch.testing.assert_close(got, w.float(), rtol=2e-7, atol=1e-6)
 
 
+def test_more_channels_than_registers_hold():
+    tensors = parameters(1, 194)
+    cotangents = torch.ones(1, 194, 194), torch.ones(1, 194), torch.ones(())
+    torch.testing.assert_close(KERNELS.compose(*tensors), mixes(*tensors), rtol=0, atol=0)
+    wanted = mixes_vjp(*tensors, *cotangents)
+    torch.testing.assert_close(KERNELS.compose_vjp(*tensors, *cotangents), wanted, rtol=0, atol=0)
+
+
 def test_operands_in_any_memory_order():
     tensors = parameters(2, 4)
     generator = torch.Generator().manual_seed(0)
