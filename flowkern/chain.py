@@ -14,6 +14,7 @@ The three give the same gradients, up to the rounding of the inversion, which `f
 After Gomez et al. 2017 (arXiv:1707.04585) and the contract of InvertibleNetworks.jl.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
@@ -183,7 +184,20 @@ def _standard_vjp(boundary, g, glogdet, kept, *mixes, parameters, need, reverse,
 backends.register_defaults(chain=_standard_run, chain_vjp=_standard_vjp)
 
 
+def _check(channels: int, matrix: Tensor, offset: Tensor, inverse: Tensor, parameters: Sequence[Tensor], scale: str):
+    """Raises ValueError for what doesn't fit a state of so many channels."""
+    count = len(matrix)
+    wanted = (count, channels, channels)
+    if matrix.shape != wanted or inverse.shape != wanted or offset.shape != (count, channels):
+        given = ", ".join(str(tuple(t.shape)) for t in (matrix, offset, inverse))
+        raise ValueError(f"mixes of {count} steps of {channels} channels want M {wanted}, m and M^-1, got {given}")
+    if len(parameters) != count * network.PARAMETERS:
+        raise ValueError(f"{count} steps have {count * network.PARAMETERS} parameters, got {len(parameters)}")
+    network.check_shapes(parameters, channels // 2, channels // 2 if scale == "additive" else channels)
+
+
 def _chain_op(x, matrix, offset, inverse, parameters, reverse, scale, alpha, backend, dtype, memory, anchor_every):
+    _check(x.shape[1] if x.dim() == 4 else math.prod(x.shape[1:4]), matrix, offset, inverse, parameters, scale)
     table = backends.table(x.device, backend, x.dtype)
     x, logdet, kept = table.chain(
         x, matrix, offset, inverse, parameters=parameters, reverse=reverse, scale=scale, alpha=alpha, dtype=dtype,
@@ -210,6 +224,7 @@ def _chain_fake(x, matrix, offset, inverse, parameters, reverse, scale, alpha, b
 
 def _chain_vjp_op(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, need, reverse, scale, alpha, backend,
                   dtype, memory, anchor_every):
+    _check(g.shape[1], matrix, offset, inverse, parameters, scale)
     kept = _unflatten(kept, _sizes(len(matrix), memory, anchor_every))
     table = backends.table(g.device, backend, g.dtype)
     dx, dmatrix, doffset, dparameters, rebuilt = table.chain_vjp(

@@ -8,6 +8,7 @@ Tensors elsewhere or of unsuitable dtypes raise ValueError.
 import functools
 import os
 import sys
+import warnings
 from array import array
 from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -41,6 +42,7 @@ def probe() -> str | None:
         try:
             _C.select_isa(isa)
         except ValueError as error:
+            warnings.warn(f"FLOWKERN_CPU_ISA: {error}; native kernels are off", stacklevel=2)
             return f"FLOWKERN_CPU_ISA: {error}"
     return None
 

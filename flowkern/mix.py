@@ -101,9 +101,21 @@ def _factors(lower, upper, log_s, log_scale, sign) -> tuple[Tensor, Tensor, Tens
 backends.register_defaults(compose=mixes, compose_vjp=mixes_vjp)
 
 
+def _check_shapes(lower: Tensor, upper: Tensor, *rows: Tensor) -> None:
+    """Raises ValueError for factors that don't fit each other: kernels know memory by the sizes of one of them."""
+    wide = rows[0].shape
+    if lower.shape != (*wide, wide[-1]) or upper.shape != lower.shape or any(t.shape != wide for t in rows):
+        given = ", ".join(str(tuple(t.shape)) for t in (lower, upper, *rows))
+        raise ValueError(
+            f"the mixes of {wide[0]} steps want lower and upper (K, C, C), and log_s, log_scale, bias, sign and "
+            f"permutation (K, C), got {given}"
+        )
+
+
 def _run(name: str):
     def run(lower, *rest):
         *rest, backend = rest
+        _check_shapes(lower, *rest[:6])
         return getattr(backends.table(lower.device, backend, lower.dtype), name)(lower, *rest)
 
     return run

@@ -23,6 +23,22 @@ from flowkern.replay import Replay, check_parameters, refuse_replica, refuse_sha
 PARAMETERS = 9
 
 
+def check_shapes(parameters: Sequence[Tensor], few: int, out: int) -> None:
+    """Raises ValueError for parameters, nine a step, that are not those of networks from `few` to `out` channels:
+    kernels know memory by these sizes alone.
+    """
+    for first in range(0, len(parameters), PARAMETERS):
+        own = parameters[first : first + PARAMETERS]
+        hidden = own[0].shape[0]
+        wanted = ((hidden, few, 3, 3), (hidden,), (hidden,), (hidden, hidden, 1, 1), (hidden,), (hidden,),
+                  (out, hidden, 3, 3), (out,), (out,))
+        if len(own) < PARAMETERS or any(p.shape != shape for p, shape in zip(own, wanted, strict=True)):
+            raise ValueError(
+                f"a coupling network from {few} to {out} channels with {hidden} hidden ones wants weights and biases "
+                f"of {', '.join(map(str, wanted))}, got {', '.join(str(tuple(p.shape)) for p in own)}"
+            )
+
+
 def fold(parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Weights and biases (w1, b1, w2, b2, w3, b3) of the three plain convolutions that equal the network, in
     `dtype`.

@@ -79,11 +79,13 @@ def _run(name: str, backend: str, *operands):
     return getattr(reference, name)(*operands) if wants_formulas() else getattr(raw, name)(*operands, backend)
 
 
-def _define_pixel_op(name: str, arguments: str, results: int, fake) -> None:
+def _define_pixel_op(name: str, arguments: str, results: int, fake, check=None) -> None:
     has_logdet = name in ("couple", "couple_mix", "mix_couple")
 
     def run(*args):
         *operands, backend = args
+        if check is not None:
+            check(*operands)
         out = getattr(backends.table(operands[0].device, backend, operands[0].dtype), name)(*operands)
         return (out[0], out[1].sum(dim=1)) if has_logdet and out[1].dim() == 2 else out
 
@@ -104,12 +106,14 @@ _define_pixel_op(
     "Tensor x, Tensor matrix, Tensor offset, bool inverse",
     1,
     lambda x, matrix, offset, inverse: empty_channels_last(x),
+    lambda x, matrix, offset, inverse: _check_mix(x, matrix, offset),
 )
 _define_pixel_op(
     "couple",
     f"Tensor x, Tensor h, {_COUPLING}, bool inverse",
     2,
     lambda x, h, scale, alpha, inverse: (empty_channels_last(x), _logdet(x)),
+    lambda x, h, scale, alpha, inverse: check_coupling(x, h, scale),
 )
 for _fused in ("couple_mix", "mix_couple"):
     _define_pixel_op(
@@ -117,6 +121,7 @@ for _fused in ("couple_mix", "mix_couple"):
         f"Tensor x, Tensor h, Tensor matrix, Tensor offset, {_COUPLING}",
         2,
         lambda x, h, matrix, offset, scale, alpha: (empty_channels_last(x), _logdet(x)),
+        lambda x, h, matrix, offset, scale, alpha: (_check_mix(x, matrix, offset), check_coupling(x, h, scale)),
     )
 _define_pixel_op(
     "couple_vjp",
@@ -125,6 +130,7 @@ _define_pixel_op(
     lambda v, g, h, glogdet, scale, alpha, inverse, given_input: (
         _rebuilt(v, given_input), empty_channels_last(v), empty_channels_last(h)
     ),
+    lambda v, g, h, glogdet, scale, *_: (_check_gradient(v, g, glogdet), check_coupling(v, h, scale)),
 )
 _define_pixel_op(
     "mix_vjp",
@@ -136,10 +142,17 @@ _define_pixel_op(
         matrix.new_empty(matrix.shape),
         offset.new_empty(offset.shape),
     ),
+    lambda v, g, matrix, inverse_matrix, offset, *_: (
+        _check_gradient(v, g), _check_mix(v, matrix, offset), _check_mix(v, inverse_matrix, offset)
+    ),
 )
 _define_pixel_op("shrink", "Tensor z, Tensor lam", 1, lambda z, lam: torch.empty_like(z))
 _define_pixel_op(
-    "shrink_vjp", "Tensor z, Tensor g, Tensor lam", 2, lambda z, g, lam: (torch.empty_like(z), torch.empty_like(lam))
+    "shrink_vjp",
+    "Tensor z, Tensor g, Tensor lam",
+    2,
+    lambda z, g, lam: (torch.empty_like(z), torch.empty_like(lam)),
+    lambda z, g, lam: _check_gradient(z, g),
 )
 _define_pixel_op("data_consistency", "Tensor x, Tensor y, Tensor mu", 1, lambda x, y, mu: torch.empty_like(x))
 _define_pixel_op(
@@ -147,6 +160,7 @@ _define_pixel_op(
     "Tensor x, Tensor y, Tensor g, Tensor mu",
     3,
     lambda x, y, g, mu: (torch.empty_like(x), torch.empty_like(x), torch.empty_like(mu)),
+    lambda x, y, g, mu: (_check_gradient(x, y), _check_gradient(x, g)),
 )
 raw = torch.ops.flowkern
 
@@ -381,6 +395,12 @@ def _check_mix(x: Tensor, matrix: Tensor, offset: Tensor) -> None:
             f"a mix of {channels} channels wants matrix {(channels, channels)} and offset {(channels,)}, "
             f"got {tuple(matrix.shape)} and {tuple(offset.shape)}"
         )
+
+
+def _check_gradient(x: Tensor, g: Tensor, glogdet: Tensor | None = None) -> None:
+    if g.shape != x.shape or (glogdet is not None and glogdet.shape != x.shape[:1]):
+        beside = "" if glogdet is None else f", and {tuple(glogdet.shape)} for the log-determinant"
+        raise ValueError(f"a state {tuple(x.shape)} wants another of its shape beside it, got {tuple(g.shape)}{beside}")
 
 
 def check_coupling(x: Tensor, h: Tensor, scale: str) -> None:

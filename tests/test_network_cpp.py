@@ -146,7 +146,10 @@ def test_operands_of_other_memory_layouts(dtype):
     folded = CPP.fold(given, dtype)
     a, dh = state(n, c, height, width)[:, : c // 2], state(n, out, height, width).to(dtype)
     expected = CPP.trace(folded, a, True)[0]
-    for other in (a.contiguous(), a.contiguous(memory_format=torch.channels_last), a.flip(3).flip(3), a.double()):
+    frame = slice(None), slice(c // 2), slice(1, 1 + height), slice(2, 2 + width)     # of pictures that are larger
+    crop, wide = (torch.randn(n, height + 3, width + 5, c).permute(0, 3, 1, 2)[frame] for _ in range(2))
+    crop.copy_(a)
+    for other in (a.contiguous(), a.contiguous(memory_format=torch.channels_last), a.flip(3).flip(3), a.double(), crop):
         assert torch.equal(CPP.trace(folded, other, True)[0], expected)
     strided = [torch.stack([p, p], dim=-1)[..., 0] for p in given]      # neither dense nor in a usual order
     assert torch.equal(CPP.trace(CPP.fold(strided, dtype), a, True)[0], expected)
@@ -156,7 +159,10 @@ def test_operands_of_other_memory_layouts(dtype):
         found.append(CPP.vjp(parameters_, folded, a, CPP.trace(folded, a, True)[1], dh.contiguous(), [True] * 9, da))
     torch.testing.assert_close(through[:, : c // 2] - before[:, : c // 2], gradient, rtol=1e-5, atol=1e-5)
     assert torch.equal(through[:, c // 2 :], before[:, c // 2 :])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    rest = wide.clone()
+    found.append(CPP.vjp(given, folded, crop, CPP.trace(folded, crop, True)[1], dh.contiguous(), [True] * 9, wide))
+    torch.testing.assert_close(wide - rest, gradient, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(b, found[0][i]) for other in found for i, b in enumerate(other))
 
 
 @pytest.mark.parametrize("wanted", WANTED)

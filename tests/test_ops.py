@@ -9,7 +9,7 @@ import torch
 import flowkern
 from flowkern import backend as backends
 from flowkern import network, ops, reference
-from flowkern.layers import StepOfFlow
+from flowkern.layers import CouplingNet, StepOfFlow
 from flowkern.mix import compose
 
 
@@ -335,3 +335,50 @@ def test_scalars_and_measurements_may_be_of_another_dtype(backend, dtype):
 def test_weights_of_more_than_one_number_are_refused(op):
     with pytest.raises(ValueError, match=r"(lam|mu) must be a tensor of one number, got \(4, 1, 1\)"):
         op(state(2, 4, 3, 5), torch.rand(4, 1, 1))
+
+
+def widened(step, name):
+    """A step whose named parameter has a row too many."""
+    *path, last = name.split(".")
+    owner = step.get_submodule(".".join(path))
+    shape = getattr(owner, last).shape
+    setattr(owner, last, torch.nn.Parameter(torch.randn(shape[0] + 1, *shape[1:])))
+    return step
+
+
+NETWORK = ("weight1", "norm1.log_scale", "norm1.bias", "weight2", "norm2.log_scale", "norm2.bias", "weight3", "bias3",
+           "logs")  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", ["recompute", "store", "checkpoint"])
+@pytest.mark.parametrize("name", NETWORK)
+def test_a_network_s_parameter_of_another_size_is_refused(backend, memory, name):
+    """Where kernels would read or write beyond it."""
+    step = widened(StepOfFlow(4, hidden=6), f"coupling.net.{name}").eval()
+    with pytest.raises(ValueError, match="^a coupling network from 2 to 4 channels with [67] hidden ones wants"):
+        step(state(1, 4, 3, 3), memory=memory, backend=backend)
+
+
+@pytest.mark.parametrize(("few", "out"), [(1, 4), (4, 4), (2, 2), (2, 8)])
+def test_a_network_for_another_number_of_channels_is_refused(backend, few, out):
+    step = StepOfFlow(4, network=lambda i, o: CouplingNet(few, out, 6)).eval()
+    with pytest.raises(ValueError, match="^a coupling network from 2 to 4 channels with 6 hidden ones wants weights"):
+        step(state(1, 4, 3, 3), backend=backend)
+
+
+@pytest.mark.parametrize("name", ["conv.lower", "conv.upper", "conv.log_s", "actnorm.log_scale", "actnorm.bias"])
+def test_factors_of_another_size_are_refused(backend, name):
+    step = widened(StepOfFlow(4, hidden=6), name).eval()
+    with pytest.raises(ValueError, match="want"):
+        step(state(1, 4, 3, 3), backend=backend)
+
+
+def test_raw_operators_refuse_shapes_that_do_not_fit(backend):
+    """A size at a time: none may be taken for another's."""
+    for name, call in raw_calls(backend):
+        shaped = [i for i, a in enumerate(call) if isinstance(a, torch.Tensor) and a.dim()]
+        for i in shaped[1:]:
+            other = [*call[:i], torch.cat([call[i], call[i]]), *call[i + 1 :]]
+            if name != "data_consistency":  # torch.lerp, which raises for itself
+                with pytest.raises(ValueError, match="wants"):
+                    getattr(ops.raw, name)(*other)

@@ -3,6 +3,8 @@
 How errors are judged: `pixel_cases`.
 """
 
+import math
+
 import pytest
 import torch
 from conftest import RUNNABLE
@@ -57,7 +59,7 @@ def test_op_against_reference(implementation, op, precision):
 @pytest.mark.parametrize("op", [op for op in backends.OPS if op not in ("channel_mix", "shrink", "data_consistency")])
 def test_sums_over_many_pixels(implementation, op):
     """Reductions in short blocks: the budget holds where naive sums lose several times eager's precision."""
-    compare(implementation, op, "fp32", 1.0, MANY_PIXELS)
+    compare(implementation, op, "fp32", 1.0, (*MANY_PIXELS, (1, 12, 160, 128)))
 
 
 @pytest.mark.parametrize("op", backends.OPS)
@@ -112,6 +114,21 @@ def test_reductions_go_to_dense_memory(implementation):
     for into in ((torch.empty(4, 4).T, torch.empty(4)), (torch.empty(4, 4), torch.empty(8)[::2])):
         with pytest.raises(ValueError, match="mix_vjp: `into` must be dense tensors"):
             implementation.mix_vjp(make.state(), make.state(), *make.mix(), into=into)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_of_every_size_in_half_precision(implementation, dtype):
+    """Networks' outputs as they are read, and their gradients as they are written: to the last bit, subnormal, too
+    large, infinite.
+    """
+    sizes = torch.cat([torch.logspace(-9, 6, 300), torch.tensor([65504.0, 65519.0, 65520.0, math.inf])])
+    values = torch.cat([sizes, -sizes]).view(1, 1, 1, -1)
+    state, given = torch.zeros(1, 2, 1, values.numel()), values.to(dtype)
+    y, _ = implementation.couple(state, given, "additive", 1.0, False)
+    assert torch.equal(y[:, 1:], given.float())
+    g = torch.cat([torch.zeros_like(values), values], dim=1)
+    dh = implementation.couple_vjp(state, g, given, torch.zeros(1), "additive", 1.0, False, True)[2]
+    assert torch.equal(dh, given)
 
 
 @pytest.mark.parametrize(("scale", "alpha"), [*((scale, 1.0) for scale in SCALES), ("softclamp", 100.0)])
@@ -214,3 +231,14 @@ def test_unwritten_memory_is_nan():
 @pytest.mark.unpoisoned
 def test_poison_can_be_left_out():
     assert torch.empty.__module__ != "conftest"
+
+
+@pytest.mark.skipif("cpp" not in RUNNABLE, reason="the native extension does not run here")
+def test_an_instruction_set_that_this_machine_lacks_is_refused():
+    from flowkern import _C
+
+    config = cpp.build_config()
+    for isa in set(config["isa_compiled"]) - set(config["isa_supported"]):
+        with pytest.raises(ValueError, match=isa):
+            _C.select_isa(isa)
+    assert _C.build_config()["isa_active"] == config["isa_active"]
