@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.formulas import rectified
-from flowkern.kernels.launch import cover, on_device_of
+from flowkern.kernels.launch import SHARED, cover, on_device_of, shared_memory
 from flowkern.kernels.rounding import product, products_of, rounded, small_blocks
 
 KINDS = ("widen", "pointwise", "taps")
@@ -182,8 +182,10 @@ def form(kind: str, backward: bool, few: int, hidden: int) -> dict[str, object]:
     )
 
 
-def blocks(told: dict[str, object], pixels: int, dtype: torch.dtype, products: str) -> tuple[dict, int, int]:
-    """Block sizes, warps and stages for a product kernel that is told the above.
+def blocks(
+    told: dict[str, object], pixels: int, dtype: torch.dtype, products: str, shared: int
+) -> tuple[dict, int, int]:
+    """Block sizes, warps and stages for a product kernel that is told the above, where a block may have `shared` bytes.
 
     The largest block that still gives every multiprocessor of a large GPU one: large blocks read their operands less
     often, but a level of few pixels would leave most of the chip idle. None spills: gathering or masking beside 256
@@ -191,10 +193,10 @@ def blocks(told: dict[str, object], pixels: int, dtype: torch.dtype, products: s
     """
     wide = cover(told["N"])
     plain = not told["CHANNELS"] and not told["GATED"]
-    if small_blocks(products):
+    if small_blocks(products, shared):
         choices = [(64, 64, 4), (32, 64, 4)]
     else:
-        largest = 256 if plain and dtype.itemsize == 2 else 128
+        largest = 256 if plain and dtype.itemsize == 2 and shared >= 144 << 10 else 128
         choices = [(128, largest, 8), (64, 128, 4), (32, 64, 4)]
     choices = [(rows, min(columns, wide), warps) for rows, columns, warps in choices]
     enough = (c for c in choices if triton.cdiv(pixels, c[0]) * triton.cdiv(told["N"], c[1]) >= MULTIPROCESSORS)
@@ -220,7 +222,7 @@ def multiply(
     n, _, height, width = x.shape
     pixels = n * height * width
     told = form(kind, backward, few, hidden)
-    sizes, warps, stages = blocks(told, pixels, weight.dtype, products_of(weight.dtype))
+    sizes, warps, stages = blocks(told, pixels, weight.dtype, products_of(weight.dtype), shared_memory(x.device))
     grid = (triton.cdiv(pixels, sizes["BLOCK_M"]) * triton.cdiv(told["N"], sizes["BLOCK_N"]),)
     with on_device_of(x):
         _product_kernel[grid](
@@ -271,7 +273,7 @@ def cases() -> Iterator[Case]:
                 for kind in KINDS:
                     few = few_in if (kind == "taps") == backward else few_out
                     told = form(kind, backward, few, hidden)
-                    sizes, warps, stages = blocks(told, pixels, dtype, products)
+                    sizes, warps, stages = blocks(told, pixels, dtype, products, SHARED)
                     of_state = kind == "widen" and not backward
                     wide_taps = kind == "taps" and precision != "bf16"
                     pointers = dict.fromkeys(("weight", "bias", "gate"), f"*{word}")

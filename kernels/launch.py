@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHARED = 163 << 10  # bytes of shared memory that one block may use on both chips that block sizes were chosen for
 SMALLEST_DOT = 16  # an edge of a block that a matrix product accepts
 
 
@@ -26,7 +27,7 @@ def cover(size: int) -> int:
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may use: 64 KiB on AMD's chips, 99 to 227 on NVIDIA's."""
     if device.type == "cpu":
-        return 227 << 10  # interpreted: as where block sizes were chosen
+        return SHARED  # interpreted
     return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 

@@ -28,11 +28,11 @@ def product(left, right, total, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(left, right, total, input_precision=PRECISION)
 
 
-def small_blocks(products: str) -> bool:
-    """Whether blocks have to be small: three tf32 products keep thrice the operands in registers, and AMD's chips have
-    64 KiB of shared memory.
+def small_blocks(products: str, shared: int) -> bool:
+    """Whether blocks have to be small: three tf32 products keep thrice the operands in registers, and blocks of 128 by
+    128 take 96 KiB of shared memory, of which AMD's chips have 64.
     """
-    return products == "tf32x3" or bool(torch.version.hip)
+    return products == "tf32x3" or shared < 96 << 10
 
 
 def products_of(dtype: torch.dtype) -> str:

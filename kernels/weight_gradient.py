@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowkern.kernels.case import Case
 from flowkern.kernels.convolution import MULTIPROCESSORS, PRECISIONS, SHAPES, read_pixels, usual
-from flowkern.kernels.launch import cover, generation, on_device_of
+from flowkern.kernels.launch import SHARED, cover, generation, on_device_of, shared_memory
 from flowkern.kernels.rounding import product, products_of, small_blocks
 
 
@@ -64,7 +64,7 @@ def _weight_gradient_kernel(
 
 
 def blocks(
-    m: int, n: int, gathered: str | None, dtype: torch.dtype, products: str, generation: int
+    m: int, n: int, gathered: str | None, dtype: torch.dtype, products: str, generation: int, shared: int
 ) -> tuple[dict, int, int]:
     """Block sizes, warps and stages.
 
@@ -73,7 +73,7 @@ def blocks(
     registers, so that few of its rows meet many columns. Twice as many columns where nothing is gathered were faster by
     a quarter when the left operand had a buffer too few, which made them wrong; as it is now they have not been timed.
     """
-    most = 64 if small_blocks(products) else 128
+    most = 64 if small_blocks(products, shared) else 128
     tuned = generation == 90 and dtype.itemsize == 2
     rows = min(cover(m), 64 if gathered == "left" and not tuned else most)
     columns = min(cover(n), most)
@@ -103,7 +103,8 @@ def weight_gradient(
     images, _, height, width = left.shape
     pixels = images * height * width
     products = products_of(left.dtype)
-    sizes, warps, stages = blocks(m, n, gathered, left.dtype, products, generation(left.device))
+    device = left.device
+    sizes, warps, stages = blocks(m, n, gathered, left.dtype, products, generation(device), shared_memory(device))
     tiles = triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"])
     run, parts = runs(pixels, tiles, sizes["BLOCK_K"])
     partial, sums = (torch.empty(s, dtype=torch.float32, device=left.device) for s in ((parts, m, n), (parts, m)))
@@ -124,7 +125,7 @@ def cases() -> Iterator[Case]:
             pixels, few_in, few_out, hidden = SHAPES[level]
             convolutions = ((hidden, 9 * few_in, "right"), (hidden, hidden, None), (9 * few_out, hidden, "left"))
             for i, (m, n, gathered) in enumerate(convolutions, 1):
-                sizes, warps, stages = blocks(m, n, gathered, dtype, products, target)
+                sizes, warps, stages = blocks(m, n, gathered, dtype, products, target, SHARED)
                 tiles = triton.cdiv(m, sizes["BLOCK_M"]) * triton.cdiv(n, sizes["BLOCK_N"])
                 run, _ = runs(pixels, tiles, sizes["BLOCK_K"])
                 yield Case(

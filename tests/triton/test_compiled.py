@@ -53,16 +53,36 @@ from flowkern.kernels import aot, mix
 targets = {GPUTarget("cuda", 80, 32): 163, GPUTarget("cuda", 86, 32): 99, GPUTarget("hip", "gfx942", 64): 64}
 for target, limit in targets.items():
     for name, products in (("couple_mix", 2), ("mix", 1), ("squeeze", 1)):
-        case = next(iter(importlib.import_module(f"flowkern.kernels.{name}").cases()))
+        module = importlib.import_module(f"flowkern.kernels.{name}")
+        case = next(iter(module.cases()))
         most = max(c for c in (64, 128, 256, 512, 1024, 2048) if mix.fits(c, limit << 10, products))
         pixels = 16 if name == "couple_mix" else mix.block_pixels(most)
         sizes = case.constexprs | {"C": most, "OUT": most, "PIXELS": pixels}
-        widest = dataclasses.replace(case, constexprs=sizes, num_warps=8, integers={})
+        widest = dataclasses.replace(case, constexprs=sizes, num_warps=module.warps(most), integers={})
         print(most, aot.compiled_for(widest, target).metadata.shared <= limit << 10)
 """,
     )
     chosen = [512, 1024, 1024, 256, 512, 512, 128, 256, 256]
     assert told.split() == [word for most in chosen for word in (str(most), "True")]
+
+
+def test_the_networks_products_fit_consumer_gpus():
+    """The largest of them, chosen for 99 KiB, for a chip that has those."""
+    told = python("-c", """
+import importlib
+from triton.backends.compiler import GPUTarget
+from flowkern.kernels import aot
+from flowkern.kernels.overwritten import overwritten
+for name, largest in (("convolution", ("pointwise forward bf16 first", "taps forward bf16 first")),
+                      ("weight_gradient", ("weight_gradient 2 bf16 first for sm_80",))):
+    module = importlib.import_module(f"flowkern.kernels.{name}")
+    module.SHARED = 99 << 10
+    for case in module.cases():
+        if case.name in largest:
+            compiled = aot.compiled_for(case, GPUTarget("cuda", 86, 32))
+            print(compiled.metadata.shared <= module.SHARED and not overwritten(compiled.asm["ttgir"]))
+""")
+    assert told.split() == ["True"] * 3
 
 
 def test_no_copy_overtakes_a_product(compiled):

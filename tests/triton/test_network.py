@@ -23,6 +23,7 @@ from test_broken import edited
 
 from flowkern.kernels import fused_network, network, weight_gradient
 from flowkern.kernels.convolution import KINDS, blocks, form
+from flowkern.kernels.launch import SHARED
 from flowkern.kernels.network import _pixel_stride
 
 TRITON = Forms(network.network_fold, network.network_trace, network.network_vjp)
@@ -220,7 +221,7 @@ def test_large_problems_fill_a_gpu_and_none_is_split_beyond_its_pixels(monkeypat
                 assert parts * tiles >= 64
         for kind in KINDS:
             told = form(kind, False, 6, 512)
-            sizes, *_ = blocks(told, pixels, torch.bfloat16, "ieee")
+            sizes, *_ = blocks(told, pixels, torch.bfloat16, "ieee", SHARED)
             programs = -(-pixels // sizes["BLOCK_M"]) * -(-told["N"] // sizes["BLOCK_N"])
             assert programs >= 132 or sizes["BLOCK_M"] == 32
 
