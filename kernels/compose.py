@@ -247,7 +247,7 @@ def cases() -> Iterator[Case]:
         signature = {name: "*fp32" for name in kernel.arg_names if name not in sizes}
         signature |= {"numbers": "i32"} if "numbers" in kernel.arg_names else {}
         signature["permutation"] = "*i64"
-        for c in REPRESENTATIVE:
+        for c in (c for c in REPRESENTATIVE if c <= MOST_CHANNELS):
             rows = max(2, triton.next_power_of_2(c))
             constexprs = {"C": c, "ROWS": rows, "COLUMNS": COLUMNS, "SUMMED": SUMMED}
             constexprs = {name: value for name, value in constexprs.items() if name in kernel.arg_names}

@@ -58,7 +58,7 @@ def block_pixels(channels: int) -> int:
 
 
 def warps(channels: int) -> int:
-    return 4 if 64 < channels <= 128 else 8
+    return 4 if 64 < channels <= 128 else 8 if channels <= 256 else 16
 
 
 def fits(channels: int, shared: int, products: int = 1) -> bool:
@@ -87,7 +87,7 @@ def channel_mix(x: Tensor, matrix: Tensor, offset: Tensor | None, inverse: bool 
     return y
 
 
-REPRESENTATIVE = (4, 12, 24, 48, 96, 192)  # channels: one for every shape of block, and Glow's own
+REPRESENTATIVE = (4, 12, 24, 48, 96, 192, 384)  # channels: one for every shape of block, and Glow's own
 
 
 def usual(c: int) -> dict[str, int]:
