@@ -152,8 +152,8 @@ def footprint(depth: int = 8, reverse: bool = False, own: bool = False, compute_
     # What outlives the step is the gradients, their tensor objects included: each is listed, none is hidden.
     survivors = events.alive()
     mixes = events.of_size([depth * c * c * x.element_size() for c in setup.channels()], at="forward")
-    # On a busy machine one thread may have done all there was in that step, and the other not used its scratch, as large
-    # in a shallow model.
+    # On a busy machine one thread may have done all there was in that step, and the other not used its scratch. It is
+    # as large in a shallow model.
     shallow = Setup(depth=2).glow(**options)
     for _ in range(3):
         loss(shallow, x, reverse).backward()

@@ -227,3 +227,18 @@ def test_nan_is_not_rectified():
     for memory in ("recompute", "store"):
         glow.memory = memory
         assert glow.log_prob(x).isnan().all()
+
+
+def test_a_gradient_passes_hidden_activations_that_are_nan():
+    """As PyTorch's derivative of the ReLU lets it, on which a check for NaN may rely."""
+    n, c, height, width, hidden, out = 2, 6, 4, 4, 5, 6
+    given = parameters(c // 2, hidden, out)
+    given[2][1] = float("nan")  # a bias
+    a, dh = state(n, c, height, width)[:, : c // 2], state(n, out, height, width)
+    found = []
+    for forms in (CPP, PYTORCH):
+        folded, da = forms.fold(given, FLOAT), torch.zeros(n, c // 2, height, width)
+        _, hidden_ = forms.trace(folded, a, True)
+        found.append([*forms.vjp(given, folded, a, hidden_, dh, [True] * 9, da), da])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)

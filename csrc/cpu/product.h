@@ -4,8 +4,6 @@
 
 namespace flowkern::FLOWKERN_ISA {
 
-inline Vector<float> splat(float x) { return x - Vector<float>{}; }
-
 inline void multiply_add(Vector<float>& sum, float a, Vector<float> b, float) { sum += a * b; }
 inline void multiply_add(Vector<float>& sum, float a, Vector<float> b, Widened) { sum += a * b; }
 

@@ -15,11 +15,11 @@ void add_rows(const View<E>& rows, int64_t first, int64_t count, int64_t columns
     }
 }
 
-// What a product does with its sums: the derivative of a ReLU, whose results these are.
+// What a product does with its sums: the derivative of a ReLU, whose results these are. As PyTorch's, it lets NaN pass.
 template <class E>
 auto masked(const View<E>& to, const View<E>& by) {
     return [=](int64_t r, int64_t c, Vector<float> v) {
-        store_numbers(to[r] + c, load_numbers(by[r] + c) > 0 ? v : Vector<float>{});
+        store_numbers(to[r] + c, load_numbers(by[r] + c) <= 0 ? Vector<float>{} : v);
     };
 }
 
