@@ -31,9 +31,9 @@ REPORT = Path(__file__).resolve().parent.parent / "docs" / "triton-resources.md"
 PREFACE = """# What the Triton kernels take
 
 Registers a thread, stack (where registers are spilled to) and shared memory of every configuration that host code can
-choose, compiled without a GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test compiles them anew,
-allows no stack in a default configuration, no more shared memory than the chips have (163 and 227 KiB a block), and no
-copy into a buffer that a product may still read.
+choose up to 384 channels, compiled without a GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test
+compiles them anew, allows no stack in a default configuration, no more shared memory than the chips have (163 and 227
+KiB a block), and no copy into a buffer that a product may still read.
 """
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may use
 
