@@ -62,6 +62,12 @@ def _couple_kernel(
 
 
 @triton.jit
+def _unscaled(x, s, inverse_s, SCALE: tl.constexpr):
+    """x / s. The sigmoid's 1 / s may overflow where x / s does not."""
+    return x / s if SCALE == "sigmoid" else x * inverse_s
+
+
+@triton.jit
 def _couple_vjp_kernel(
     v,  # (N, pixels, 2 H)
     g,  # (N, pixels, 2 H)
@@ -93,19 +99,18 @@ def _couple_vjp_kernel(
         raw = tl.load(h + state, mask=inside).to(tl.float32)
         t = tl.load(h + state + H, mask=inside).to(tl.float32)
         gl = tl.load(glogdet + sample)
-        # Divisions, as in the reference: 1 / s overflows where x / s does not.
-        _, s, _, slope = scale_terms(raw, alpha, SCALE)
+        _, s, inverse_s, slope = scale_terms(raw, alpha, SCALE)
         if INVERSE:
             # The map is before -> before / s - t.
-            quotient = b / s if GIVEN_INPUT else b + t
+            quotient = _unscaled(b, s, inverse_s, SCALE) if GIVEN_INPUT else b + t
             before = quotient * s
-            db = gb / s
+            db = _unscaled(gb, s, inverse_s, SCALE)
             dt = -gb
             dlog_s = -(gb * quotient + gl)
         else:
             # The map is before -> (before + t) s.
             after = (b + t) * s if GIVEN_INPUT else b
-            before = b / s - t
+            before = _unscaled(b, s, inverse_s, SCALE) - t
             db = gb * s
             dt = db
             dlog_s = gb * after + gl
