@@ -32,7 +32,7 @@ PREFACE = """# What the Triton kernels take
 
 Registers a thread, stack (where registers are spilled to) and shared memory of every configuration that host code can
 choose up to 384 channels, compiled without a GPU for sm_80 / sm_90 (`make triton-report` writes this page). A test
-compiles them anew, allows no stack in a default configuration, no more shared memory than the chips have (163 and 227
+compiles them anew, allows no stack, no more shared memory than the chips have (163 and 227
 KiB a block), and no copy into a buffer that a product may still read.
 """
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes that one block may use
@@ -97,11 +97,11 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return tuple(int(re.search(rf"{name}:(\d+)", told).group(1)) for name in ("REG", "STACK"))
 
 
-def compile_all(pattern: str = "", workers: int | None = None) -> list[Resources]:
+def compile_all(pattern: str = "") -> list[Resources]:
     """What every case whose name contains `pattern` takes on every target, in order; compiled in several processes."""
     tasks = [(i, t) for i, case in enumerate(_every_case()) if pattern in case.name for t in case.targets]
     context = multiprocessing.get_context("fork")  # a worker finds the kernels declared
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         found = list(pool.map(_compile_numbered, tasks, chunksize=4))
     return [Resources(_every_case()[i], *numbers) for (i, _), numbers in zip(tasks, found, strict=True)]
 
@@ -120,14 +120,13 @@ def _compile_numbered(task: tuple[int, int]) -> tuple:
 
 def table(found: list[Resources]) -> str:
     """The report, a row per case: the figures for sm_80 and sm_90, or for the one where it is chosen."""
-    columns = ("kernel", "registers", "stack bytes", "shared KiB", "default")
-    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: | --- |"]
+    columns = ("kernel", "registers", "stack bytes", "shared KiB")
+    lines = [f"| {' | '.join(columns)} |", "| --- | ---: | ---: | ---: |"]
     for _, group in itertools.groupby(found, key=lambda r: r.case.name):
         of_case = list(group)
         registers, stack = (" / ".join(str(getattr(r, n)) for r in of_case) for n in ("registers", "stack"))
         shared = " / ".join(f"{r.shared / 1024:.1f}" for r in of_case)
-        default = "yes" if of_case[0].case.is_default else "no"
-        lines.append(f"| {of_case[0].case.name} | {registers} | {stack} | {shared} | {default} |")
+        lines.append(f"| {of_case[0].case.name} | {registers} | {stack} | {shared} |")
     return "\n".join(lines)
 
 
@@ -139,7 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = compile_all(arguments.pattern)
     if arguments.json:
-        print(json.dumps([{"name": r.case.name, "default": r.case.is_default, "target": r.target, "stack": r.stack,
+        print(json.dumps([{"name": r.case.name, "target": r.target, "stack": r.stack,
                            "registers": r.registers, "shared": r.shared, "fits": r.fits,
                            "overwritten": r.overwritten} for r in found]))  # fmt: skip
     elif arguments.write:

@@ -9,8 +9,7 @@ TARGETS = (80, 90)  # compute capabilities for which every case is compiled with
 class Case:
     """One specialisation that the host code can choose.
 
-    signature: kernel argument -> "*fp32", "i32", ... without the constexprs. constexprs: argument -> value. is_default:
-    whether an ordinary call can end up here, rather than an alternative that has to be asked for.
+    signature: kernel argument -> "*fp32", "i32", ... without the constexprs. constexprs: argument -> value.
     """
 
     name: str
@@ -19,6 +18,5 @@ class Case:
     constexprs: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
-    is_default: bool = True
     integers: dict[str, int] = field(default_factory=dict)  # examples, for which the launcher specialises a kernel
     targets: tuple[int, ...] = TARGETS  # where the host code chooses it
