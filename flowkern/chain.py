@@ -236,7 +236,8 @@ def _chain_vjp_op(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, n
 
 def _chain_vjp_fake(x, v, g, glogdet, kept, matrix, offset, inverse, parameters, need, *settings):
     wanted = [torch.empty_like(p) for p, needed in zip(parameters, need, strict=True) if needed]
-    rebuilt = empty_channels_last(g) if settings[-2] == "recompute" else g.new_empty(0)
+    *_, memory, _ = settings
+    rebuilt = empty_channels_last(g) if memory == "recompute" else g.new_empty(0)
     return empty_channels_last(g), torch.empty_like(matrix), torch.empty_like(offset), wanted, rebuilt
 
 
@@ -270,7 +271,8 @@ class _StandardChain(Function):
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         ctx.kept = len(kept)
-        boundary = out if ctx.settings[5] == "recompute" else x
+        *_, memory, _ = ctx.settings
+        boundary = out if memory == "recompute" else x
         ctx.shape = x.shape
         ctx.save_for_backward(boundary, matrix, offset, inverse, *kept, *parameters)
 

@@ -304,6 +304,12 @@ def test_an_interruption_is_one_sentence(capsys):
         assert capsys.readouterr().err == "interrupted; what has begun is continued by the same command\n"
 
 
+def test_an_interruption_while_a_command_imports_is_a_word():
+    command = [sys.executable, "-c", "import train; raise KeyboardInterrupt"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode and done.stderr == "interrupted\n"
+
+
 def test_a_file_that_cannot_be_written_is_one_sentence(capsys):
     def full():
         raise OSError(28, "No space left on device", "table.md")
