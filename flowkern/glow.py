@@ -63,9 +63,9 @@ class Glow(nn.Module):
     "recompute" may take at the peak of a training step through one call of `forward` or `inverse`, beside parameters,
     their gradients and the composed mixes: it keeps the activations of as many steps as fit and recomputes the others
     (`kept_steps` tells). Below what "recompute" takes anyway nothing is kept, and the budget is not met. The model of
-    what fits was measured on the CPU; on a GPU it is not checked yet. backend: see `flowkern.backends()`. compute_dtype: precision of the coupling networks (default: autocast's, else the
-    parameters'). check_finite: reject NaN and inf in inputs (default: on the CPU only, because on a GPU the check
-    waits for the device).
+    what fits was measured on the CPU; on a GPU it is not checked yet. backend: see `flowkern.backends()`.
+    compute_dtype: precision of the coupling networks (default: autocast's, else the parameters'). check_finite: reject
+    NaN and inf in inputs (default: on the CPU only, because on a GPU the check waits for the device).
 
     Raises ValueError or TypeError, in one sentence, for arguments and inputs that don't fit, and RuntimeError for a
     backend that can't run here.
