@@ -77,7 +77,7 @@ def step(**case) -> tuple[int, int]:
 
 def per_image(cases: list[dict]) -> list[float]:
     """What one more image adds to what is held in each case, in images of 32-bit numbers."""
-    few, many = 4, 12
+    few, many = 2, 8
     image = 4 * 3 * DEFAULT["size"] ** 2
     return [(step(**case, batch=many)[0] - step(**case, batch=few)[0]) / (many - few) / image for case in cases]
 
