@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed
 import numpy as np
@@ -162,6 +164,24 @@ def test_told_to_end_all_processes_end_after_the_same_step(pictures, tmp_path):
     done = torchrun("-m", "train.unfolded", "--preset", "paper", "--no-tensorboard", *words, ended_at=state)
     assert done.stderr.count(f"interrupted, states are in {tmp_path / 'run'}: the same command continues") == 1
     assert "SIGKILL" not in done.stderr and "forcefully" not in done.stderr and state.exists()
+
+
+@pytest.mark.parametrize(("here", "elsewhere"), [(False, False), (True, False), (False, True)])
+def test_a_signal_waits_for_the_end_of_the_step_and_is_told_to_all(here, elsewhere, monkeypatch):
+    """Within the signal another process may be waiting for something else, which is a deadlock now and then."""
+    told = []
+    monkeypatch.setattr(callbacks.dist, "all_reduce", lambda asked, _: told.append(asked.fill_(max(asked, elsewhere))))
+    callback, trainer = callbacks.Termination(), SimpleNamespace(_signal_connector=SimpleNamespace())
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        callback.on_train_start(trainer, None)
+        if here:
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not told
+    callback.on_train_batch_end(trainer, SimpleNamespace(device="cpu"), None, None, 0)
+    assert len(told) == 1 and trainer._signal_connector.received_sigterm == (here or elsewhere)
 
 
 def test_batch_norm_over_processes_has_the_statistics_of_the_whole_batch(monkeypatch):
