@@ -9,7 +9,7 @@ norm2.bias, weight3, bias3, logs.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +23,24 @@ from flowkern.replay import Replay, check_parameters, refuse_replica, refuse_sha
 PARAMETERS = 9
 
 
+@lru_cache
+def _shapes(few: int, hidden: int, out: int) -> list[tuple[int, ...]]:
+    """Of the nine parameters of a network from `few` to `out` channels."""
+    return [(hidden, few, 3, 3), (hidden,), (hidden,), (hidden, hidden, 1, 1), (hidden,), (hidden,),
+            (out, hidden, 3, 3), (out,), (out,)]
+
+
 def check_shapes(parameters: Sequence[Tensor], few: int, out: int) -> None:
     """Raises ValueError for parameters, nine a step, that are not those of networks from `few` to `out` channels:
     kernels know memory by these sizes alone.
     """
     for first in range(0, len(parameters), PARAMETERS):
-        own = parameters[first : first + PARAMETERS]
-        hidden = own[0].shape[0]
-        wanted = ((hidden, few, 3, 3), (hidden,), (hidden,), (hidden, hidden, 1, 1), (hidden,), (hidden,),
-                  (out, hidden, 3, 3), (out,), (out,))
-        if len(own) < PARAMETERS or any(p.shape != shape for p, shape in zip(own, wanted, strict=True)):
+        given = [p.shape for p in parameters[first : first + PARAMETERS]]
+        hidden = given[0][0]
+        if given != (wanted := _shapes(few, hidden, out)):
             raise ValueError(
                 f"a coupling network from {few} to {out} channels with {hidden} hidden ones wants weights and biases "
-                f"of {', '.join(map(str, wanted))}, got {', '.join(str(tuple(p.shape)) for p in own)}"
+                f"of {', '.join(map(str, wanted))}, got {', '.join(str(tuple(shape)) for shape in given)}"
             )
 
 
