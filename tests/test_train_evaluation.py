@@ -1,5 +1,6 @@
 """How results are measured and shown: scores, gains, tables, figures, pooling over seeds, the memory of a step."""
 
+import gc
 import math
 import os
 from dataclasses import replace
@@ -296,6 +297,13 @@ def test_only_the_profiler_is_silenced(capfd):
     memory.peak_mib(lambda: os.write(2, b"the step's own words\n"), CPU)
     os.write(2, b"and later ones\n")
     assert capfd.readouterr().err == "the step's own words\nand later ones\n"
+
+
+def test_nothing_is_collected_while_a_step_is_counted():
+    """The profiler would count off what an earlier one has seen made."""
+    seen = []
+    memory.peak_mib(lambda: seen.append(gc.isenabled()), CPU)
+    assert seen == [False] and gc.isenabled()
 
 
 def test_a_training_step_takes_less_memory_when_activations_are_recomputed(pictures):

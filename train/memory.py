@@ -41,7 +41,7 @@ def peak_mib(step: Callable[[], object], device: torch.device) -> float:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """What a step leaves in cycles is freed when Python happens to collect, after however much was made before it."""
+    """Else what earlier steps left in cycles may be freed meanwhile, and is counted off where the profiler knows it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
