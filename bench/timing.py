@@ -1,12 +1,13 @@
 """Times of calls that take turns, so that a drifting machine slows all of them alike."""
 
-import contextlib
 import gc
 import random
 import time
 from collections.abc import Callable
 
 import numpy as np
+
+from train.memory import uncollected
 
 
 def interleave(calls: dict[str, Callable], rounds: int,
@@ -33,18 +34,6 @@ def interleave(calls: dict[str, Callable], rounds: int,
             if not repeats:
                 gc.collect()
     return seconds
-
-
-@contextlib.contextmanager
-def uncollected():
-    """No garbage is collected inside: that would be charged to whichever call it falls into."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def repeats_for(call: Callable, seconds: float) -> int:

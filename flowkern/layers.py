@@ -283,7 +283,7 @@ def run_steps(
     plain = transforms.batched_or_forward()
     if plain or not torch.compiler.is_compiling() and transforms.is_transformed():
         _check_plain(x.device, plain, **chain_options)
-        matrix, offset, inverse, mixes_logdet = _plain_mixes(steps)
+        matrix, offset, inverse, mixes_logdet = mixes(*factors(steps))
         out, logdet = plain_chain(steps, x, matrix, offset, inverse, context, reverse)
     else:
         if x.dim() != 6 or reverse or not reads_blocks(nets, x, chain_options.get("backend", "auto")):
@@ -318,11 +318,6 @@ def plain_chain(steps, x, matrix, offset, inverse, context: Tensor | None, rever
         x = reference.channel_mix(x, inverse[k], offset[k], inverse=True) if reverse else x
         logdet = logdet + d
     return x, logdet
-
-
-def _plain_mixes(steps):
-    """`compose` as plain PyTorch."""
-    return mixes(*factors(steps))
 
 
 def _check_plain(

@@ -48,8 +48,8 @@ def trace(folded: Folded, a: Tensor, keep: bool) -> tuple[Tensor, list[Tensor]]:
         a = cpp._image(a)
         hidden = [k.data_ptr() for k in kept] or [0, 0]
         native.network_trace(torch.get_num_threads(), cpp._TYPES[folded.dtype], n, height, width, folded.few,
-                                folded.hidden, folded.out, folded.packed(height, width).data_ptr(), a.data_ptr(),
-                                cpp._strides(a), h.data_ptr(), *hidden)
+                             folded.hidden, folded.out, folded.packed(height, width).data_ptr(), a.data_ptr(),
+                             cpp._strides(a), h.data_ptr(), *hidden)
     return h, kept
 
 
@@ -66,8 +66,8 @@ def vjp(parameters: Sequence[Tensor], folded: Folded, a: Tensor, hidden: list[Te
     a, h1, h2, dh = cpp._image(a), channels_last(h1), channels_last(h2), channels_last(dh)
     weights, strides, _owners = cpp._addresses(parameters)
     native.network_vjp(torch.get_num_threads(), cpp._TYPES[folded.dtype], n, height, width, folded.few, folded.hidden,
-                          folded.out, weights, strides, *cpp._addresses(gradients)[:2], a.data_ptr(), cpp._strides(a),
-                          through.data_ptr(), cpp._strides(through), h1.data_ptr(), h2.data_ptr(), dh.data_ptr())
+                      folded.out, weights, strides, *cpp._addresses(gradients)[:2], a.data_ptr(), cpp._strides(a),
+                      through.data_ptr(), cpp._strides(through), h1.data_ptr(), h2.data_ptr(), dh.data_ptr())
     if through is not da:
         da.add_(through)
     return gradients

@@ -65,6 +65,13 @@ def settings(pictures, out, **changes):
     return TINY | {"data": str(pictures), "out": str(out)} | changes
 
 
+def words(pictures, out, **changes):
+    """The same as the command."""
+    given = {k: v for k, v in settings(pictures, out, **changes).items() if k not in ("tensorboard", "references")}
+    options = [w for name, value in given.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+    return ["-m", "train.unfolded", "--preset", "paper", "--no-tensorboard", *options]
+
+
 def trained(pictures, out, **changes):
     """The weights after a run in this process."""
     run.prepare(Config(**settings(pictures, out, **changes))).train()
@@ -93,11 +100,17 @@ def torchrun(*command, ended_at=None):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     with subprocess.Popen([*launcher, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                           env=environment, cwd=root) as process:  # fmt: skip
-        while ended_at is not None and not ended_at.exists() and process.poll() is None:
-            time.sleep(0.05)
-        if ended_at is not None:
-            process.terminate()
-        out, error = process.communicate(timeout=240)
+        try:
+            deadline = time.monotonic() + 240
+            while ended_at is not None and not ended_at.exists() and process.poll() is None:
+                assert time.monotonic() < deadline, f"there is no {ended_at}"
+                time.sleep(0.05)
+            if ended_at is not None:
+                process.terminate()
+            out, error = process.communicate(timeout=240)
+        except BaseException:
+            process.kill()
+            raise
     return subprocess.CompletedProcess(command, process.returncode, out, error)
 
 
@@ -143,9 +156,7 @@ def test_actnorms_start_alike_in_all_processes(two_processes):
 
 
 def test_the_command_under_torchrun_and_its_mistakes(pictures, tmp_path):
-    options = {k: v for k, v in settings(pictures, tmp_path / "run").items() if k not in ("tensorboard", "references")}
-    words = [w for name, value in options.items() for w in (f"--{name.replace('_', '-')}", str(value))]
-    command = ["-m", "train.unfolded", "--preset", "paper", "--no-tensorboard", *words]
+    command = words(pictures, tmp_path / "run")
     done = torchrun(*command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run folder:") == 1 and done.stdout.count("Unfolded Glow") >= 1
@@ -157,11 +168,9 @@ def test_the_command_under_torchrun_and_its_mistakes(pictures, tmp_path):
 
 def test_told_to_end_all_processes_end_after_the_same_step(pictures, tmp_path):
     """The launcher passes SIGTERM on to all, and kills after half a minute."""
-    options = {k: v for k, v in settings(pictures, tmp_path / "run").items() if k not in ("tensorboard", "references")}
-    options |= {"steps": 100_000, "checkpoint_steps": 1, "prior_steps": 1}
-    words = [w for name, value in options.items() for w in (f"--{name.replace('_', '-')}", str(value))]
+    command = words(pictures, tmp_path / "run", steps=100_000, checkpoint_steps=1, prior_steps=1)
     state = tmp_path / "run" / "checkpoints" / "unfolded-last.ckpt"
-    done = torchrun("-m", "train.unfolded", "--preset", "paper", "--no-tensorboard", *words, ended_at=state)
+    done = torchrun(*command, ended_at=state)
     assert done.stderr.count(f"interrupted, states are in {tmp_path / 'run'}: the same command continues") == 1
     assert "SIGKILL" not in done.stderr and "forcefully" not in done.stderr and state.exists()
 

@@ -26,7 +26,7 @@ def peak_mib(step: Callable[[], object], device: torch.device) -> float:
     with _silent():
         recorded.start()
     try:
-        with _no_collection():
+        with uncollected():
             step()
     finally:
         with _silent():
@@ -40,8 +40,10 @@ def peak_mib(step: Callable[[], object], device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Else what earlier steps left in cycles may be freed meanwhile, and is counted off where the profiler knows it."""
+def uncollected() -> Iterator[None]:
+    """No garbage is collected inside: what is measured would be charged with it, or have what earlier steps left in
+    cycles counted off.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
